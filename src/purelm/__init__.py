@@ -1,0 +1,40 @@
+"""purelm: language models as pure functions.
+
+The names below are imported on first use, so that `import purelm` costs little more than
+`import torch` and pulls in neither transformers nor Triton.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .convert.load import load as load
+    from .convert.pretrained import FastLanguageModel as FastLanguageModel
+    from .convert.tokenizer import Tokenizer as Tokenizer
+    from .nn.decoder import forward as forward
+    from .nn.spec import ModelSpec as ModelSpec
+
+_HOME = {
+    "FastLanguageModel": "convert.pretrained",
+    "load": "convert.load",
+    "Tokenizer": "convert.tokenizer",
+    "ModelSpec": "nn.spec",
+    "forward": "nn.decoder",
+}
+
+__all__ = ["FastLanguageModel", "ModelSpec", "Tokenizer", "__version__", "forward", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'purelm' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
