@@ -1,0 +1,195 @@
+"""Where Triton is met: kernels that compile at their first launch, the choice of path, the op
+wrapper.
+
+This is the only file that imports triton, and it does so inside functions, so every kernel file
+imports without it. A kernel is written as for Triton, with `jit` and `language` from here:
+
+    from .launch import jit, language as tl
+
+    @jit
+    def _double_kernel(p_x, p_y, n, BLOCK: tl.constexpr): ...
+
+    _double_kernel((grid,), x, y, n, BLOCK=1024, num_warps=4)
+
+The file must say `from __future__ import annotations`, so that `tl.constexpr` is never evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+
+if TYPE_CHECKING:
+    import triton.language as language
+else:
+    # Stands for triton.language in a kernel's globals until the first launch puts the module in
+    # its place.
+    language = types.SimpleNamespace(__name__="triton.language")
+
+_interpreted = contextvars.ContextVar("_interpreted", default=False)
+
+
+class Kernel:
+    """A Triton kernel or device function, made from its Python function at the first launch.
+
+    The function gets a namespace of its own: the real `triton.language` for the stand-in,
+    compiled device functions for other kernels, and constexprs for the module's numbers. The
+    module itself is not touched.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def jitted(self) -> Any:
+        """Triton's own object; under its interpreter an interpreted function."""
+        import triton
+
+        source = self.function
+        names: dict[str, Any] = {"__name__": source.__module__, "tl": triton.language}
+        for name in source.__code__.co_names:
+            value = source.__globals__.get(name)
+            if isinstance(value, Kernel):
+                names[name] = value.jitted
+            elif isinstance(value, bool | int | float):
+                names[name] = triton.language.constexpr(value)
+        bound = types.FunctionType(
+            source.__code__, names, source.__name__, source.__defaults__, source.__closure__
+        )
+        bound.__annotations__ = source.__annotations__
+        bound.__kwdefaults__ = source.__kwdefaults__
+        bound.__module__, bound.__qualname__ = source.__module__, source.__qualname__
+        return triton.jit(bound)
+
+    def __call__(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Launch over `grid` on the device of the first tensor; nothing is launched for an empty
+        grid.
+        """
+        if 0 in grid:
+            return
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with here:
+            self.jitted[grid](*args, **options)
+
+
+def jit(function: Callable[..., Any]) -> Kernel:
+    """The counterpart of `triton.jit` that does not import triton."""
+    return Kernel(function)
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Inside, CPU tensors run the launches too; the process must have TRITON_INTERPRET=1 (a
+    test's way in).
+    """
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_gpu(*tensors: Tensor | None) -> bool:
+    """Whether these tensors take the Triton launch (True) or the plain-torch reference (False).
+
+    The launch serves CUDA tensors where triton is installed. float64 always takes the reference:
+    kernels compute in fp32. Raises KernelError if the tensors lie on different devices.
+    """
+    given = [t for t in tensors if t is not None]
+    devices = {t.device for t in given}
+    if len(devices) > 1:
+        found = ", ".join(sorted(str(device) for device in devices))
+        raise KernelError(f"tensors on different devices ({found}): move them to one")
+    if any(t.dtype == torch.float64 for t in given):
+        return False
+    if devices and next(iter(devices)).type == "cuda":
+        return has_triton()
+    return _interpreted.get()
+
+
+def operator(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    rows: Sequence[int] | None = None,
+    mutates: Sequence[str] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wrap a launch as `torch.ops.purelm.<name>`, given its schema as `name(Tensor x, ...) ->
+    Tensor`.
+
+    `fake` makes outputs of the right shape. Under vmap an op with `rows` runs once: the arguments
+    at these positions take any leading dims, and a batch is one more; if another argument is
+    batched, or without `rows`, one launch is made per entry. There is no autograd formula: the
+    autograd.Function around the op is the formula.
+    """
+    name, _, rest = schema.partition("(")
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(
+            f"purelm::{name}", function, mutates_args=mutates, schema=f"({rest}"
+        )
+        op.register_fake(fake)
+        if mutates:
+            return op
+
+        def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+            one_launch = rows is not None and all(
+                dim is None or i in rows for i, dim in enumerate(in_dims)
+            )
+            if one_launch:
+                moved = list(args)
+                for i in rows or ():
+                    dim = in_dims[i]
+                    if isinstance(args[i], Tensor):
+                        moved[i] = (
+                            args[i].expand(info.batch_size, *args[i].shape)
+                            if dim is None
+                            else args[i].movedim(dim, 0)
+                        )
+                out = op(*moved)
+            else:
+                each = [
+                    op(
+                        *(
+                            a if d is None else a.select(d, i)
+                            for a, d in zip(args, in_dims, strict=True)
+                        )
+                    )
+                    for i in range(info.batch_size)
+                ]
+                if isinstance(each[0], Tensor):
+                    out = torch.stack(each)
+                else:
+                    out = tuple(torch.stack(column) for column in zip(*each, strict=True))
+            return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+
+        op.register_vmap(batched)
+        return op
+
+    return wrap
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below `n` (n >= 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(n: int, d: int) -> int:
+    return -(-n // d)

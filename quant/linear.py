@@ -1,0 +1,90 @@
+"""The one place that looks at a weight's kind: dense tensor or NF4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from ..kernels import nf4 as kernel
+from .nf4 import NF4, dequantize
+
+
+def weight_of(leaf: Tensor | NF4, dtype: torch.dtype) -> Tensor:
+    """The weight as a dense tensor in `dtype`: a cast (or nothing) for a tensor, dequantized for
+    NF4.
+    """
+    if isinstance(leaf, NF4):
+        return dequantize(leaf, dtype)
+    if isinstance(leaf, Tensor):
+        return leaf.to(dtype)
+    raise KernelError(f"a weight of type {type(leaf).__name__}: expected a torch.Tensor or NF4")
+
+
+def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times the transpose of the weight [out, in], plus bias [out]; in the dtype of
+    `x`.
+
+    A dense weight may be trained: its gradient comes in its own dtype. An NF4 weight is frozen:
+    only its 4-bit form is kept for the backward pass, which dequantizes once more.
+    """
+    if not isinstance(leaf, NF4):
+        return torch.nn.functional.linear(
+            x, weight_of(leaf, x.dtype), bias if bias is None else bias.to(x.dtype)
+        )
+    if len(leaf.shape) != 2 or x.shape[-1:] != leaf.shape[1:]:
+        raise KernelError(
+            f"input {list(x.shape)} and an NF4 weight {list(leaf.shape)}: "
+            "expected [..., in] and [out, in]"
+        )
+    y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
+        x,
+        leaf.packed,
+        leaf.absmax,
+        leaf.absmax_scale,
+        leaf.absmax_offset,
+        tuple(leaf.shape),
+        leaf.block,
+    )
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _dense(
+    parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    shape: tuple[int, int],
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return kernel.dequantize(*parts, shape[0] * shape[1], block, dtype).view(shape)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax_scale: Tensor | None,
+        absmax_offset: Tensor | None,
+        shape: tuple[int, int],
+        block: int,
+    ) -> Tensor:
+        weight = _dense((packed, absmax, absmax_scale, absmax_offset), shape, block, x.dtype)
+        return torch.nn.functional.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, packed, absmax, absmax_scale, absmax_offset, ctx.shape, ctx.block = inputs
+        ctx.save_for_backward(packed, absmax, absmax_scale, absmax_offset)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        packed, absmax, absmax_scale, absmax_offset = ctx.saved_tensors
+        weight = _dense(
+            (packed, absmax, absmax_scale, absmax_offset), ctx.shape, ctx.block, grad.dtype
+        )
+        return (grad @ weight, None, None, None, None, None, None)
