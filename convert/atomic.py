@@ -75,8 +75,11 @@ def folder(
                 _keep_others(place, new, replaces)
                 shutil.copymode(place, new)
             _flush_tree(new)
-            _swap_in(new, place)
-    shutil.rmtree(new, ignore_errors=True)
+            aside = _swap_in(new, place)
+            if aside is not None:
+                # What others put into the old folder meanwhile.
+                _keep_others(aside, place, replaces)
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -90,9 +93,11 @@ def file(path: str | os.PathLike[str], *, need_bytes: int = 0) -> Iterator[Path]
         raise SaveError(f"{place} is a folder; give the name of a file")
     new = _beside(place, "new")
     with _save_errors(place, lambda: new.unlink(missing_ok=True)):
-        yield new
-        _flush(new)
-        os.replace(new, place)
+        new.touch()
+        with _locked(new):
+            yield new
+            _flush(new)
+            os.replace(new, place)
         _flush(place.parent)
 
 
@@ -103,19 +108,18 @@ def recover(target: str | os.PathLike[str]) -> None:
     crash left is deleted. What a running process is still writing is let be.
     """
     place = Path(os.path.realpath(target))
-    for path in _leftovers(place):
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-            continue
+    for path, kind in _leftovers(place):
         with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(path):
-            if "-old-" in path.name and not place.exists():
+            if kind == "old" and not place.exists():
                 os.rename(path, place)
                 _flush(place.parent)
-            else:
+            elif path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
-def _leftovers(place: Path) -> list[Path]:
+def _leftovers(place: Path) -> list[tuple[Path, str]]:
     try:
         names = sorted(os.listdir(place.parent))
     except OSError:
@@ -124,9 +128,9 @@ def _leftovers(place: Path) -> list[Path]:
     for name in names:
         match = _LEFTOVER.fullmatch(name)
         if match and match["name"] == place.name:
-            found.append(place.parent / name)
+            found.append((place.parent / name, match["kind"]))
     # The old one first: whether it goes back must not depend on a new one.
-    return sorted(found, key=lambda path: "-old-" not in path.name)
+    return sorted(found, key=lambda leftover: leftover[1] != "old")
 
 
 def _prepare(target: str | os.PathLike[str], need_bytes: int) -> Path:
@@ -169,14 +173,14 @@ def _save_errors(place: Path, clean: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the folder `path` against `recover`; raises BlockingIOError if another process does."""
+    """Hold `path` against `recover`; raises BlockingIOError if another process does."""
     if sys.platform == "win32":
-        # No lock on folders there: a folder that another process fills cannot be deleted either.
+        # No such lock there: what another process has open cannot be deleted either.
         yield
         return
     import fcntl
 
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +200,7 @@ def _keep_others(place: Path, new: Path, replaces: Sequence[str]) -> None:
         here = new / os.path.relpath(root, place)
         for name in [*folders, *names]:
             source, copy = Path(root, name), here / name
-            if is_leftover(source) or os.path.lexists(copy):
+            if os.path.lexists(copy):
                 continue
             if here == new and any(fnmatch.fnmatchcase(name, pattern) for pattern in replaces):
                 continue
@@ -240,11 +244,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _swap_in(new: Path, place: Path) -> None:
-    """Let `new` and `place` change places; a missing `place` is just taken."""
+def _swap_in(new: Path, place: Path) -> Path | None:
+    """Put `new` in the place of `place`; returns where the old content is now, if there was any."""
+    aside = None
     if not place.exists():
         os.rename(new, place)
-    elif not _exchange(new, place):
+    elif _exchange(new, place):
+        aside = new
+    else:
         old = _beside(place, "old")
         os.rename(place, old)
         try:
@@ -252,9 +259,9 @@ def _swap_in(new: Path, place: Path) -> None:
         except OSError:
             os.rename(old, place)
             raise
-        _flush(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        aside = old
     _flush(place.parent)
+    return aside
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -114,10 +114,10 @@ def parse_header(
             )
     covered = spans[-1][1] if spans else 0
     if covered != data_bytes:
-        problem = "cut short" if covered > data_bytes else "followed by other bytes"
+        state = "cut short" if covered > data_bytes else "followed by other bytes"
         raise CheckpointError(
             f"the tensors take {covered} bytes, the file has {data_bytes} behind its header: "
-            f"it is {problem}; download or copy it again",
+            f"it is {state}; download or copy it again",
             file=file,
         )
     return tensors, metadata
@@ -232,7 +232,7 @@ def read(info: TensorInfo, *, out: torch.Tensor | None = None) -> torch.Tensor:
             tensor=info.name,
         )
     data = out.reshape(-1).view(torch.uint8)
-    _read_data(info, memoryview(data.numpy()))
+    _read_data(info, data.numpy().data)
     if info.dtype == torch.bool and info.nbytes and int(data.max()) > 1:
         raise CheckpointError(
             "a BOOL tensor holds bytes other than 0 and 1", file=info.file, tensor=info.name

@@ -47,21 +47,17 @@ def write_safetensors(
 
     Each function is called once, when its turn comes, in the order of the file, which is not that
     of `entries`. The bytes are those that `safetensors.torch.save_file` writes. Writes
-    `path` in place: call it inside `atomic.folder` or `atomic.file`. Raises SaveError for repeated
-    names, a dtype the format lacks, a tensor that is not as announced, and a full disk.
+    `path` in place: call it inside `atomic.folder` or `atomic.file`, which also turn the OSError of
+    a full disk into a SaveError. Raises SaveError for repeated names, a dtype the format lacks and
+    a tensor that is not as announced.
     """
     path = Path(path)
     ordered = sorted(entries, key=lambda e: (-_rank(e[1], e[0], path), e[0].encode()))
     header = _header(ordered, metadata, path)
-    try:
-        with open(path, "wb", buffering=0) as file:
-            _write(file, memoryview(header))
-            for name, dtype, shape, make in ordered:
-                _write(file, _bytes(make(), name, dtype, shape, path))
-    except SaveError:
-        raise
-    except OSError as problem:
-        raise SaveError(f"{path} cannot be written: {problem.strerror or problem}") from problem
+    with open(path, "wb", buffering=0) as file:
+        _write(file, memoryview(header))
+        for name, dtype, shape, make in ordered:
+            _write(file, _bytes(make(), name, dtype, shape, path))
 
 
 def _header(ordered: list[Entry], metadata: Mapping[str, str] | None, path: Path) -> bytes:
@@ -107,7 +103,7 @@ def _bytes(
             f"[tensor {name!r}, file {path}]"
         )
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write(file: FileIO, data: memoryview) -> None:
