@@ -1,0 +1,371 @@
+"""The bridge to torch: one `nn.Module` that wears a tree of params and speaks Hugging Face's names.
+
+All computation is nn's pure functions over the tree; the Module holds the tensors (frozen ones as
+Parameters without gradient), so that optimizers, trainers and `.to(device)` find them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, InputError
+from ..nn import decoder, loss, tree
+from ..nn import layout as layouts
+from ..nn.layout import Layout
+from ..nn.lora import LoRA
+from ..nn.spec import ModelSpec
+from ..quant.nf4 import NF4
+from .config import Config
+from .output import CausalLMOutput
+from .registry import Family
+from .shards import Checkpoint
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: what saving, merging and reporting need to know."""
+
+    name: str
+    revision: str | None
+    folder: Path
+    family: Family
+    checkpoint: Checkpoint
+    quantize: str | None
+    notes: tuple[str, ...] = ()
+
+
+class CausalLM(nn.Module):
+    """A causal language model.
+
+    The tree and the Module share storage: an optimizer step through `parameters()` changes what
+    `params` and `adapters` return. Parameters carry the checkpoint's names; an adapter's are
+    `….lora_A.weight` and `….lora_B.weight` beside the weight they change.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        params: tree.Tree,
+        *,
+        config: Config,
+        generation_config: Config,
+        origin: Origin,
+        dtype: torch.dtype,
+        max_seq_length: int,
+        train_all: bool = False,
+        recompute: bool = True,
+        seed: int = 3407,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.config = config
+        self.generation_config = generation_config
+        self.origin = origin
+        self.max_seq_length = max_seq_length
+        self.recompute = recompute
+        self.train_all = train_all
+        self.peft_config: dict[str, Any] = {}
+        self.tokenizer: Any = None
+        self._dtype = dtype
+        # The dropout of step n is drawn from (seed, n), so that it can be repeated and resumed.
+        self.dropout_seed, self.dropout_step = seed, 0
+        self._params = self._wear(params, lambda path: train_all)
+        self._trained: tree.Tree = {}
+        self._adapters: tree.Tree = {}
+
+    # The trees.
+
+    @property
+    def params(self) -> tree.Tree:
+        """The live tree of params, trained copies of modules in place of the frozen ones."""
+        return tree.combine(self._trained, self._params) if self._trained else self._params
+
+    @property
+    def adapters(self) -> tree.Tree:
+        """The live tree of adapters; empty without any."""
+        return self._adapters
+
+    @property
+    def trained(self) -> tree.Tree:
+        """The live tree of trained copies of frozen params (`modules_to_save`, biases)."""
+        return self._trained
+
+    def set_adapters(self, adapters: tree.Tree, trained: tree.Tree | None = None) -> None:
+        """Wear `adapters` (and trained copies of params) in place of those worn before."""
+        self._remove_adapters()
+        made: dict[str, LoRA] = {}
+        for path, leaf in tree.items(adapters):
+            node = self._node(self.origin.family.names.module_to_hf(path))
+            a, b = nn.Parameter(leaf.a), nn.Parameter(leaf.b)
+            for name, value in (("lora_A", a), ("lora_B", b)):
+                child = nn.Module()
+                child.register_parameter("weight", value)
+                node.add_module(name, child)
+            made[path] = LoRA(a, b, leaf.scale, leaf.dropout)
+        self._adapters = tree.from_items(made)
+        self._trained = self._wear(trained or {}, lambda path: True, "trained_")
+
+    def _remove_adapters(self) -> None:
+        for module in list(self.modules()):
+            for name in [n for n in module._modules if n in ("lora_A", "lora_B")]:
+                delattr(module, name)
+            for name in [n for n in module._parameters if n.startswith("trained_")]:
+                delattr(module, name)
+
+    def _wear(self, params: tree.Tree, trained: Callable[[str], bool], prefix: str = "") -> Any:
+        """Register every tensor under its checkpoint name; the tree with the registered ones."""
+
+        def register(path: str, leaf: Any) -> Any:
+            module, _, name = path.rpartition(".")
+            node = self._node(self.origin.family.names.module_to_hf(module))
+            if isinstance(leaf, NF4):
+                parts = {
+                    key: nn.Parameter(value, requires_grad=False)
+                    for key in ("packed", "absmax", "absmax_scale", "absmax_offset")
+                    if (value := getattr(leaf, key)) is not None
+                }
+                for key, value in parts.items():
+                    node.register_parameter(name if key == "packed" else f"{name}_{key}", value)
+                return NF4(
+                    parts["packed"],
+                    parts["absmax"],
+                    parts.get("absmax_scale"),
+                    parts.get("absmax_offset"),
+                    leaf.shape,
+                    leaf.dtype,
+                    leaf.block,
+                )
+            value = nn.Parameter(leaf, requires_grad=trained(path))
+            node.register_parameter(prefix + name, value)
+            return value
+
+        return tree.map_with_path(register, params)
+
+    def _node(self, name: str) -> nn.Module:
+        node: nn.Module = self
+        for key in name.split("."):
+            if key not in node._modules:
+                node.add_module(key, nn.Module())
+            node = node._modules[key]  # type: ignore[assignment]
+        return node
+
+    # Running.
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput:
+        """input_ids [b, s] -> loss (with labels [b, s], -100 ignored) and logits [b, s, v].
+
+        Positions come from `attention_mask` (ones for real tokens, padding on either side), from
+        `cu_seqlens` [documents + 1] (one packed row), or from `position_ids` (a document begins
+        where they are 0). num_items_in_batch: what the summed loss is divided by (default: the
+        labels that count). use_cache and return_dict are accepted and change nothing.
+
+        Raises InputError for ids outside of the vocabulary, rows longer than the context, and
+        labels of which none counts.
+        """
+        if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
+            found = None if input_ids is None else tuple(input_ids.shape)
+            raise InputError(f"input_ids has shape {found}, expected [batch, length] with tokens")
+        layout = self._layout(input_ids, attention_mask, position_ids, cu_seqlens)
+        self._check_ids(input_ids)
+        input_ids = input_ids.to(self.device)
+        params = self._cast(self.params)
+        x = decoder.hidden(
+            params,
+            self.spec,
+            input_ids,
+            layout=layout,
+            adapters=self._adapters,
+            recompute=self.recompute and self.training and torch.is_grad_enabled(),
+            seed=self._next_seed(),
+        )
+        total = None
+        if labels is not None:
+            total = self._loss(params, x, labels, layout, num_items_in_batch)
+        return CausalLMOutput(total, x, lambda hidden: decoder.logits(params, self.spec, hidden))
+
+    def _loss(
+        self,
+        params: tree.Tree,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        layout: Layout,
+        count: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        if labels.shape != x.shape[:2]:
+            raise InputError(
+                f"labels have shape {tuple(labels.shape)}, input_ids {tuple(x.shape[:2])}"
+            )
+        if not labels.is_cuda and not bool((labels[:, 1:] != loss.IGNORE).any()):
+            raise InputError("every label is -100: this batch has nothing to learn from")
+        if isinstance(count, torch.Tensor):
+            count = count.to(x.device)
+        return loss.next_token(
+            params, self.spec, x, labels.to(x.device), layout=layout, count=count
+        )
+
+    def _layout(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> Layout:
+        b, s = input_ids.shape
+        longest = s
+        if cu_seqlens is not None:
+            if b != 1:
+                raise InputError(f"cu_seqlens needs one packed row, found a batch of {b}")
+            layout = layouts.from_cu_seqlens(cu_seqlens.to(self.device), s)
+            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        elif position_ids is not None:
+            layout = layouts.from_positions(position_ids.to(self.device).expand(b, s))
+            longest = int(position_ids.max()) + 1
+        elif attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise InputError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(b, s)}"
+                )
+            layout = layouts.from_mask(attention_mask, self.device)
+        else:
+            layout = layouts.dense(b, s, device=self.device)
+        if longest > self.spec.max_positions:
+            raise InputError(
+                f"a row of {longest} tokens is longer than the model's context of "
+                f"{self.spec.max_positions}; shorten it, or load with a rope_scaling that extends it"
+            )
+        return layout
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.spec.vocab:
+            raise InputError(
+                f"input_ids lie in {low}..{high}, the vocabulary is 0..{self.spec.vocab - 1}"
+            )
+
+    def _cast(self, params: tree.Tree) -> tree.Tree:
+        """Trained copies are kept in fp32 and computed with in the model's dtype."""
+        if not self._trained:
+            return params
+        cast = tree.map(lambda leaf: leaf.to(self._dtype), self._trained)
+        return tree.combine(cast, self._params)
+
+    def _next_seed(self) -> int | None:
+        if not self.training or not any(leaf.dropout for leaf in tree.leaves(self._adapters)):
+            return None
+        self.dropout_step += 1
+        return (self.dropout_seed * 1_000_003 + self.dropout_step * 10_007) % 2**48
+
+    # What Hugging Face's trainers and users ask a model for.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        embed: torch.Tensor = self._params["embed"]["weight"]
+        return embed.device
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many parameters, 4-bit ones counted as what they stand for."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        if only_trainable:
+            return trained
+        base = sum(leaf.numel() for leaf in tree.leaves(self._params))
+        return base + (0 if self.train_all else trained)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained, all)."""
+        return self.num_parameters(True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in peft's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trained / total:.4f}"
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module whose `weight` is the embedding [v, e]."""
+        return self._node(self.origin.family.names.module_to_hf("embed"))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose `weight` is the head [v, e]: the embedding's where they are tied."""
+        module = "embed" if self.spec.tied else "head"
+        return self._node(self.origin.family.names.module_to_hf(module))
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Keep only layer inputs for backward."""
+        self.recompute = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all intermediates for backward."""
+        self.recompute = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.recompute
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: recomputation here never needs inputs with gradients."""
+
+    def for_training(self, use_gradient_checkpointing: bool | str = True) -> "CausalLM":
+        """Training mode; returns the model."""
+        self.recompute = bool(use_gradient_checkpointing)
+        return self.train()
+
+    def for_inference(self) -> "CausalLM":
+        """Evaluation mode; returns the model."""
+        return self.eval()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What is trained: adapters and trained copies, or all under full fine-tuning."""
+        full = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        trained = {prefix + name for name, p in self.named_parameters() if p.requires_grad}
+        for name in [name for name in full if name not in trained]:
+            del full[name]
+        return full
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """The inverse of `state_dict`; with `strict`, exactly what is trained must be there."""
+        if assign:
+            raise ArgumentError("assign=True would part the tree from the module; use assign=False")
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if strict and trained != set(state_dict):
+            missing, extra = sorted(trained - set(state_dict)), sorted(set(state_dict) - trained)
+            raise ArgumentError(f"state_dict does not fit: missing {missing}, extra {extra}")
+        return super().load_state_dict(state_dict, strict=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Statistics of 4-bit weights and fp32 adapters must never change dtype with the model.
+        probe = fn(torch.zeros((), dtype=self._dtype, device=self.device))
+        if probe.dtype != self._dtype:
+            raise ArgumentError(
+                f"cannot change the model's dtype from {self._dtype} to {probe.dtype} after "
+                "loading; pass dtype= to from_pretrained"
+            )
+
+        def keep_dtype(t: torch.Tensor) -> torch.Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)

@@ -1,0 +1,116 @@
+"""Reading a config.json strictly: every field is taken by a family, known to be harmless, or an error."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ..errors import ConfigError
+
+T = TypeVar("T")
+_REQUIRED: Any = object()
+
+# Fields that do not change what the model computes.
+HARMLESS = frozenset(
+    """
+    architectures auto_map bos_token_id dtype eos_token_id id2label is_llama_config label2id
+    model_type name_or_path output_attentions output_hidden_states pad_token_id pretraining_tp
+    quantization_config return_dict task_specific_params torch_dtype transformers.js_config
+    transformers_version unsloth_fixed unsloth_version use_cache use_return_dict
+    problem_type finetuning_task is_decoder is_encoder_decoder add_cross_attention
+    cross_attention_hidden_size chunk_size_feed_forward decoder_start_token_id sep_token_id
+    prefix pruned_heads tie_encoder_decoder tokenizer_class torchscript use_bfloat16
+    attn_implementation num_labels _name_or_path return_dict_in_generate
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens tf_legacy_loss
+    """.split()
+)
+
+# Fields that would change the math, with the values that mean "off".
+_OFF: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0, None),
+    "hidden_dropout": (0, None),
+    "hidden_dropout_prob": (0, None),
+    "embd_pdrop": (0, None),
+    "resid_pdrop": (0, None),
+    "rope_interleaved": (False, None),
+}
+
+
+class Fields:
+    """The fields of one config.json, which a family takes one by one."""
+
+    def __init__(self, raw: Mapping[str, Any], file: object = None) -> None:
+        self.raw, self.file = raw, file
+        self.taken: set[str] = set()
+
+    def error(self, message: str) -> ConfigError:
+        return ConfigError(message, file=self.file)
+
+    def has(self, name: str) -> bool:
+        return self.raw.get(name) is not None
+
+    def take(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The field as it stands; `default` where it is absent or null."""
+        self.taken.add(name)
+        value = self.raw.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise self.error(f"the config has no {name!r}, which its model_type needs")
+        return default
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, low: int = 1) -> int:
+        """An integer of at least `low`."""
+        value = self.take(name, default)
+        if type(value) is not int or value < low:
+            raise self.error(f"{name} is {value!r}, expected an integer of at least {low}")
+        return value
+
+    def number(self, name: str, default: Any = _REQUIRED, *, above: float = 0.0) -> float:
+        """A finite number greater than `above`."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+            raise self.error(f"{name} is {value!r}, expected a number above {above:g}")
+        return float(value)
+
+    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+        """A boolean."""
+        value = self.take(name, default)
+        if type(value) is not bool:
+            raise self.error(f"{name} is {value!r}, expected true or false")
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, T], default: Any = _REQUIRED) -> T:
+        """The meaning of one of the texts in `choices`."""
+        value = self.take(name, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.error(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        return choices[value]
+
+    def texts(self, name: str, length: int, choices: tuple[str, ...]) -> list[str] | None:
+        """A list of `length` texts out of `choices`, or None where it is absent."""
+        value = self.take(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length:
+            raise self.error(f"{name} should be a list of {length} entries, one a layer")
+        if unknown := sorted({str(x) for x in value if x not in choices}):
+            raise self.error(f"{name} has {unknown}, known are {', '.join(choices)}")
+        return value
+
+    def finish(self) -> None:
+        """Raise for fields that nobody took and that might change the math."""
+        unknown = []
+        for name, value in self.raw.items():
+            if name in self.taken or name in HARMLESS or name.startswith("_"):
+                continue
+            if name in _OFF and value in _OFF[name]:
+                continue
+            unknown.append(f"{name}={value!r:.60}")
+        if unknown:
+            raise self.error(
+                f"no part of the model covers the config field(s) {', '.join(sorted(unknown))}; "
+                "loading without them could change what the model computes"
+            )

@@ -1,0 +1,73 @@
+"""A family's tensor names: a table of module paths, ours and Hugging Face's, that reads both ways."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+# Llama's layout, which most dense decoders share: our module path -> the checkpoint's.
+LLAMA = {
+    "embed": "model.embed_tokens",
+    "layers.*.attn_norm": "model.layers.*.input_layernorm",
+    "layers.*.attn.q": "model.layers.*.self_attn.q_proj",
+    "layers.*.attn.k": "model.layers.*.self_attn.k_proj",
+    "layers.*.attn.v": "model.layers.*.self_attn.v_proj",
+    "layers.*.attn.o": "model.layers.*.self_attn.o_proj",
+    "layers.*.mlp_norm": "model.layers.*.post_attention_layernorm",
+    "layers.*.mlp.gate": "model.layers.*.mlp.gate_proj",
+    "layers.*.mlp.up": "model.layers.*.mlp.up_proj",
+    "layers.*.mlp.down": "model.layers.*.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+QK_NORMS = {
+    "layers.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
+    "layers.*.attn.k_norm": "model.layers.*.self_attn.k_norm",
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Both directions of a table; `*` stands for a layer's number."""
+
+    table: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def _ours_to_hf(self) -> dict[str, str]:
+        return dict(self.table)
+
+    @cached_property
+    def _hf_to_ours(self) -> dict[str, str]:
+        return {theirs: ours for ours, theirs in self.table}
+
+    def module_to_hf(self, path: str) -> str:
+        """`layers.3.attn.q` -> `model.layers.3.self_attn.q_proj`; KeyError if there is none."""
+        return _translate(self._ours_to_hf, path)
+
+    def module_to_ours(self, name: str) -> str:
+        """The inverse of `module_to_hf`."""
+        return _translate(self._hf_to_ours, name)
+
+    def to_hf(self, path: str) -> str:
+        """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
+        module, _, leaf = path.rpartition(".")
+        return f"{self.module_to_hf(module)}.{leaf}"
+
+    def to_ours(self, name: str) -> str:
+        """The inverse of `to_hf`; raises KeyError for a name that the table does not have."""
+        module, _, leaf = name.rpartition(".")
+        return f"{self.module_to_ours(module)}.{leaf}"
+
+
+def names(*tables: dict[str, str]) -> Names:
+    """The table with all these rows."""
+    return Names(tuple(row for table in tables for row in table.items()))
+
+
+def _translate(table: dict[str, str], path: str) -> str:
+    found = re.search(r"\.(\d+)\.", path)
+    if found is None:
+        return table[path]
+    pattern = f"{path[: found.start()]}.*.{path[found.end() :]}"
+    if pattern not in table:
+        raise KeyError(path)
+    return table[pattern].replace("*", found.group(1))

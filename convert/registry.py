@@ -1,0 +1,56 @@
+"""The families purelm knows, by the `model_type` of their config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from ..nn.spec import ModelSpec
+from .config_fields import Fields
+from .families import llama, mistral, qwen2, qwen3
+from .names import Names
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type is read: its module (`spec`, `NAMES`) and its class in transformers."""
+
+    model_type: str
+    module: Any
+    hf_class: str
+
+    @property
+    def names(self) -> Names:
+        names: Names = self.module.NAMES
+        return names
+
+    def spec(self, config: Mapping[str, Any], file: object = None) -> ModelSpec:
+        """The `ModelSpec` of a config's fields; raises ConfigError for what it does not cover."""
+        fields = Fields(config, file)
+        spec: ModelSpec = self.module.spec(fields)
+        fields.finish()
+        return spec
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", llama, "LlamaForCausalLM"),
+        Family("mistral", mistral, "MistralForCausalLM"),
+        Family("qwen2", qwen2, "Qwen2ForCausalLM"),
+        Family("qwen3", qwen3, "Qwen3ForCausalLM"),
+    )
+}
+
+
+def family_of(config: Mapping[str, Any], file: object = None) -> Family:
+    """The family of a config's `model_type`."""
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ConfigError("the config has no model_type, so the architecture is unknown", file=file)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported; known are {', '.join(FAMILIES)}",
+            file=file,
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,101 @@
+"""Rotary embeddings out of HF's config fields, the old ones (`rope_theta`, `rope_scaling`) and the
+new one (`rope_parameters`)."""
+
+from typing import Any
+
+from ..nn.spec import RopeKind, RopeSpec
+from .config_fields import Fields
+
+_KINDS: dict[str, RopeKind] = {
+    "default": "default",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "llama3": "llama3",
+    "yarn": "yarn",
+}
+_ALLOWED = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+
+
+def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -> RopeSpec:
+    """The model's rotary embedding; `theta` is the family's default base."""
+    raw = _merged(fields)
+    kind_name = raw.pop("rope_type", raw.pop("type", "default"))
+    raw.pop("type", None)
+    if kind_name not in _KINDS:
+        raise fields.error(f"rope type {kind_name!r} is not known; known are {', '.join(_KINDS)}")
+    inner = Fields(raw, fields.file)
+    base = inner.number("rope_theta", theta)
+    dim = int(head_dim * inner.number("partial_rotary_factor", 1.0))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise fields.error(f"rotary width {dim} of head width {head_dim} is not usable")
+    if kind_name == "default":
+        # Values that scale nothing are found beside the default kind in published configs.
+        return RopeSpec(dim=dim, theta=base)
+    if unknown := sorted(raw.keys() - inner.taken - _ALLOWED[kind_name]):
+        raise fields.error(f"rope type {kind_name!r} has unknown fields {', '.join(unknown)}")
+    # "dynamic" compares with the context length itself, whatever else is written.
+    original = max_positions
+    if kind_name != "dynamic":
+        original = inner.integer("original_max_position_embeddings", max_positions)
+    if kind_name == "yarn" and not inner.has("factor"):
+        factor = max_positions / original
+    else:
+        factor = inner.number("factor")
+    more: dict[str, Any] = {}
+    if kind_name == "llama3":
+        more["low_freq_factor"] = inner.number("low_freq_factor")
+        more["high_freq_factor"] = inner.number("high_freq_factor")
+        if more["high_freq_factor"] <= more["low_freq_factor"]:
+            raise fields.error("rope high_freq_factor must be above low_freq_factor")
+    elif kind_name == "yarn":
+        more["beta_fast"] = inner.number("beta_fast", 32.0)
+        more["beta_slow"] = inner.number("beta_slow", 1.0)
+        more["truncate"] = inner.flag("truncate", True)
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if inner.has(name):
+                more[name] = inner.number(name)
+    return RopeSpec(
+        dim=dim,
+        theta=base,
+        kind=_KINDS[kind_name],
+        factor=factor,
+        original_positions=original,
+        **more,
+    )
+
+
+def _merged(fields: Fields) -> dict[str, Any]:
+    """One dict out of the old and the new fields; a contradiction between them is an error."""
+    new = fields.take("rope_parameters", {})
+    old = fields.take("rope_scaling", {})
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, dict):
+            raise fields.error(f"{name} is {value!r}, expected an object")
+    if new and old and {**new, **old} != {**old, **new}:
+        raise fields.error("rope_parameters and rope_scaling contradict each other")
+    merged = {**old, **new}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        value = fields.take(name, None)
+        if value is not None and merged.setdefault(name, value) != value:
+            raise fields.error(f"{name} stands twice with different values")
+    return merged

@@ -1,0 +1,83 @@
+"""The key-value cache of generation: a value that `extend` consumes and returns grown."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import InputError
+from .layout import Layout
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values of the tokens seen so far, preallocated.
+
+    keys, values: per layer [b, capacity, k, d]; segments [b, capacity] as in `Layout`, or None
+    where no row has padding; `length` tokens of every row are filled. Its buffers are written in
+    place when the cache is extended: use only the newest cache.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    segments: torch.Tensor | None
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[1]
+
+
+def empty(
+    spec: ModelSpec,
+    batch: int,
+    capacity: int,
+    *,
+    padded: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Cache:
+    """An empty cache for `batch` rows of up to `capacity` tokens; `padded` if rows hold padding."""
+
+    def buffers() -> tuple[torch.Tensor, ...]:
+        return tuple(
+            torch.zeros(
+                (batch, capacity, layer.attention.kv_heads, layer.attention.head_dim),
+                dtype=dtype,
+                device=device,
+            )
+            for layer in spec.layers
+        )
+
+    segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device) if padded else None
+    return Cache(buffers(), buffers(), segments, 0)
+
+
+def write(buffer: torch.Tensor, new: torch.Tensor, at: int) -> torch.Tensor:
+    """Store new [b, s, ...] at index `at` of buffer [b, capacity, ...]; the filled part."""
+    end = at + new.shape[1]
+    buffer[:, at:end] = new
+    return buffer[:, :end]
+
+
+def note(cache: Cache, layout: Layout) -> Cache:
+    """The cache after the tokens of `layout`: its length grown and their segments stored."""
+    added = layout.positions.shape[1]
+    if cache.length + added > cache.capacity:
+        raise InputError(
+            f"{cache.length} + {added} tokens exceed the cache's capacity of {cache.capacity}"
+        )
+    if cache.segments is not None:
+        new = torch.ones_like(layout.positions) if layout.segments is None else layout.segments
+        write(cache.segments, new, cache.length)
+    return Cache(cache.keys, cache.values, cache.segments, cache.length + added)
+
+
+def select(cache: Cache, rows: torch.Tensor) -> Cache:
+    """The cache of the given rows [n], copied."""
+    return Cache(
+        tuple(k[rows] for k in cache.keys),
+        tuple(v[rows] for v in cache.values),
+        None if cache.segments is None else cache.segments[rows],
+        cache.length,
+    )

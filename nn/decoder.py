@@ -1,0 +1,192 @@
+"""The decoder: one function for every family, described by its `ModelSpec`.
+
+Plain functions of (params, spec, tokens); see `spec` for the letters in the shapes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.gated import gated
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import rope_qk
+from ..quant.linear import linear as base_linear
+from . import cache as kv
+from . import rope, tree
+from .attention import Visible, attend, visible
+from .cache import Cache
+from .layout import Layout, dense
+from .linear import linear, project
+from .remat import remat
+from .spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec
+
+Buffers = tuple[torch.Tensor, torch.Tensor, int]
+
+
+def norm(x: torch.Tensor, p: dict[str, torch.Tensor], spec: NormSpec) -> torch.Tensor:
+    """RMSNorm over the last axis."""
+    return rms_norm(x, p["weight"], spec.eps, offset=spec.offset, cast_first=spec.cast_first)
+
+
+def attention(
+    x: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    spec: AttentionSpec,
+    table: rope.Table,
+    seen: Visible,
+    buffers: Buffers | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Normalised x [b, s, e] -> [b, s, e]; `buffers` are a layer's cache and its filled length."""
+    b, s, _ = x.shape
+    get = (adapters or {}).get
+    q, k, v = project(x, [p["q"], p["k"], p["v"]], [get("q"), get("k"), get("v")], seed)
+    q = q.view(b, s, spec.heads, spec.head_dim)
+    k = k.view(b, s, spec.kv_heads, spec.head_dim)
+    v = v.view(b, s, spec.kv_heads, spec.head_dim)
+    if spec.qk_norm is not None:
+        q, k = norm(q, p["q_norm"], spec.qk_norm), norm(k, p["k_norm"], spec.qk_norm)
+    q, k = rope_qk(q, k, *table)
+    if buffers is not None:
+        keys, values, at = buffers
+        k, v = kv.write(keys, k, at), kv.write(values, v, at)
+    out = attend(q, k, v, scale=spec.scale, seen=seen).reshape(b, s, -1)
+    return linear(out, p["o"], get("o"), _next(seed, 3))
+
+
+def mlp(
+    x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, spec: LayerSpec, seed: int | None = None
+) -> torch.Tensor:
+    """Normalised x [b, s, e] -> [b, s, e]."""
+    get = (adapters or {}).get
+    gate, up = project(x, [p["gate"], p["up"]], [get("gate"), get("up")], _next(seed, 4))
+    hidden = gated(gate, up, spec.mlp.activation)
+    return linear(hidden, p["down"], get("down"), _next(seed, 6))
+
+
+def layer(
+    x: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    table: rope.Table,
+    seen: Visible,
+    *,
+    spec: LayerSpec,
+    buffers: Buffers | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """One decoder layer: x [b, s, e] -> [b, s, e]."""
+    adapters = adapters or {}
+    inner = norm(x, p["attn_norm"], spec.norm)
+    x = x + attention(
+        inner, p["attn"], adapters.get("attn"), spec.attention, table, seen, buffers, seed
+    )
+    inner = norm(x, p["mlp_norm"], spec.norm)
+    return x + mlp(inner, p["mlp"], adapters.get("mlp"), spec, seed)
+
+
+def hidden(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    *,
+    layout: Layout | None = None,
+    adapters: tree.Tree = None,
+    recompute: bool = False,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """tokens [b, s] -> final normalised hidden states [b, s, e], ready for the head.
+
+    layout: positions and segments (default: full rows from position 0). recompute: keep only each
+    layer's input for backward and run the layer again there. seed: drives the adapters' dropout;
+    None leaves dropout out.
+    """
+    layout = layout or dense(*tokens.shape, device=tokens.device)
+    out, _ = _run(params, spec, tokens, layout, adapters, None, recompute, seed)
+    return out
+
+
+def extend(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    cache: Cache,
+    *,
+    layout: Layout | None = None,
+    adapters: tree.Tree = None,
+) -> tuple[torch.Tensor, Cache]:
+    """Run tokens [b, s] after those in `cache`: (hidden states [b, s, e], the grown cache).
+
+    The given cache's buffers are written in place; use only the returned one afterwards.
+    """
+    layout = layout or dense(*tokens.shape, start=cache.length, device=tokens.device)
+    out, grown = _run(params, spec, tokens, layout, adapters, cache, False, None)
+    assert grown is not None
+    return out, grown
+
+
+def _run(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    layout: Layout,
+    adapters: tree.Tree,
+    cache: Cache | None,
+    recompute: bool,
+    seed: int | None,
+) -> tuple[torch.Tensor, Cache | None]:
+    x = F.embedding(tokens, params["embed"]["weight"])
+    start, segments = 0, layout.segments
+    if cache is not None:
+        start = cache.length
+        cache = kv.note(cache, layout)
+        segments = None if cache.segments is None else cache.segments[:, : cache.length]
+    tables = {r: rope.table(r, layout.positions) for r in spec.ropes()}
+    windows = {layer_spec.attention.window for layer_spec in spec.layers}
+    seen = {w: visible(layout, segments, start, w) for w in windows}
+    for i, (layer_spec, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
+        static: dict[str, Any] = {"spec": layer_spec, "seed": _next(seed, 7 * i)}
+        if cache is not None:
+            static["buffers"] = (cache.keys[i], cache.values[i], start)
+        a = layer_spec.attention
+        args = (x, p, tree.get(adapters, "layers", i), tables[a.rope], seen[a.window])
+        x = _recomputed(static)(*args) if recompute else layer(*args, **static)
+    return norm(x, params["norm"], spec.norm), cache
+
+
+def _recomputed(static: dict[str, Any]) -> Any:
+    return remat(lambda *args: layer(*args, **static))
+
+
+def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:
+    """The leaf [v, e] that turns hidden states into logits."""
+    return params["head" if "head" in params else "embed"]["weight"]
+
+
+def logits(params: tree.Tree, spec: ModelSpec, x: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., e] -> logits [..., v]."""
+    return base_linear(x, head_weight(params, spec))
+
+
+def forward(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    *,
+    layout: Layout | None = None,
+    adapters: tree.Tree = None,
+    recompute: bool = False,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """tokens [b, s] -> logits [b, s, v]; the arguments are those of `hidden`."""
+    x = hidden(
+        params, spec, tokens, layout=layout, adapters=adapters, recompute=recompute, seed=seed
+    )
+    return logits(params, spec, x)
+
+
+def _next(seed: int | None, step: int) -> int | None:
+    """The seed of the `step`-th projection after the one that `seed` drives."""
+    return None if seed is None else seed + step

@@ -1,0 +1,166 @@
+"""Projections with adapters: y = x W^T + bias + scale (dropped x A^T) B^T.
+
+`project` runs several projections of one input as one differentiable step, so that their input
+gradients accumulate in place and the low-rank terms ride on the large products' outputs. A 4-bit
+weight is dequantized where it is used, in forward and again in backward, and never kept.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from ..quant.linear import linear as base_linear
+from ..quant.linear import weight_of
+from .lora import LoRA
+
+Projection = dict[str, Any]
+
+
+def linear(
+    x: torch.Tensor, p: Projection, adapter: LoRA | None = None, seed: int | None = None
+) -> torch.Tensor:
+    """x [..., in] -> [..., out] through {"weight", "bias"?} and an adapter; seed as in `project`."""
+    return project(x, [p], [adapter], seed)[0]
+
+
+def project(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    adapters: Sequence[LoRA | None],
+    seed: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """x [..., in] -> one [..., out_i] per projection.
+
+    `seed` drives the adapters' dropout (None: no dropout): the same seed drops the same features,
+    so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and adapters.
+    """
+    flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))
+    outputs = _Project.apply(structure, seed, x, *flat)
+    return tuple(outputs[: len(projections)])
+
+
+def project_reference(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    adapters: Sequence[LoRA | None],
+    seed: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """What `project` computes, in plain differentiable operations."""
+    return tuple(_reference(x, projections, adapters, seed)[: len(projections)])
+
+
+def _reference(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    adapters: Sequence[LoRA | None],
+    seed: int | None,
+) -> list[torch.Tensor]:
+    outputs, lows = [], []
+    for i, (p, adapter) in enumerate(zip(projections, adapters, strict=True)):
+        y = base_linear(x, p["weight"], p.get("bias"))
+        if adapter is not None:
+            low = _drop(x, adapter, seed, i) @ adapter.a.to(x.dtype).mT
+            y = y + low @ (adapter.b * adapter.scale).to(x.dtype).mT
+            lows.append(low)
+        outputs.append(y)
+    return outputs + lows
+
+
+def _drop(x: torch.Tensor, adapter: LoRA, seed: int | None, index: int) -> torch.Tensor:
+    if seed is None or adapter.dropout == 0.0:
+        return x
+    return x * _dropout_mask(x, adapter.dropout, seed + index)
+
+
+def _dropout_mask(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return kept.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+
+
+class _Project(torch.autograd.Function):
+    """The outputs, then the low-rank activations x A^T of the adapted ones (not differentiable)."""
+
+    @staticmethod
+    def forward(structure: Any, seed: int | None, x: torch.Tensor, *flat: Any) -> Any:
+        projections, adapters = _pytree.tree_unflatten(list(flat), structure)
+        outputs, lows = [], []
+        x2 = x.reshape(-1, x.shape[-1])
+        for i, (p, adapter) in enumerate(zip(projections, adapters, strict=True)):
+            y = base_linear(x2, p["weight"], p.get("bias"))
+            if adapter is not None:
+                low = _drop(x2, adapter, seed, i) @ adapter.a.to(x.dtype).mT
+                y.addmm_(low, (adapter.b * adapter.scale).to(x.dtype).mT)
+                lows.append(low)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        return tuple(outputs + lows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        structure, seed, x, *flat = inputs
+        _, adapters = _pytree.tree_unflatten(list(flat), structure)
+        lows = output[len(adapters) :]
+        ctx.structure, ctx.seed = structure, seed
+        is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
+        ctx.static = [None if t else leaf for t, leaf in zip(is_tensor, flat, strict=True)]
+        ctx.is_tensor, ctx.lows = is_tensor, len(lows)
+        ctx.mark_non_differentiable(*lows)
+        kept = [leaf for t, leaf in zip(is_tensor, flat, strict=True) if t]
+        ctx.save_for_backward(x, *lows, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, *saved = ctx.saved_tensors
+        lows, kept = iter(saved[: ctx.lows]), iter(saved[ctx.lows :])
+        flat = [
+            next(kept) if t else leaf for t, leaf in zip(ctx.is_tensor, ctx.static, strict=True)
+        ]
+        projections, adapters = _pytree.tree_unflatten(flat, ctx.structure)
+        # The same tree with each leaf's place among `flat`, to put its gradient there.
+        places = _pytree.tree_unflatten(list(range(len(flat))), ctx.structure)
+        needed = ctx.needs_input_grad[3:]
+        out: list[torch.Tensor | None] = [None] * len(flat)
+        x2 = x.reshape(-1, x.shape[-1])
+        dx: torch.Tensor | None = None
+        for i, (p, adapter, p_at, adapter_at, dy) in enumerate(
+            zip(projections, adapters, *places, grads[: len(projections)], strict=True)
+        ):
+            dy = dy.reshape(-1, dy.shape[-1])
+            if ctx.needs_input_grad[2]:
+                weight = weight_of(p["weight"], x.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                del weight
+            if isinstance(p["weight"], torch.Tensor) and needed[p_at["weight"]]:
+                out[p_at["weight"]] = (dy.mT @ x2).to(p["weight"].dtype)
+            if p.get("bias") is not None and needed[p_at["bias"]]:
+                out[p_at["bias"]] = dy.sum(0, dtype=torch.float32).to(p["bias"].dtype)
+            if adapter is None:
+                continue
+            low = next(lows)
+            dlow = dy @ (adapter.b * adapter.scale).to(x.dtype)
+            if needed[adapter_at.b]:
+                out[adapter_at.b] = (dy.mT @ low).to(adapter.b.dtype) * adapter.scale
+            if needed[adapter_at.a]:
+                dropped = _drop(x2, adapter, ctx.seed, i)
+                out[adapter_at.a] = (dlow.mT @ dropped).to(adapter.a.dtype)
+            if dx is not None:
+                a = adapter.a.to(x.dtype)
+                if ctx.seed is None or adapter.dropout == 0.0:
+                    dx.addmm_(dlow, a)
+                else:
+                    dx += (dlow @ a) * _dropout_mask(x2, adapter.dropout, ctx.seed + i)
+        return None, None, None if dx is None else dx.view(x.shape), *out
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, structure: Any, seed: int | None, x: Any, *flat: Any) -> Any:
+        # In-place sums into unbatched outputs cannot be batched; the plain operations can.
+        def reference(x: torch.Tensor, *flat: Any) -> tuple[torch.Tensor, ...]:
+            projections, adapters = _pytree.tree_unflatten(list(flat), structure)
+            outputs = _reference(x, projections, adapters, seed)
+            lows = [low.reshape(-1, low.shape[-1]) for low in outputs[len(projections) :]]
+            return tuple(outputs[: len(projections)] + lows)
+
+        outputs = torch.vmap(reference, in_dims=in_dims[2:])(x, *flat)
+        return outputs, (0,) * len(outputs)

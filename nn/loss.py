@@ -1,0 +1,61 @@
+"""Next-token loss over hidden states, without materialising the logits."""
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.cross_entropy import linear_cross_entropy
+from ..quant.linear import weight_of
+from . import tree
+from .decoder import head_weight, hidden
+from .layout import Layout
+from .spec import ModelSpec
+
+IGNORE = -100
+
+
+def shift(labels: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+    """labels [b, s] -> what each position predicts: the next label of its own segment, or IGNORE."""
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if layout is None or layout.segments is None:
+        return target
+    following = F.pad(layout.segments[:, 1:], (0, 1), value=0)
+    return torch.where(following == layout.segments, target, IGNORE)
+
+
+def next_token(
+    params: tree.Tree,
+    spec: ModelSpec,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    layout: Layout | None = None,
+    count: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """Cross entropy of hidden states x [b, s, e] against labels [b, s], in fp32.
+
+    Sum over the predicted tokens divided by `count` (default: their number), so that n batches
+    accumulated with the count of all of them equal one large batch. IGNORE labels do not count.
+    """
+    target = shift(labels, layout).reshape(-1)
+    weight = weight_of(head_weight(params, spec), x.dtype)
+    total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, target)
+    return total / ((target != IGNORE).sum() if count is None else count)
+
+
+def loss(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    layout: Layout | None = None,
+    adapters: tree.Tree = None,
+    count: torch.Tensor | float | None = None,
+    recompute: bool = False,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Mean next-token loss of tokens [b, s]; the arguments are those of `hidden` and `next_token`."""
+    x = hidden(
+        params, spec, tokens, layout=layout, adapters=adapters, recompute=recompute, seed=seed
+    )
+    return next_token(params, spec, x, labels, layout=layout, count=count)

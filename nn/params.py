@@ -1,0 +1,125 @@
+"""The tree of `ParamSpec`s that a `ModelSpec` implies, and what derives from it.
+
+One description drives initialising, checking, loading, memory planning and quantization.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..errors import CheckpointError
+from ..quant.nf4 import NF4
+from . import tree
+from .spec import LayerSpec, ModelSpec, NormSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter: shape, the letters of its axes, how it is drawn, whether it may be quantized."""
+
+    shape: tuple[int, ...]
+    axes: str
+    init: Literal["normal", "zeros", "ones"] = "normal"
+    quantize: bool = False
+
+
+def param_specs(spec: ModelSpec) -> tree.Tree:
+    """The tree of `ParamSpec`s with the structure of `params`."""
+    out: dict[str, Any] = {
+        "embed": {"weight": ParamSpec((spec.vocab, spec.dim), "ve")},
+        "layers": [_layer(layer, spec.dim) for layer in spec.layers],
+        "norm": _norm(spec.norm, spec.dim, "e"),
+    }
+    if not spec.tied:
+        out["head"] = {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
+    return out
+
+
+def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
+    a, f = layer.attention, layer.mlp.dim
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    attn = {
+        "q": _linear(q, e, "qe", a.qkv_bias),
+        "k": _linear(kv, e, "ke", a.qkv_bias),
+        "v": _linear(kv, e, "ke", a.qkv_bias),
+        "o": _linear(e, q, "eq", a.out_bias),
+    }
+    if a.qk_norm is not None:
+        attn["q_norm"] = _norm(a.qk_norm, a.head_dim, "d")
+        attn["k_norm"] = _norm(a.qk_norm, a.head_dim, "d")
+    return {
+        "attn_norm": _norm(layer.norm, e, "e"),
+        "attn": attn,
+        "mlp_norm": _norm(layer.norm, e, "e"),
+        "mlp": {
+            "gate": _linear(f, e, "fe", layer.mlp.bias),
+            "up": _linear(f, e, "fe", layer.mlp.bias),
+            "down": _linear(e, f, "ef", layer.mlp.bias),
+        },
+    }
+
+
+def _linear(out: int, inp: int, axes: str, bias: bool) -> dict[str, ParamSpec]:
+    made = {"weight": ParamSpec((out, inp), axes, quantize=True)}
+    if bias:
+        made["bias"] = ParamSpec((out,), axes[0], init="zeros")
+    return made
+
+
+def _norm(norm: NormSpec, dim: int, axis: str) -> dict[str, ParamSpec]:
+    # With an offset of 1 the stored weight is the difference from 1.
+    return {"weight": ParamSpec((dim,), axis, init="zeros" if norm.offset else "ones")}
+
+
+def init(
+    spec: ModelSpec,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tree.Tree:
+    """Random parameters: normal(0, spec.init_std) matrices, unit norms, zero biases.
+
+    Drawn on the generator's device in fp32, so a CPU generator gives the same values everywhere.
+    """
+
+    def draw(p: ParamSpec) -> torch.Tensor:
+        if p.init == "normal":
+            drawn = torch.empty(p.shape, device=generator.device)
+            drawn.normal_(0.0, spec.init_std, generator=generator)
+        else:
+            drawn = torch.full(p.shape, float(p.init == "ones"), device=generator.device)
+        return drawn.to(device=device, dtype=dtype)
+
+    return tree.map(draw, param_specs(spec))
+
+
+def check(params: tree.Tree, spec: ModelSpec) -> None:
+    """Raise `CheckpointError` naming the first tensors that are missing, extra or misshapen."""
+    want = dict(tree.items(param_specs(spec)))
+    have = dict(tree.items(params))
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"params do not fit the spec: missing {_some(missing)}, not wanted {_some(extra)}"
+        )
+    for path, p in want.items():
+        shape = tuple(have[path].shape)
+        if shape != p.shape:
+            raise CheckpointError(f"found shape {shape}, expected {p.shape} ({p.axes})", tensor=path)
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + more) if names else "none"
+
+
+def count(spec: ModelSpec) -> int:
+    """Number of parameters."""
+    return sum(torch.Size(p.shape).numel() for p in tree.leaves(param_specs(spec)))
+
+
+def is_quantized(params: tree.Tree) -> bool:
+    """Whether any leaf is stored in 4 bits."""
+    return any(isinstance(leaf, NF4) for leaf in tree.leaves(params))

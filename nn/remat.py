@@ -1,0 +1,74 @@
+"""Rematerialisation: run a function without keeping its intermediates, and again for its backward.
+
+What `jax.checkpoint` is to JAX. Unlike `torch.utils.checkpoint` it composes with `torch.func`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+
+def remat(f: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`f` with its intermediates recomputed in backward.
+
+    `f` maps trees of tensors to one tensor, is pure (random numbers from seeds only), and must be
+    given every tensor that needs a gradient as an argument.
+    """
+
+    def run(*args: Any) -> torch.Tensor:
+        flat, structure = _pytree.tree_flatten(args)
+        out: torch.Tensor = _Remat.apply(f, structure, *flat)
+        return out
+
+    return run
+
+
+class _Remat(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(f: Callable[..., torch.Tensor], structure: Any, *flat: Any) -> torch.Tensor:
+        return f(*_pytree.tree_unflatten(list(flat), structure))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.f, ctx.structure, *flat = inputs
+        ctx.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
+        ctx.static = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
+        ctx.save_for_backward(*(leaf for leaf in flat if isinstance(leaf, torch.Tensor)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        kept = iter(ctx.saved_tensors)
+        flat = [
+            next(kept) if t else leaf for t, leaf in zip(ctx.is_tensor, ctx.static, strict=True)
+        ]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+
+        def chosen(*xs: torch.Tensor) -> torch.Tensor:
+            full = list(flat)
+            for i, x in zip(wanted, xs, strict=True):
+                full[i] = x
+            out: torch.Tensor = ctx.f(*_pytree.tree_unflatten(full, ctx.structure))
+            return out
+
+        out: list[torch.Tensor | None] = [None] * len(flat)
+        grads = _vjp(chosen, tuple(flat[i] for i in wanted), grad)
+        for i, g in zip(wanted, grads, strict=True):
+            out[i] = g
+        return None, None, *out
+
+
+def _vjp(
+    f: Callable[..., torch.Tensor], xs: tuple[torch.Tensor, ...], grad: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    # torch.func.vjp is right everywhere; outside of transforms autograd does the same for less.
+    if torch._C._are_functorch_transforms_active():
+        _, pull = torch.func.vjp(f, *xs)
+        pulled: tuple[torch.Tensor, ...] = pull(grad)
+        return pulled
+    with torch.enable_grad():
+        fresh = tuple(x.detach().requires_grad_() for x in xs)
+        return torch.autograd.grad(f(*fresh), fresh, grad)

@@ -1,0 +1,89 @@
+"""Rotary tables: inverse frequencies of every scaling kind, and cos/sin at given positions.
+
+Each kind equals its function in transformers' `modeling_rope_utils`, in the same order of fp32
+operations.
+"""
+
+import math
+
+import torch
+
+from .spec import RopeSpec
+
+Table = tuple[torch.Tensor, torch.Tensor]
+
+
+def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
+    """cos and sin [b, s, dim] in fp32 for positions [b, s]; the halves of the last axis are equal."""
+    inv_freq = inverse_frequencies(rope, positions)
+    angles = positions[..., None].float() * inv_freq
+    angles = torch.cat([angles, angles], dim=-1)
+    factor = attention_factor(rope)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def attention_factor(rope: RopeSpec) -> float:
+    """What cos and sin are multiplied with (YaRN, arXiv 2309.00071, eq. 22)."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def inverse_frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor:
+    """[dim / 2] in fp32, on the device of `positions`, whose values only "dynamic" reads."""
+    exponents = torch.arange(0, rope.dim, 2, device=positions.device).float() / rope.dim
+    if rope.kind == "dynamic":
+        return 1.0 / (_dynamic_base(rope, positions) ** exponents)
+    powers = rope.theta**exponents
+    plain = 1.0 / powers
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(rope, plain)
+    if rope.kind == "yarn":
+        return _yarn(rope, powers)
+    return plain
+
+
+def _dynamic_base(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor:
+    """NTK-aware base, grown with the longest position once it passes the original length."""
+    length = (positions.max() + 1).clamp(min=rope.original_positions).float()
+    growth = rope.factor * length / rope.original_positions - (rope.factor - 1)
+    return rope.theta * growth ** (rope.dim / (rope.dim - 2))
+
+
+def _llama3(rope: RopeSpec, plain: torch.Tensor) -> torch.Tensor:
+    low = rope.original_positions / rope.low_freq_factor
+    high = rope.original_positions / rope.high_freq_factor
+    wavelength = 2 * math.pi / plain
+    scaled = torch.where(wavelength > low, plain / rope.factor, plain)
+    smooth = (rope.original_positions / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * scaled / rope.factor + smooth * scaled
+    between = ~(wavelength < high) & ~(wavelength > low)
+    return torch.where(between, blended, scaled)
+
+
+def _yarn(rope: RopeSpec, powers: torch.Tensor) -> torch.Tensor:
+    def turning_dim(rotations: float) -> float:
+        ratio = rope.original_positions / (rotations * 2 * math.pi)
+        return rope.dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    low, high = turning_dim(rope.beta_fast), turning_dim(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001
+    steps = torch.arange(rope.dim // 2, dtype=torch.float32, device=powers.device)
+    keep = 1 - ((steps - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
