@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import KernelError
 
 if TYPE_CHECKING:
-    import triton.language as language
+    from triton import language as language
 else:
     # Stands for triton.language in a kernel's globals until the first launch puts the module in
     # its place.
@@ -184,6 +184,33 @@ def operator(
         return op
 
     return wrap
+
+
+def once(op: Callable[..., Any], *args: Any) -> Any:
+    """Call an op inside a backward; a derivative of what it returns raises KernelError.
+
+    torch.func.grad runs a backward with gradients on, where an op without a formula would be
+    refused.
+    """
+    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)  # type: ignore[no-untyped-call]
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Callable[..., Any], *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = str(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise KernelError(
+            f"{ctx.name}: a launch has first derivatives only; for second ones use the reference"
+        )
 
 
 def power_of_two(n: int) -> int:
