@@ -245,7 +245,7 @@ class CausalLM(nn.Module):
         if longest > self.spec.max_positions:
             raise InputError(
                 f"a row of {longest} tokens is longer than the model's context of "
-                f"{self.spec.max_positions}; shorten it, or load with a rope_scaling that extends it"
+                f"{self.spec.max_positions}; shorten it or load with a longer rope_scaling"
             )
         return layout
 
@@ -286,7 +286,7 @@ class CausalLM(nn.Module):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         if only_trainable:
             return trained
-        base = sum(leaf.numel() for leaf in tree.leaves(self._params))
+        base: int = sum(leaf.numel() for leaf in tree.leaves(self._params))
         return base + (0 if self.train_all else trained)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

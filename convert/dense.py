@@ -40,7 +40,9 @@ def dense_spec(
     depth = fields.integer("num_hidden_layers")
     kv = fields.integer("num_key_value_heads", kv_heads or heads)
     if heads % kv:
-        raise fields.error(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+        raise fields.error(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}"
+        )
     width = fields.integer("head_dim", head_dim or dim // heads)
     if not fields.has("head_dim") and head_dim is None and dim % heads:
         raise fields.error(f"hidden_size {dim} is no multiple of num_attention_heads {heads}")

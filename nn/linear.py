@@ -80,6 +80,13 @@ def _dropout_mask(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return kept.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 
 
+def _plus(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b, in the memory of `total` where nothing transforms it."""
+    if torch._C._are_functorch_transforms_active():  # vmap has no rule for the in-place form
+        return total + a @ b
+    return total.addmm_(a, b)
+
+
 class _Project(torch.autograd.Function):
     """The outputs, then the low-rank activations x A^T of the adapted ones (not differentiable)."""
 
@@ -130,7 +137,7 @@ class _Project(torch.autograd.Function):
             dy = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[2]:
                 weight = weight_of(p["weight"], x.dtype)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                dx = dy @ weight if dx is None else _plus(dx, dy, weight)
                 del weight
             if isinstance(p["weight"], torch.Tensor) and needed[p_at["weight"]]:
                 out[p_at["weight"]] = (dy.mT @ x2).to(p["weight"].dtype)
@@ -148,9 +155,9 @@ class _Project(torch.autograd.Function):
             if dx is not None:
                 a = adapter.a.to(x.dtype)
                 if ctx.seed is None or adapter.dropout == 0.0:
-                    dx.addmm_(dlow, a)
+                    dx = _plus(dx, dlow, a)
                 else:
-                    dx += (dlow @ a) * _dropout_mask(x2, adapter.dropout, ctx.seed + i)
+                    dx = dx + (dlow @ a) * _dropout_mask(x2, adapter.dropout, ctx.seed + i)
         return None, None, None if dx is None else dx.view(x.shape), *out
 
     @staticmethod

@@ -107,7 +107,9 @@ def check(params: tree.Tree, spec: ModelSpec) -> None:
     for path, p in want.items():
         shape = tuple(have[path].shape)
         if shape != p.shape:
-            raise CheckpointError(f"found shape {shape}, expected {p.shape} ({p.axes})", tensor=path)
+            raise CheckpointError(
+                f"found shape {shape}, expected {p.shape} ({p.axes})", tensor=path
+            )
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -11,6 +11,4 @@ NAMES = names(LLAMA)
 def spec(fields: Fields) -> ModelSpec:
     """Matches transformers' `LlamaForCausalLM`."""
     bias = fields.flag("attention_bias", False)
-    return dense_spec(
-        fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False)
-    )
+    return dense_spec(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))

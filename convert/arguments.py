@@ -1,0 +1,126 @@
+"""What `from_pretrained`'s arguments mean together: precision, device, what is not there yet."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from .load import default_device
+
+
+class Default(int):
+    """A default that equals and prints as True, yet is not somebody's explicit True."""
+
+    def __repr__(self) -> str:
+        return "True"
+
+    __str__ = __repr__
+
+
+DEFAULT_4BIT: Any = Default(1)
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+}
+
+
+def choose_quantize(
+    *,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    load_in_16bit: bool,
+    load_in_fp8: bool | str,
+    full_finetuning: bool,
+) -> str | None:
+    """ "nf4" or None (16 bits); raises ArgumentError for two precisions asked for by name."""
+    asked = {
+        "load_in_4bit": bool(load_in_4bit) and not isinstance(load_in_4bit, Default),
+        "load_in_8bit": load_in_8bit,
+        "load_in_16bit": load_in_16bit,
+        "load_in_fp8": load_in_fp8,
+    }
+    named = [name for name, value in asked.items() if value]
+    if len(named) > 1:
+        raise ArgumentError(f"{' and '.join(named)} are both asked for; ask for one precision")
+    not_yet(load_in_8bit=(load_in_8bit, False), load_in_fp8=(load_in_fp8, False))
+    if full_finetuning and named == ["load_in_4bit"]:
+        raise ArgumentError(
+            "full_finetuning trains every weight and 4-bit weights are frozen; "
+            "leave load_in_4bit out"
+        )
+    if named == ["load_in_16bit"] or full_finetuning or not load_in_4bit:
+        return None
+    return "nf4"
+
+
+def not_yet(**given: tuple[Any, Any]) -> None:
+    """Raise NotImplementedError for the first name=(value, default) whose value is another."""
+    for name, (value, default) in given.items():
+        if value is not default and value != default:
+            raise NotImplementedError(
+                f"{name}={value!r} is not implemented yet; the default is {default!r}"
+            )
+
+
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as asked, else bfloat16 where the device has it, else float16."""
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        if name not in _DTYPES:
+            raise ArgumentError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+    if dtype is None:
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        return torch.bfloat16
+    if dtype not in _DTYPES.values():
+        raise ArgumentError(f"dtype is {dtype}, expected bfloat16, float16 or float32")
+    return dtype
+
+
+def choose_device(device_map: Any) -> torch.device:
+    """The one device that `device_map` names; under torchrun, this rank's."""
+    if isinstance(device_map, Mapping):
+        places = {str(place): place for place in device_map.values()}
+        if len(places) != 1:
+            raise NotImplementedError(f"device_map={dict(device_map)!r}: several devices")
+        device_map = next(iter(places.values()))
+    if device_map is None or device_map in ("sequential", "auto"):
+        if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return default_device()
+    if device_map in ("balanced", "balanced_low_0", "unsloth", "unsloth_balanced"):
+        raise NotImplementedError(f"device_map={device_map!r}: several devices")
+    try:
+        device = torch.device("cuda", device_map) if type(device_map) is int else None
+        device = device or torch.device(device_map)
+    except (RuntimeError, TypeError) as problem:
+        raise ArgumentError(f"device_map is {device_map!r}, which names no device") from problem
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ArgumentError(f"device_map is {device_map!r}, but there is no CUDA device here")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def choose_recompute(use_gradient_checkpointing: bool | str | None) -> bool:
+    """Whether layers are run again in backward."""
+    if use_gradient_checkpointing in (True, False):
+        return bool(use_gradient_checkpointing)
+    if use_gradient_checkpointing == "unsloth":
+        return True
+    if use_gradient_checkpointing == "auto":
+        not_yet(use_gradient_checkpointing=("auto", "unsloth"))
+    raise ArgumentError(
+        f"use_gradient_checkpointing is {use_gradient_checkpointing!r}, "
+        "expected True, False, 'unsloth' or 'auto'"
+    )

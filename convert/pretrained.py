@@ -1,0 +1,342 @@
+"""`FastLanguageModel`: the published entry points over the functional core."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, ConfigError
+from ..nn import tree
+from ..nn.spec import ModelSpec
+from ..quant.nf4 import NF4
+from . import adapter_file, peft_config
+from .arguments import (
+    DEFAULT_4BIT,
+    choose_device,
+    choose_dtype,
+    choose_quantize,
+    choose_recompute,
+    not_yet,
+)
+from .bridge import CausalLM, Origin
+from .config import Config
+from .hub import Source, resolve
+from .load import Loaded, load_folder
+from .tokenizer import Tokenizer
+from .tokenizer_repair import repair
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FastLanguageModel:
+    """Loading and adapting, under the names that Unsloth published."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "unsloth/Llama-3.2-1B-Instruct",
+        max_seq_length: int | None = 2048,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = DEFAULT_4BIT,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | bool | None = None,
+        device_map: Any = "sequential",
+        rope_scaling: dict[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        resize_model_vocab: int | None = None,
+        revision: str | None = None,
+        use_exact_model_name: bool = False,
+        offload_embedding: bool = False,
+        float32_mixed_precision: bool | None = None,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float = 0.5,
+        float8_kv_cache: bool = False,
+        random_state: int = 3407,
+        max_lora_rank: int = 64,
+        disable_log_stats: bool = True,
+        qat_scheme: str | None = None,
+        load_in_fp8: bool | str = False,
+        unsloth_tiled_mlp: bool = False,
+        *,
+        text_only: bool = False,
+        prefer_prequantized: bool = False,
+        quant_skip: tuple[str, ...] | list[str] = (),
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        subfolder: str | None = None,
+        compute: str | None = None,
+        memory_budget: int | None = None,
+    ) -> tuple[CausalLM, Tokenizer]:
+        """(model, tokenizer) of a local folder, a hub repository, or an adapter of either.
+
+        model_name is loaded exactly as given, with or without `use_exact_model_name`. The
+        projections of the layers are stored in 4-bit NF4 unless another precision (or
+        `load_in_4bit=False`, which means 16 bits) is asked for. dtype: what is computed in
+        (default bfloat16 where the device has it). max_seq_length: the length you mean to train
+        at; nothing is ever cut, and rows longer than the model's own context need a
+        `rope_scaling`. quant_skip: texts; a projection whose checkpoint name contains one keeps
+        16 bits. A parameter that is not implemented yet raises NotImplementedError for any value
+        but its default.
+
+        Raises SourceError, ConfigError, CheckpointError, TokenizerError, AdapterError for files,
+        ArgumentError for arguments that contradict each other.
+        """
+        if trust_remote_code:
+            raise ArgumentError(
+                "trust_remote_code=True: purelm never runs code from a repository; "
+                "supported architectures need none"
+            )
+        quantize = choose_quantize(
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            load_in_16bit=load_in_16bit,
+            load_in_fp8=load_in_fp8,
+            full_finetuning=full_finetuning,
+        )
+        not_yet(
+            offload_embedding=(offload_embedding, False),
+            float32_mixed_precision=(float32_mixed_precision, None),
+            fast_inference=(fast_inference, False),
+            gpu_memory_utilization=(gpu_memory_utilization, 0.5),
+            float8_kv_cache=(float8_kv_cache, False),
+            max_lora_rank=(max_lora_rank, 64),
+            disable_log_stats=(disable_log_stats, True),
+            qat_scheme=(qat_scheme, None),
+            unsloth_tiled_mlp=(unsloth_tiled_mlp, False),
+            text_only=(text_only, False),
+            prefer_prequantized=(prefer_prequantized, False),
+            compute=(compute, None),
+            memory_budget=(memory_budget, None),
+        )
+        _check_length(max_seq_length)
+        recompute = choose_recompute(use_gradient_checkpointing)
+        device = choose_device(device_map)
+        hub: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        source = resolve(str(model_name), revision=revision, subfolder=subfolder, **hub)
+        adapter = adapter_file.read_config(source.folder)
+        base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
+        loaded = load_folder(
+            base.folder,
+            quantize="nf4" if quantize == "nf4" else None,
+            dtype=choose_dtype(dtype, device),
+            device=device,
+            quant_skip=tuple(quant_skip),
+            overrides=_rope_overrides(base.folder, rope_scaling),
+            progress=True,
+        )
+        notes = []
+        if use_gradient_checkpointing == "unsloth":
+            notes.append(
+                "use_gradient_checkpointing='unsloth' keeps layer inputs on the device and runs "
+                "layers again in backward; it does not offload them to the host yet"
+            )
+        if loaded.left_out:
+            notes.append(f"not loaded: {', '.join(loaded.left_out[:4])}")
+        has_tokenizer = (source.folder / "tokenizer.json").exists()
+        tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
+        spec, params = loaded.spec, loaded.params
+        if rope_scaling is not None:
+            spec = _extended(spec)
+        if resize_model_vocab is not None:
+            spec, params = _resized(spec, params, loaded.config, resize_model_vocab)
+        if max_seq_length is not None and max_seq_length > spec.max_positions:
+            notes.append(
+                f"max_seq_length {max_seq_length} is more than the model's context of "
+                f"{spec.max_positions}: longer rows will raise unless a rope_scaling extends it"
+            )
+        model = CausalLM(
+            spec,
+            params,
+            config=loaded.config,
+            generation_config=_generation_config(base.folder, loaded.config),
+            origin=_origin(base, loaded, quantize, notes),
+            dtype=choose_dtype(dtype, device),
+            max_seq_length=max_seq_length or spec.max_positions,
+            train_all=full_finetuning,
+            recompute=recompute,
+            seed=random_state,
+        )
+        if fix_tokenizer:
+            tokenizer = _repaired(tokenizer, model)
+        tokenizer.padding_side = "left"
+        tokenizer.model_max_length = max(max_seq_length or 0, spec.max_positions)
+        model.tokenizer = tokenizer
+        if adapter is not None:
+            adapters, trained, config = adapter_file.read_adapter(
+                source.folder, spec, loaded.family.names
+            )
+            model.set_adapters(_placed(adapters, device), _placed(trained, device))
+            model.peft_config = {"default": config}
+        model.eval()
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: CausalLM,
+        r: int = 16,
+        target_modules: list[str] | tuple[str, ...] | str = TARGET_MODULES,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: str | list[str] | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int | None = 2048,
+        use_rslora: bool = False,
+        modules_to_save: list[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: dict[str, Any] | None = None,
+        qat_scheme: str | None = None,
+        target_parameters: list[str] | None = None,
+        ensure_weight_tying: bool | None = None,
+        finetune_last_n_layers: int | None = None,
+        use_dora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+    ) -> CausalLM:
+        """The same model, now wearing fresh trainable adapters, in training mode.
+
+        The arguments are peft's `LoraConfig`'s; see `peft_config`. The same random_state gives the
+        same adapters on every device, and no global generator is touched. max_seq_length changes
+        nothing. Raises ArgumentError.
+        """
+        if model.train_all:
+            warnings.warn(
+                "the model was loaded with full_finetuning=True and trains every weight; "
+                "get_peft_model changes nothing",
+                stacklevel=2,
+            )
+            return model
+        return peft_config.apply(
+            model,
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            recompute=choose_recompute(use_gradient_checkpointing),
+            random_state=random_state,
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config,
+            qat_scheme=qat_scheme,
+            target_parameters=target_parameters,
+            ensure_weight_tying=ensure_weight_tying,
+            finetune_last_n_layers=finetune_last_n_layers,
+            use_dora=use_dora,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+        )
+
+    @staticmethod
+    def for_inference(model: CausalLM) -> CausalLM:
+        """Evaluation mode; returns the model."""
+        return model.for_inference()
+
+    @staticmethod
+    def for_training(model: CausalLM, use_gradient_checkpointing: bool | str = True) -> CausalLM:
+        """Training mode; returns the model."""
+        return model.for_training(use_gradient_checkpointing)
+
+
+def _check_length(max_seq_length: int | None) -> None:
+    if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 1):
+        raise ArgumentError(f"max_seq_length is {max_seq_length!r}, expected a positive integer")
+
+
+def _base(
+    adapter: dict[str, Any], source: Source, full_finetuning: bool, hub: dict[str, Any]
+) -> Source:
+    """The source of the model that an adapter folder was trained on."""
+    if full_finetuning:
+        raise ArgumentError("full_finetuning needs a whole model, found an adapter")
+    name = adapter.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            "the adapter does not say which model it belongs to (base_model_name_or_path)",
+            file=source.folder / "adapter_config.json",
+        )
+    return resolve(name, revision=adapter.get("revision"), subfolder=None, **hub)
+
+
+def _origin(base: Source, loaded: Loaded, quantize: str | None, notes: list[str]) -> Origin:
+    return Origin(
+        name=base.name,
+        revision=base.revision,
+        folder=base.folder,
+        family=loaded.family,
+        checkpoint=loaded.checkpoint,
+        quantize=quantize,
+        notes=tuple(notes),
+    )
+
+
+def _rope_overrides(folder: Path, rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Config fields that put `rope_scaling` in place of what the checkpoint has."""
+    if rope_scaling is None:
+        return {}
+    if not isinstance(rope_scaling, dict):
+        raise ArgumentError(f"rope_scaling is {rope_scaling!r}, expected a dict")
+    config = Config.from_folder(folder)
+    given = dict(rope_scaling)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        kept = (config.get("rope_parameters") or {}).get(name, config.get(name))
+        if kept is not None:
+            given.setdefault(name, kept)
+    return {"rope_parameters": given, "rope_scaling": None, "rope_theta": None}
+
+
+def _extended(spec: ModelSpec) -> ModelSpec:
+    """With the context that an explicitly asked rope scaling gives it."""
+    rope = spec.layers[0].attention.rope
+    reach = int((rope.original_positions or spec.max_positions) * rope.factor)
+    return replace(spec, max_positions=max(spec.max_positions, reach))
+
+
+def _resized(
+    spec: ModelSpec, params: tree.Tree, config: Config, rows: int
+) -> tuple[ModelSpec, tree.Tree]:
+    """With `rows` rows in the embedding and the head; new ones are the mean of the old."""
+    if type(rows) is not int or rows < spec.vocab:
+        raise ArgumentError(
+            f"resize_model_vocab is {rows!r}, expected an integer of at least {spec.vocab}, the "
+            "rows there are: none is thrown away"
+        )
+
+    def grow(path: str, leaf: Any) -> Any:
+        if path not in ("embed.weight", "head.weight") or isinstance(leaf, NF4):
+            return leaf
+        mean = leaf.float().mean(0, keepdim=True).to(leaf.dtype)
+        return torch.cat([leaf, mean.expand(rows - spec.vocab, -1)])
+
+    config.vocab_size = rows
+    return replace(spec, vocab=rows), tree.map_with_path(grow, params)
+
+
+def _generation_config(folder: Path, config: Config) -> Config:
+    if (folder / "generation_config.json").exists():
+        return Config.from_folder(folder, "generation_config.json")
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return Config({name: config.get(name) for name in kept if config.get(name) is not None})
+
+
+def _repaired(tokenizer: Tokenizer, model: CausalLM) -> Tokenizer:
+    repair(tokenizer, vocab_rows=model.spec.vocab)
+    return tokenizer
+
+
+def _placed(leaves: tree.Tree, device: torch.device) -> tree.Tree:
+    return tree.map_tensors(lambda t: t.to(device), leaves)

@@ -1,0 +1,53 @@
+"""What was loaded and which path each projection takes, in words."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..nn import tree
+from ..quant.nf4 import NF4
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+
+def describe(model: "CausalLM") -> str:
+    """The load report: what came from where, in which precision, with every deviation noted."""
+    origin, spec = model.origin, model.spec
+    leaves = tree.leaves(model.params)
+    quantized = [leaf for leaf in leaves if isinstance(leaf, NF4)]
+    revision = f" at {origin.revision}" if origin.revision else ""
+    lines = [
+        f"{origin.name}{revision}: {origin.family.model_type}, {len(spec.layers)} layers, "
+        f"{sum(leaf.numel() for leaf in leaves) / 1e6:,.1f} M parameters on {model.device}",
+        f"{len(quantized)} of {len(leaves)} weights in NF4 (blocks of 64, double-quantized), "
+        f"{tree.nbytes(model.params) / 2**20:,.1f} MiB; computing in {model.dtype}",
+    ]
+    return "\n".join([*lines, *origin.notes])
+
+
+def explain(model: "CausalLM") -> str:
+    """One line per projection: its format, its adapter, and how its product is computed."""
+    kernel = "Triton" if model.device.type == "cuda" else "torch"
+    lines = []
+    for path, leaf in tree.items(model.params):
+        module, _, name = path.rpartition(".")
+        if name != "weight" or getattr(leaf, "ndim", 0) != 2:
+            continue
+        adapter = tree.get(model.adapters, *_keys(module))
+        if isinstance(leaf, NF4):
+            how = f"NF4, dequantized per use ({kernel}) for a dense product"
+        else:
+            how = f"{str(leaf.dtype).removeprefix('torch.')}, dense product"
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            how += ", trained"
+        if adapter is not None:
+            how += f"; LoRA r={adapter.rank} scale={adapter.scale:g} added into the product"
+            how += f", dropout {adapter.dropout:g}" if adapter.dropout else ""
+        lines.append(f"{module}: {how}")
+    mode = "layer inputs kept, layers run again" if model.recompute else "all intermediates kept"
+    return "\n".join([*lines, f"backward: {mode}"])
+
+
+def _keys(path: str) -> list[str | int]:
+    return [int(key) if key.isdigit() else key for key in path.split(".")]
