@@ -1,4 +1,4 @@
-"""Reading a config.json strictly: each field is taken by a family, known as harmless, or an error."""
+"""A config.json read strictly: each field is taken by a family, known as harmless, or an error."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""A family's tensor names: a table of module paths, ours and Hugging Face's, that reads both ways."""
+"""A family's tensor names: module paths, ours and Hugging Face's, in a table that reads both ways."""
 
 import re
 from dataclasses import dataclass

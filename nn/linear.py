@@ -21,7 +21,7 @@ Projection = dict[str, Any]
 def linear(
     x: torch.Tensor, p: Projection, adapter: LoRA | None = None, seed: int | None = None
 ) -> torch.Tensor:
-    """x [..., in] -> [..., out] through {"weight", "bias"?} and an adapter; seed as in `project`."""
+    """x [..., in] -> [..., out] through {"weight", "bias"?} and an adapter; see `project`."""
     return project(x, [p], [adapter], seed)[0]
 
 

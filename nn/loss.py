@@ -14,7 +14,7 @@ IGNORE = -100
 
 
 def shift(labels: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
-    """labels [b, s] -> what each position predicts: the next label of its own segment, or IGNORE."""
+    """labels [b, s] -> what each position predicts: its segment's next label, or IGNORE."""
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if layout is None or layout.segments is None:
         return target
@@ -54,7 +54,7 @@ def loss(
     recompute: bool = False,
     seed: int | None = None,
 ) -> torch.Tensor:
-    """Mean next-token loss of tokens [b, s]; the arguments are those of `hidden` and `next_token`."""
+    """Mean next-token loss of tokens [b, s]; see `hidden` and `next_token`."""
     x = hidden(
         params, spec, tokens, layout=layout, adapters=adapters, recompute=recompute, seed=seed
     )

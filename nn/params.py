@@ -16,7 +16,7 @@ from .spec import LayerSpec, ModelSpec, NormSpec
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One parameter: shape, the letters of its axes, how it is drawn, whether it may be quantized."""
+    """One parameter: shape, the letters of its axes, how to draw it, may it be quantized."""
 
     shape: tuple[int, ...]
     axes: str

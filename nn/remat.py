@@ -66,7 +66,7 @@ def _vjp(
 ) -> tuple[torch.Tensor, ...]:
     # torch.func.vjp is right everywhere; outside of transforms autograd does the same for less.
     if torch._C._are_functorch_transforms_active():
-        _, pull = torch.func.vjp(f, *xs)
+        _, pull, *_ = torch.func.vjp(f, *xs)
         pulled: tuple[torch.Tensor, ...] = pull(grad)
         return pulled
     with torch.enable_grad():

@@ -14,7 +14,7 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
-    """cos and sin [b, s, dim] in fp32 for positions [b, s]; the halves of the last axis are equal."""
+    """cos and sin [b, s, dim] in fp32 for positions [b, s]; both halves are equal."""
     inv_freq = inverse_frequencies(rope, positions)
     angles = positions[..., None].float() * inv_freq
     angles = torch.cat([angles, angles], dim=-1)

@@ -31,7 +31,7 @@ def leaves(tree: Tree) -> list[Any]:
     return [leaf for _, leaf in items(tree)]
 
 
-def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - the field's name
+def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """A tree of f(leaf, *leaves at the same path of the rest)."""
     if tree is None:
         return None

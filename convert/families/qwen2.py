@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v; windows on the later layers where they are switched on."""
+"""Qwen2 and Qwen2.5: biases on q, k and v; windows on later layers where switched on."""
 
 from ...nn.spec import ModelSpec
 from ..config_fields import Fields
