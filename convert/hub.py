@@ -1,8 +1,8 @@
-"""From the name that a user gives to a folder of files: a local folder, or a Hugging Face repository.
+"""From a name that a user gives to a folder of files: local, or of a Hugging Face repository.
 
 A local folder involves no network and does not even import huggingface_hub. A repository id goes
 through `huggingface_hub.snapshot_download`, which keeps the cache, resumes downloads and shows the
-progress; only the files that a model, adapter or tokenizer needs are fetched, never pickles or code.
+progress; only the files that a model, adapter or tokenizer needs are fetched, no pickles, no code.
 """
 
 from __future__ import annotations

@@ -92,6 +92,9 @@ def parse_header(
     """
     if not content.startswith(b"{"):
         raise CheckpointError(f"the header must begin with '{{', found {content[:8]!r}", file=file)
+    # Counted first as text: parsing millions of entries would take seconds and gigabytes.
+    if content.count(b'"data_offsets"') > MAX_TENSORS:
+        raise CheckpointError(f"the header has more than {MAX_TENSORS} tensors", file=file)
     try:
         header: dict[str, Any] = parse_json(content, max_depth=8, naturals=True)
     except ValueError as problem:

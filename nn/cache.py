@@ -73,6 +73,22 @@ def note(cache: Cache, layout: Layout) -> Cache:
     return Cache(cache.keys, cache.values, cache.segments, cache.length + added)
 
 
+def grow(cache: Cache, capacity: int) -> Cache:
+    """The cache with room for `capacity` tokens, its contents copied."""
+
+    def grown(buffer: torch.Tensor) -> torch.Tensor:
+        out = buffer.new_zeros((buffer.shape[0], capacity, *buffer.shape[2:]))
+        out[:, : cache.length] = buffer[:, : cache.length]
+        return out
+
+    return Cache(
+        tuple(grown(k) for k in cache.keys),
+        tuple(grown(v) for v in cache.values),
+        None if cache.segments is None else grown(cache.segments),
+        cache.length,
+    )
+
+
 def select(cache: Cache, rows: torch.Tensor) -> Cache:
     """The cache of the given rows [n], copied."""
     return Cache(

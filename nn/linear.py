@@ -37,7 +37,7 @@ def project(
     so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and adapters.
     """
     flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))
-    outputs = _Project.apply(structure, seed, x, *flat)
+    outputs = _Project.apply(structure, seed, x, *flat)  # type: ignore[no-untyped-call]
     return tuple(outputs[: len(projections)])
 
 

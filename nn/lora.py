@@ -1,19 +1,18 @@
 """Low-rank adapters (arXiv 2106.09685): a tree of `LoRA` leaves beside the frozen params."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils import _pytree
 
 from ..quant.linear import weight_of
-from . import tree
-from .params import ParamSpec, param_specs
+from . import lora_init, tree
+from .lora_init import Start
+from .params import param_specs
 from .spec import ModelSpec
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-Start = Literal["kaiming", "gaussian", "orthogonal", "random"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +52,32 @@ def init(
     alpha: float | None = None,
     targets: tuple[str, ...] = TARGETS,
     dropout: float = 0.0,
+    start: Start = "kaiming",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tree.Tree:
     """Adapters for every projection of every layer whose name is in `targets`.
 
-    b is zero, so the adapted model starts equal to the base. scale = alpha / rank (alpha defaults
-    to rank). Drawn on the generator's device: a CPU generator gives the same values everywhere.
+    b is zero unless `start` says otherwise, so the adapted model starts equal to the base.
+    scale = alpha / rank (alpha defaults to rank). Drawn on the generator's device: a CPU generator
+    gives the same values everywhere.
     """
     scale = (rank if alpha is None else alpha) / rank
     leaves = {
         path.removesuffix(".weight"): one(
-            p.shape, rank, scale, generator=generator, dropout=dropout, dtype=dtype, device=device
+            p.shape,
+            rank,
+            scale,
+            generator=generator,
+            start=start,
+            dropout=dropout,
+            dtype=dtype,
+            device=device,
         )
         for path, p in tree.items(param_specs(spec))
-        if _is_target(path, p, targets)
+        if p.quantize and path.split(".")[-2] in targets
     }
     return tree.from_items(leaves)
-
-
-def _is_target(path: str, p: ParamSpec, targets: tuple[str, ...]) -> bool:
-    return p.quantize and path.split(".")[-2] in targets
 
 
 def one(
@@ -87,38 +91,9 @@ def one(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LoRA:
-    """One adapter for a weight of `shape` [out, in].
-
-    kaiming: a uniform in +-1/sqrt(in), b zero (peft's default). gaussian: a normal with standard
-    deviation 1/rank, b zero. orthogonal: a and b span orthogonal directions, so b @ a = 0 with
-    neither zero (rank even). random: both kaiming (peft's `init_lora_weights=False`).
-    """
-    out, inp = shape
-    on = generator.device
-    a = torch.empty(rank, inp, device=on)
-    b = torch.zeros(out, rank, device=on)
-    if start == "gaussian":
-        a.normal_(0.0, 1.0 / rank, generator=generator)
-    elif start == "orthogonal":
-        a, b = _orthogonal(out, inp, rank, generator)
-    else:
-        # kaiming_uniform with a = sqrt(5), which is what torch.nn.Linear and peft start from.
-        a.uniform_(-1 / math.sqrt(inp), 1 / math.sqrt(inp), generator=generator)
-        if start == "random":
-            b.uniform_(-1 / math.sqrt(rank), 1 / math.sqrt(rank), generator=generator)
+    """One adapter for a weight of `shape` [out, in]; `start` as in `lora_init.draw`."""
+    a, b = lora_init.draw(shape, rank, start=start, generator=generator)
     return LoRA(a.to(device, dtype), b.to(device, dtype), scale, dropout)
-
-
-def _orthogonal(
-    out: int, inp: int, rank: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """peft's "orthogonal": rows of one orthogonal matrix, odd ones for a, even ones for b."""
-    drawn = torch.randn(rank, rank, generator=generator, device=generator.device)
-    q, _ = torch.linalg.qr(drawn)
-    odd, even = q[0::2], q[1::2]
-    a = torch.randn(inp, rank // 2, generator=generator, device=generator.device) @ odd / 10.0
-    b = torch.randn(rank // 2, out, generator=generator, device=generator.device).T @ even / 10.0
-    return a.T.contiguous(), b.contiguous()
 
 
 def delta(adapter: LoRA) -> torch.Tensor:
@@ -137,6 +112,25 @@ def merge(params: tree.Tree, adapters: tree.Tree) -> tree.Tree:
         return (dense.float() + delta(found[path]).to(dense.device)).to(dense.dtype)
 
     return tree.map_with_path(add, params)
+
+
+def relative(adapters: tree.Tree, start: tree.Tree) -> tree.Tree:
+    """Adapters of the changes since `start`: scale * (b @ a - b0 @ a0), as plain ones of rank 2r.
+
+    For adapters that begin inside the weight (PiSSA, OLoRA), where those methods take the start
+    out of the base weight; here the base stays as it is. Differentiable in `adapters`. Where
+    `start` has no leaf, an adapter is returned as it is.
+    """
+
+    begun = dict(tree.items(start))
+
+    def since(path: str, leaf: LoRA) -> LoRA:
+        if path not in begun:
+            return leaf
+        a0, b0 = begun[path].a.to(leaf.a), begun[path].b.to(leaf.b)
+        return replace(leaf, a=torch.cat([leaf.a, a0]), b=torch.cat([leaf.b, -b0], dim=1))
+
+    return tree.map_with_path(since, adapters)
 
 
 def rescale(adapters: tree.Tree, factor: float) -> tree.Tree:

@@ -19,7 +19,7 @@ def remat(f: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     def run(*args: Any) -> torch.Tensor:
         flat, structure = _pytree.tree_flatten(args)
-        out: torch.Tensor = _Remat.apply(f, structure, *flat)
+        out: torch.Tensor = _Remat.apply(f, structure, *flat)  # type: ignore[no-untyped-call]
         return out
 
     return run

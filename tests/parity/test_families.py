@@ -1,0 +1,200 @@
+"""Every family against transformers' own class: fp32, tiny random weights, each config switch thrown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from purelm.convert.load import Loaded, load_folder
+from purelm.nn import decoder, layout, loss, tree
+from purelm.quant.nf4 import NF4, dequantize
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LAYERS = ["full_attention", "sliding_attention", "sliding_attention"]
+
+# (family, the switches of its config that this case throws)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
+    ("llama", {"hidden_act": "gelu", "rope_parameters": {"rope_theta": 777.0}}),
+    ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": YARN}),
+    ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0, "attention_factor": 1.3}}),
+    ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
+    ("llama", {"rope_parameters": {**YARN, "truncate": False}}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            "max_position_embeddings": 20,
+        },
+    ),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": 7}),
+    ("mistral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "layer_types": LAYERS}),
+    ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    ("qwen3", {}),
+    ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+]
+
+
+def name(case: tuple[str, dict[str, Any]]) -> str:
+    family, switches = case
+    rope = switches.get("rope_parameters", {}).get("rope_type", "")
+    return "-".join([family, *switches, rope]).rstrip("-")
+
+
+cases = pytest.mark.parametrize(("family", "switches"), CASES, ids=[name(c) for c in CASES])
+
+
+def load_both(
+    family: str, switches: dict[str, Any], tmp_path: Path, **options: Any
+) -> tuple[Any, Loaded]:
+    model = tiny.hf_model(family, **switches)
+    folder = tiny.save(model, tmp_path / "model")
+    options = {"quantize": None, "dtype": None, "device": torch.device("cpu"), **options}
+    return model, load_folder(folder, **options)
+
+
+def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def tokens(seed: int = 1, rows: int = 2, length: int = 31) -> torch.Tensor:
+    return torch.randint(0, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@cases
+def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: Path) -> None:
+    model, loaded = load_both(family, switches, tmp_path)
+    ids = tokens()
+    for t in tree.tensors(loaded.params):
+        t.requires_grad_()
+    theirs = model(ids, labels=ids)
+    assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), theirs.logits.detach())
+    ours = loss.loss(loaded.params, loaded.spec, ids, ids)
+    torch.testing.assert_close(ours, theirs.loss, rtol=1e-6, atol=0)
+    ours.backward()
+    theirs.loss.backward()
+    want = dict(model.named_parameters())
+    for path, leaf in tree.items(loaded.params):
+        grad = want[loaded.family.names.to_hf(path)].grad
+        assert (leaf.grad - grad).norm() <= 1e-5 * grad.norm(), path
+
+
+@cases
+def test_left_padding(family: str, switches: dict[str, Any], tmp_path: Path) -> None:
+    """A left-padded row has the logits of the row alone."""
+    model, loaded = load_both(family, switches, tmp_path)
+    short, long = tokens(2, 1, 9), tokens(3, 1, 20)
+    if switches.get("rope_parameters", {}).get("rope_type") == "dynamic":
+        short = tokens(2, 1, 20)  # its frequencies follow the longest row of a batch, in HF too
+    pad = long.shape[1] - short.shape[1]
+    batch = torch.cat([torch.nn.functional.pad(short, (pad, 0)), long])
+    mask = torch.ones_like(batch)
+    mask[0, :pad] = 0
+    ours = decoder.forward(loaded.params, loaded.spec, batch, layout=layout.from_mask(mask))
+    assert_same_logits(ours[:1, pad:], model(short).logits)
+    assert_same_logits(ours[1:], model(long).logits)
+
+
+@cases
+def test_packed_rows(family: str, switches: dict[str, Any], tmp_path: Path) -> None:
+    """Documents packed into one row have the logits and the loss of each alone."""
+    model, loaded = load_both(family, switches, tmp_path)
+    lengths = (20, 20) if name((family, switches)).endswith("dynamic") else (5, 17, 9)
+    documents = [tokens(i, 1, n) for i, n in enumerate(lengths)]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    row = torch.cat(documents, 1)
+    packed = layout.from_cu_seqlens(ends, row.shape[1])
+    ours = decoder.forward(loaded.params, loaded.spec, row, layout=packed)
+    alone = torch.cat([model(document).logits for document in documents], 1)
+    assert_same_logits(ours, alone)
+    total = loss.loss(loaded.params, loaded.spec, row, row, layout=packed, count=1.0)
+    want = sum(
+        model(document, labels=document).loss * (document.shape[1] - 1) for document in documents
+    )
+    torch.testing.assert_close(total, want, rtol=1e-6, atol=0)
+    by_position = layout.from_positions(packed.positions)
+    assert torch.equal(decoder.forward(loaded.params, loaded.spec, row, layout=by_position), ours)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_nf4(family: str, tmp_path: Path) -> None:
+    """Quantized matrices are bitsandbytes', and logits are transformers' on what they stand for."""
+    from bitsandbytes import functional as bnb
+
+    # Widths of whole blocks: bitsandbytes' CPU dequantizer reads other rows with the wrong scales.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model, loaded = load_both(family, sizes, tmp_path, quantize="nf4")
+    want = dict(model.named_parameters())
+    quantized = 0
+    with torch.no_grad():
+        for path, leaf in tree.items(loaded.params):
+            if not isinstance(leaf, NF4):
+                continue
+            quantized += 1
+            weight = want[loaded.family.names.to_hf(path)]
+            packed, state = bnb.quantize_4bit(
+                weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            assert torch.equal(leaf.packed, packed.flatten())
+            assert torch.equal(leaf.absmax, state.absmax)
+            dense = dequantize(leaf, torch.float32)
+            assert torch.equal(dense, bnb.dequantize_4bit(packed, state))
+            weight.copy_(dense)
+    assert quantized == 7 * 3
+    ids = tokens()
+    assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)
+
+
+OLD_STYLE = [
+    ({"rope_theta": 777.0}, {"rope_theta": 777.0}),
+    (
+        {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        LLAMA3,
+    ),
+    (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_STYLE, ids=["theta", "llama3", "linear"])
+def test_old_config_keys(old: dict[str, Any], new: dict[str, Any], tmp_path: Path) -> None:
+    """`rope_theta` and `rope_scaling` at the top say what `rope_parameters` says."""
+    model = tiny.hf_model("llama", rope_parameters=new)
+    folder = tiny.save(model, tmp_path / "model")
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["rope_parameters"]
+    path.write_text(json.dumps({**fields, **old}))
+    loaded = load_folder(folder, quantize=None, dtype=None, device=torch.device("cpu"))
+    ids = tokens()
+    assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)
