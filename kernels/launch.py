@@ -72,7 +72,7 @@ class Kernel:
         bound.__module__, bound.__qualname__ = source.__module__, source.__qualname__
         return triton.jit(bound)
 
-    def __call__(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    def __call__(self, grid: Any, *args: Any, **options: Any) -> Any:
         """Launch over `grid` on the device of the first tensor; nothing is launched for an empty
         grid.
         """

@@ -1,0 +1,25 @@
+"""What every test shares: the interpreter's switch, hypothesis profiles."""
+
+import shim  # isort: skip  (sets TRITON_INTERPRET before anything can import triton)
+
+import hypothesis
+import pytest
+from hypothesis import Phase
+
+del shim
+
+_common = {
+    "deadline": None,
+    "derandomize": True,
+    "phases": [Phase.explicit, Phase.generate],
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+hypothesis.settings.register_profile("quick", max_examples=30, **_common)
+hypothesis.settings.register_profile("full", max_examples=300, **_common)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The full lane (-m full) draws ten times as many examples."""
+    chosen = str(config.getoption("-m") or "").split()
+    full = "full" in chosen and "not full" not in " ".join(chosen)
+    hypothesis.settings.load_profile("full" if full else "quick")

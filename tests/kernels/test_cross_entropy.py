@@ -1,0 +1,172 @@
+"""The chunked cross entropy head: loss and gradients against all logits at once."""
+
+import pytest
+import shim
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import assert_rows
+
+from purelm.errors import KernelError
+from purelm.kernels import cross_entropy, launch
+from purelm.kernels.cross_entropy import (
+    chunk_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def drawn(n, vocabulary, dim, seed, dtype, ignored=0.3):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, dim, generator=g).to(dtype)
+    weight = torch.randn(vocabulary, dim, generator=g).to(dtype)
+    labels = torch.randint(vocabulary, (n,), generator=g)
+    labels[torch.rand(n, generator=g) < ignored] = -100
+    return hidden, weight, labels
+
+
+def run(f, hidden, weight, labels, factor=1.0, **options):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = f(hidden, weight, labels, **options)
+    grads = torch.autograd.grad(loss * factor, (hidden, weight))
+    return loss.detach(), *grads
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["launch", "torch"])
+@given(
+    n=st.integers(1, 20),
+    vocabulary=st.one_of(st.integers(1, 200), st.sampled_from([4095, 4096, 4097])),
+    dim=st.integers(1, 24),
+    chunk=st.sampled_from([None, 1, 4, 7]),
+    softcap=st.sampled_from([None, 5.0]),
+    scale=st.sampled_from([1.0, 0.25]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**31),
+)
+def test_loss_and_gradients(
+    interpreted, poisoned, on, n, vocabulary, dim, chunk, softcap, scale, dtype, seed
+):
+    hidden, weight, labels = drawn(n, vocabulary, dim, seed, dtype)
+    options = {"softcap": softcap, "scale": scale}
+    token = launch._interpreted.set(on)
+    ours = run(linear_cross_entropy, hidden, weight, labels, chunk=chunk, **options)
+    launch._interpreted.reset(token)
+    eager = run(linear_cross_entropy_reference, hidden, weight, labels, **options)
+    exact = run(
+        linear_cross_entropy_reference, hidden.double(), weight.double(), labels, **options
+    )
+    assert ours[0].dtype == torch.float32
+    # Eager logits in 16 bits carry the rounding of one product each, which a sum over few rows may hide.
+    slack = torch.finfo(dtype).eps * n * (hidden.norm(dim=1).max() * weight.norm(dim=1).max())
+    assert (ours[0].double() - exact[0]).abs() <= 2 * (eager[0] - exact[0]).abs() + slack
+    for mine, theirs, truth in zip(ours[1:], eager[1:], exact[1:], strict=True):
+        flat = (t.reshape(1, -1) for t in (mine, theirs, truth))
+        assert_rows(*flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_all_logits_at_once(dtype):
+    hidden, weight, labels = drawn(40, 300, 16, 0, dtype)
+    ours = run(linear_cross_entropy, hidden, weight, labels, factor=0.5, chunk=7)
+    want = run(linear_cross_entropy_reference, hidden, weight, labels, factor=0.5)
+    for mine, theirs in zip(ours, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_only_wanted_gradients_are_made(interpreted, poisoned, monkeypatch):
+    hidden, weight, labels = drawn(9, 50, 8, 1, torch.float32)
+    made = []
+    step = cross_entropy._row_step
+    monkeypatch.setattr(
+        cross_entropy, "_row_step", lambda *args: made.append(args[-1]) or step(*args)
+    )
+    linear_cross_entropy(hidden, weight, labels)
+    assert made == [False]
+    linear_cross_entropy(hidden.requires_grad_(), weight, labels).backward()
+    assert made == [False, True] and weight.grad is None
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels)
+    assert made == [False, True, False]
+
+
+def test_all_rows_ignored(interpreted, poisoned):
+    hidden, weight, labels = drawn(5, 20, 8, 1, torch.float32, ignored=2.0)
+    loss, dhidden, dweight = run(linear_cross_entropy, hidden, weight, labels)
+    assert loss == 0 and not dhidden.any() and not dweight.any()
+
+
+def test_huge_logits(interpreted, poisoned):
+    hidden, weight, labels = drawn(6, 300, 8, 1, torch.float32)
+    ours = run(linear_cross_entropy, hidden * 1e4, weight, labels)
+    want = run(linear_cross_entropy_reference, hidden * 1e4, weight, labels)
+    for mine, theirs in zip(ours, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_label_outside_the_vocabulary(interpreted):
+    hidden, weight, labels = drawn(6, 30, 8, 1, torch.float32)
+    labels[2] = 30
+    assert linear_cross_entropy(hidden, weight, labels).isnan()
+    token = launch._interpreted.set(False)
+    with pytest.raises(KernelError, match="label 30 in row 2"):
+        linear_cross_entropy(hidden, weight, labels)
+    launch._interpreted.reset(token)
+
+
+def test_order_of_programs_does_not_matter(interpreted):
+    hidden, weight, labels = drawn(9, 50, 8, 1, torch.float32)
+    ours = run(linear_cross_entropy, hidden, weight, labels)
+    with shim.checking(race=True, reverse=True):
+        again = run(linear_cross_entropy, hidden, weight, labels)
+    for a, b in zip(ours, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_transforms(interpreted):
+    hidden, weight, labels = drawn(5, 30, 8, 3, torch.float32)
+    many = torch.stack([hidden, hidden + 1, hidden * 2])
+
+    def loss(f):
+        return lambda hidden, weight: f(hidden, weight, labels, softcap=3.0)
+
+    for make in (
+        lambda f: torch.func.grad(f, argnums=(0, 1))(hidden, weight),
+        lambda f: torch.func.vmap(f, (0, None))(many, weight),
+        lambda f: torch.func.vmap(torch.func.grad(f, argnums=(0, 1)), (0, None))(many, weight),
+        lambda f: torch.func.grad(
+            lambda many: torch.func.vmap(f, (0, None))(many, weight).sum()
+        )(many),
+    ):
+        ours, want = make(loss(linear_cross_entropy)), make(loss(linear_cross_entropy_reference))
+        torch.testing.assert_close(ours, want)
+
+
+def test_second_derivative_raises():
+    hidden, weight, labels = drawn(5, 30, 8, 3, torch.float32)
+    first = torch.func.grad(lambda h: linear_cross_entropy(h, weight, labels))
+    with pytest.raises(KernelError, match="first derivatives only"):
+        torch.func.grad(lambda h: first(h).sum())(hidden)
+
+
+def test_chunk_rows():
+    assert chunk_rows(128256, 2) == 2048
+    assert chunk_rows(256000, 2) == 1024
+    assert chunk_rows(32000, 2) == 4096
+    assert chunk_rows(2**31, 4) == 16
+
+
+def test_bad_input():
+    hidden, weight, labels = drawn(5, 30, 8, 3, torch.float32)
+    for args, message in [
+        ((hidden[0], weight, labels), "expected"),
+        ((hidden, weight[:, :4], labels), "expected"),
+        ((hidden, weight, labels[:3]), "labels"),
+        ((hidden, weight, labels.int()), "labels"),
+        ((hidden, weight.half(), labels), "one dtype"),
+    ]:
+        with pytest.raises(KernelError, match=message):
+            linear_cross_entropy(*args)
+    with pytest.raises(KernelError, match="chunk"):
+        linear_cross_entropy(hidden, weight, labels, chunk=0)
