@@ -66,6 +66,9 @@ def folder(
     place = _prepare(target, need_bytes)
     if place.exists() and not place.is_dir():
         raise SaveError(f"{place} is a file; give a folder, or another name")
+    if place.exists() and Path(os.path.realpath(os.curdir)).is_relative_to(place):
+        # The folder is replaced by another, which would take the ground from under the program.
+        raise SaveError(f"{place} is or holds the working directory; give a folder inside it")
     new = _beside(place, "new")
     with _save_errors(place, lambda: shutil.rmtree(new, ignore_errors=True)):
         new.mkdir()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, CheckpointError, LoadError, SourceError
 from .atomic import is_leftover, recover
+from .download_check import check_new_weights
 from .shards import shard_names
 
 # Everything but the shards, whose names the index knows.
@@ -183,6 +185,8 @@ def _remote(
         except (HTTPError, OSError, ValueError, RuntimeError) as problem:
             raise _explain(problem, name, revision, token) from problem
 
+    # A clock of a shared disk may be a little behind ours.
+    since = time.time() - 5
     snapshot = download(FILES if allow_patterns is None else allow_patterns, revision)
     commit = snapshot.name
     if not snapshot.is_dir():
@@ -198,8 +202,11 @@ def _remote(
         shards = [s for i in indices for s in shard_names(folder / f"{i}.safetensors.index.json")]
         if shards:
             download(shards, commit)
+            present = _names(folder)
         elif not any(f"{stem}.safetensors" in present for stem in _STEMS):
             raise _no_weights(name, commit, token, endpoint, prefix, ask=not local_files_only)
+        weights = [file for file in present if file.endswith(".safetensors")]
+        check_new_weights(folder, weights, since)
     return Source(name, folder, commit, False, _names(folder))
 
 

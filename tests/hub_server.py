@@ -38,7 +38,7 @@ class Hub:
     """Repositories as {id: {branch, tag or sha: folder}}, served while the `with` block runs.
 
     `faults` maps a file's name to what happens to its next GETs, one entry each: an int is a status
-    to answer, "cut" ends the body halfway. `listed` adds paths to every
+    to answer, "cut" ends the body halfway, "flip" changes a bit. `listed` adds paths to every
     listing (hostile ones too), served as empty files.
     """
 
@@ -244,6 +244,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if fault == "flip":
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if fault == "cut":
             self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
