@@ -16,9 +16,10 @@ from ..errors import ArgumentError, InputError
 from ..nn import decoder, loss, tree
 from ..nn import layout as layouts
 from ..nn.layout import Layout
-from ..nn.lora import LoRA
+from ..nn.lora import LoRA, relative
 from ..nn.spec import ModelSpec
 from ..quant.nf4 import NF4
+from . import report
 from .config import Config
 from .output import CausalLMOutput
 from .registry import Family
@@ -76,6 +77,7 @@ class CausalLM(nn.Module):
         self._params = self._wear(params, lambda path: train_all)
         self._trained: tree.Tree = {}
         self._adapters: tree.Tree = {}
+        self._start: tree.Tree = {}
 
     # The trees.
 
@@ -86,16 +88,24 @@ class CausalLM(nn.Module):
 
     @property
     def adapters(self) -> tree.Tree:
-        """The live tree of adapters; empty without any."""
-        return self._adapters
+        """The live tree of adapters as they act on `params`; empty without any.
+
+        Adapters that began inside the weights (PiSSA, OLoRA) act by their change since.
+        """
+        return relative(self._adapters, self._start) if self._start else self._adapters
 
     @property
     def trained(self) -> tree.Tree:
         """The live tree of trained copies of frozen params (`modules_to_save`, biases)."""
         return self._trained
 
-    def set_adapters(self, adapters: tree.Tree, trained: tree.Tree | None = None) -> None:
-        """Wear `adapters` (and trained copies of params) in place of those worn before."""
+    def set_adapters(
+        self, adapters: tree.Tree, trained: tree.Tree | None = None, start: tree.Tree | None = None
+    ) -> None:
+        """Wear `adapters` (and trained copies of params) in place of those worn before.
+
+        start: what adapters began with that act by their change since (`nn.lora.relative`).
+        """
         self._remove_adapters()
         made: dict[str, LoRA] = {}
         for path, leaf in tree.items(adapters):
@@ -107,11 +117,23 @@ class CausalLM(nn.Module):
                 node.add_module(name, child)
             made[path] = LoRA(a, b, leaf.scale, leaf.dropout)
         self._adapters = tree.from_items(made)
+        self._start = self._wear_start(start or {})
         self._trained = self._wear(trained or {}, lambda path: True, "trained_")
+
+    def _wear_start(self, start: tree.Tree) -> tree.Tree:
+        made: dict[str, LoRA] = {}
+        for path, leaf in tree.items(start):
+            node = self._node(self.origin.family.names.module_to_hf(path))
+            child = nn.Module()
+            child.register_parameter("A", nn.Parameter(leaf.a, requires_grad=False))
+            child.register_parameter("B", nn.Parameter(leaf.b, requires_grad=False))
+            node.add_module("lora_start", child)
+            made[path] = LoRA(child.A, child.B, leaf.scale)  # type: ignore[arg-type]
+        return tree.from_items(made)
 
     def _remove_adapters(self) -> None:
         for module in list(self.modules()):
-            for name in [n for n in module._modules if n in ("lora_A", "lora_B")]:
+            for name in [n for n in module._modules if n in ("lora_A", "lora_B", "lora_start")]:
                 delattr(module, name)
             for name in [n for n in module._parameters if n.startswith("trained_")]:
                 delattr(module, name)
@@ -188,7 +210,7 @@ class CausalLM(nn.Module):
             self.spec,
             input_ids,
             layout=layout,
-            adapters=self._adapters,
+            adapters=self.adapters,
             recompute=self.recompute and self.training and torch.is_grad_enabled(),
             seed=self._next_seed(),
         )
@@ -268,6 +290,42 @@ class CausalLM(nn.Module):
             return None
         self.dropout_step += 1
         return (self.dropout_seed * 1_000_003 + self.dropout_step * 10_007) % 2**48
+
+    def generate(self, *args: Any, **keywords: Any) -> torch.Tensor:
+        """Prompts [b, s] -> prompts and answers; the arguments are `generation.generate`'s."""
+        from .generation import generate
+
+        return generate(self, *args, **keywords)
+
+    # Saving and reporting.
+
+    def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
+        """Write what is trained: the adapter in peft's format, or the whole model under full
+        fine-tuning. Trainers' further keywords (state_dict, safe_serialization...) change nothing.
+        """
+        from .adapter_file import save_adapter
+        from .merge import save_merged
+
+        if self._adapters or self._trained:
+            save_adapter(self, folder)
+        else:
+            save_merged(self, folder)
+
+    def save_pretrained_merged(
+        self, folder: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit"
+    ) -> None:
+        """Write a whole model with the adapters merged in; see `merge.save_merged`."""
+        from .merge import save_merged
+
+        save_merged(self, folder, tokenizer, save_method)
+
+    def report(self) -> str:
+        """What was loaded from where, in which precision."""
+        return report.describe(self)
+
+    def explain(self) -> str:
+        """Which path each projection takes, and why."""
+        return report.explain(self)
 
     # What Hugging Face's trainers and users ask a model for.
 

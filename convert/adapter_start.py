@@ -1,0 +1,100 @@
+"""What fresh adapters and trained copies start from, for a `PeftConfig` and a model's params."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from ..nn import lora_init, tree
+from ..nn.lora import LoRA
+from ..quant.linear import weight_of
+from .lora_config import PeftConfig
+from .names import Names
+from .peft_targets import Plan
+
+_DRAWN: dict[bool | str, lora_init.Start] = {
+    True: "kaiming",
+    False: "random",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Trees to train, and `start`: what adapters that begin inside the weight began with.
+
+    Where `start` is not empty, the model computes with `lora.relative(adapters, start)`.
+    """
+
+    adapters: tree.Tree
+    trained: tree.Tree
+    start: tree.Tree
+
+
+def begin(
+    config: PeftConfig, found: Plan, params: tree.Tree, names: Names, random_state: int
+) -> Begun:
+    """fp32 adapters and trained copies, each on its weight's device.
+
+    Drawn from a CPU generator of their own: one `random_state` gives the same adapters on every
+    device and moves nobody else's generator. Raises ArgumentError where a start does not fit.
+    """
+    if type(random_state) is not int or not 0 <= random_state < 2**63:
+        raise ArgumentError(f"random_state is {random_state!r}, expected a natural number")
+    generator = torch.Generator().manual_seed(random_state)
+    inside = isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _DRAWN
+    adapters = {}
+    for path, (rank, scale) in found.adapted.items():
+        weight = tree.at(params, path)["weight"]
+        device = weight.device if isinstance(weight, torch.Tensor) else weight.packed.device
+        if inside:
+            a, b = _inside(config, names.module_to_hf(path), weight, rank, scale, generator)
+        else:
+            kind = _DRAWN[config.init_lora_weights]
+            a, b = lora_init.draw(weight.shape, rank, start=kind, generator=generator)
+        adapters[path] = LoRA(a.to(device), b.to(device), scale, config.lora_dropout)
+    start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
+    trained = {path: _copy(params, path) for path in found.trained}
+    return Begun(
+        tree.from_items(adapters),
+        tree.from_items(trained),
+        tree.from_items(start if inside else {}),
+    )
+
+
+def _inside(
+    config: PeftConfig,
+    name: str,
+    weight: Any,
+    rank: int,
+    scale: float,
+    generator: torch.Generator,
+) -> lora_init.Pair:
+    """A start that is part of the weight itself."""
+    kind = str(config.init_lora_weights)
+    if not isinstance(weight, torch.Tensor):
+        raise ArgumentError(
+            f"init_lora_weights={kind!r} starts from the exact weights, and {name} is stored in "
+            "4 bits; load with load_in_16bit=True, or use another start"
+        )
+    if rank > min(weight.shape):
+        raise ArgumentError(
+            f"init_lora_weights={kind!r} cannot give rank {rank} for {name} of shape "
+            f"{list(weight.shape)}; lower r or set rank_pattern"
+        )
+    weight = weight.detach()
+    if kind == "olora":
+        return lora_init.olora(weight, rank)
+    _, _, rounds = kind.partition("_niter_")
+    return lora_init.pissa(
+        weight, rank, scale, rounds=int(rounds) if rounds else None, generator=generator
+    )
+
+
+def _copy(params: tree.Tree, path: str) -> torch.Tensor:
+    # A tied head that is trained apart starts from the embedding.
+    source = path if path != "head.weight" or "head" in params else "embed.weight"
+    leaf = tree.at(params, source)
+    return weight_of(leaf, torch.float32).detach().clone()

@@ -1,0 +1,240 @@
+"""What the arguments of `get_peft_model` mean for a model."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from ..nn.spec import ModelSpec
+from . import adapter_start, peft_targets
+from .arguments import not_yet
+from .lora_config import DEFAULT_TARGETS, PeftConfig, check_texts, checked_mapping, wrong
+from .names import Names
+from .peft_targets import Plan, plan
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+__all__ = ["DEFAULT_TARGETS", "PeftConfig", "Plan", "apply", "configure", "plan"]
+
+_EMBEDDINGS = ("embed", "head")
+_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
+
+
+def configure(
+    spec: ModelSpec,
+    names: Names,
+    *,
+    r: int = 16,
+    target_modules: Iterable[str] | str | None = DEFAULT_TARGETS,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    layers_to_transform: Iterable[int] | int | None = None,
+    layers_pattern: Iterable[str] | str | None = None,
+    finetune_last_n_layers: int | None = None,
+    use_rslora: bool = False,
+    modules_to_save: Iterable[str] | None = None,
+    init_lora_weights: bool | str = True,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: Iterable[str] | str | None = None,
+    use_dora: bool = False,
+    loftq_config: Mapping[str, Any] | None = None,
+    target_parameters: Iterable[str] | None = None,
+    ensure_weight_tying: bool | None = None,
+    qat_scheme: str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+) -> tuple[PeftConfig, tuple[str, ...]]:
+    """The `PeftConfig` that these arguments mean for a model, and notes for its report.
+
+    target_modules: names or endings of names, a regular expression for whole names, or
+    "all-linear". Embedding and head listed there are trained whole (`modules_to_save`) instead.
+    finetune_last_n_layers: as layers_to_transform with the last n. modules_to_save: endings of the
+    names of embedding, head and norms, as peft matches them.
+
+    Raises ArgumentError for values that cannot be used, and NotImplementedError, with name and
+    value, for what is not there yet.
+    """
+    not_yet(
+        use_dora=(use_dora, False),
+        loftq_config=(loftq_config or None, None),
+        target_parameters=(target_parameters or None, None),
+        ensure_weight_tying=(ensure_weight_tying, None),
+        qat_scheme=(qat_scheme, None),
+    )
+    targets, saved, notes = _targets(target_modules, modules_to_save, spec, names)
+    layers = _layers(layers_to_transform, finetune_last_n_layers, len(spec.layers))
+    config = PeftConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=targets,
+        exclude_modules=_frozen(exclude_modules),
+        lora_dropout=lora_dropout,
+        bias=bias,
+        use_rslora=use_rslora,
+        init_lora_weights=_start(init_lora_weights),
+        modules_to_save=saved or None,
+        layers_to_transform=layers,
+        layers_pattern=_frozen(layers_pattern),
+        rank_pattern=dict(checked_mapping("rank_pattern", rank_pattern or {})),
+        alpha_pattern=dict(checked_mapping("alpha_pattern", alpha_pattern or {})),
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+    )
+    _check_patterns(config)
+    return config, tuple(notes)
+
+
+def apply(
+    model: "CausalLM", *, recompute: bool = True, random_state: int = 3407, **arguments: Any
+) -> "CausalLM":
+    """Put fresh adapters on `model`: `arguments` are those of `configure`.
+
+    A model that already wears adapters of this very configuration keeps them. Raises ArgumentError
+    for another configuration, and what `configure` and `plan` raise.
+    """
+    names = model.origin.family.names
+    config, notes = configure(
+        model.spec,
+        names,
+        base_model_name_or_path=model.origin.name,
+        revision=model.origin.revision,
+        **arguments,
+    )
+    worn = model.peft_config.get("default")
+    if worn is None:
+        found = plan(config, model.spec, names)
+        begun = adapter_start.begin(config, found, model.params, names, random_state)
+        model.set_adapters(begun.adapters, begun.trained, begun.start)
+        model.peft_config = {"default": config}
+        model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
+    elif _comparable(worn) != _comparable(config):
+        raise ArgumentError(
+            "the model already wears adapters with other settings; load it again without them, "
+            f"or give the settings they have: {_comparable(worn).to_dict()}"
+        )
+    model.recompute = recompute
+    model.train()
+    return model
+
+
+def _comparable(config: PeftConfig) -> PeftConfig:
+    targets = config.target_modules
+    return replace(
+        config,
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        init_lora_weights=True,
+        base_model_name_or_path=None,
+        revision=None,
+        inference_mode=False,
+    )
+
+
+def _targets(
+    target_modules: Any, modules_to_save: Any, spec: ModelSpec, names: Names
+) -> tuple[tuple[str, ...] | str, tuple[str, ...], list[str]]:
+    """Targets that are projections, modules trained whole, and notes on what was moved."""
+    if target_modules is None:
+        target_modules = DEFAULT_TARGETS
+    targets: Any = _frozen(target_modules)
+    check_texts("target_modules", targets)
+    short = peft_targets.short_names(spec, names)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = short
+    if isinstance(modules_to_save, str):
+        raise wrong("modules_to_save", modules_to_save, "a list of names")
+    saved = list(_frozen(modules_to_save) or ())
+    check_texts("modules_to_save", tuple(saved), optional=True)
+    every = peft_targets.modules(spec, names)
+    for name in saved:
+        found = [path for path, known in every.items() if known.endswith(name)]
+        if not found or not all(p in _EMBEDDINGS or p.endswith("norm") for p in found):
+            trainable = {n.rpartition(".")[2] for p, n in every.items() if p.endswith("norm")}
+            raise ArgumentError(
+                f"modules_to_save has {name!r}; what can be trained whole is "
+                f"{', '.join([every[p] for p in _EMBEDDINGS] + sorted(trainable))}"
+            )
+    moved = [every[path] for path in _EMBEDDINGS if _compiled_matches(targets, every[path])]
+    notes = [f"{name} is trained whole (modules_to_save), not by LoRA" for name in moved]
+    last = [name.rpartition(".")[2] for name in moved]
+    saved += [name for name in last if name not in saved]
+    if not isinstance(targets, str):
+        targets = tuple(name for name in targets if not _compiled_matches((name,), *moved))
+        real = tuple(peft_targets.projections(spec, names).values())
+        unknown = [
+            name
+            for name in targets
+            if name not in DEFAULT_TARGETS and not _compiled_matches((name,), *real)
+        ]
+        if unknown or not targets:
+            raise ArgumentError(
+                f"target_modules has {', '.join(map(repr, unknown)) or 'no projection'}; this "
+                f"model has {', '.join(short)}"
+            )
+    return targets, tuple(saved), notes
+
+
+def _compiled_matches(wanted: tuple[str, ...] | str, *known: str) -> bool:
+    try:
+        return any(peft_targets.matches(wanted, name) for name in known)
+    except re.error as problem:
+        raise ArgumentError(
+            f"target_modules {wanted!r} is no regular expression: {problem}"
+        ) from None
+
+
+def _layers(given: Any, last: int | None, depth: int) -> tuple[int, ...] | int | None:
+    if last is not None:
+        if given is not None:
+            raise ArgumentError("give layers_to_transform or finetune_last_n_layers, not both")
+        if type(last) is not int or not 1 <= last <= depth:
+            raise wrong("finetune_last_n_layers", last, f"1 to {depth}")
+        return tuple(range(depth - last, depth))
+    layers: tuple[int, ...] | int | None
+    if given is None or isinstance(given, int):
+        layers = given
+    elif isinstance(given, str) or not isinstance(given, Iterable):
+        raise wrong("layers_to_transform", given, "layer numbers")
+    else:
+        # An empty list is no restriction, as in peft.
+        layers = tuple(given) or None
+    outside = [n for n in _each(layers) if type(n) is not int or not 0 <= n < depth]
+    if outside:
+        raise wrong("layers_to_transform", given, f"layer numbers from 0 to {depth - 1}")
+    return layers
+
+
+def _each(layers: tuple[int, ...] | int | None) -> tuple[int, ...]:
+    return (layers,) if isinstance(layers, int) else layers or ()
+
+
+def _start(given: Any) -> bool | str:
+    kind = given.lower() if isinstance(given, str) else given
+    known = isinstance(kind, bool) or kind in _STARTS
+    if not known and not (isinstance(kind, str) and re.fullmatch(r"pissa_niter_\d{1,4}", kind)):
+        if kind in ("eva", "loftq", "corda", "lora_ga", "mica"):
+            not_yet(init_lora_weights=(given, True))
+        raise wrong("init_lora_weights", given, ", ".join(map(repr, _STARTS)))
+    result: bool | str = kind
+    return result
+
+
+def _check_patterns(config: PeftConfig) -> None:
+    texts = [*config.rank_pattern, *config.alpha_pattern, *(config.layers_pattern or ())]
+    if isinstance(config.exclude_modules, str):
+        texts.append(config.exclude_modules)
+    for text in texts:
+        try:
+            re.compile(text)
+        except re.error as problem:
+            raise ArgumentError(f"{text!r} is no regular expression: {problem}") from None
+
+
+def _frozen(value: Any) -> Any:
+    if value is None or isinstance(value, str) or not isinstance(value, Iterable):
+        return value
+    # A set has no order of its own; the same call must write the same file.
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)

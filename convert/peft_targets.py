@@ -1,0 +1,144 @@
+"""Which weights a `PeftConfig` means: peft's matching rules over a model's module names."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ArgumentError
+from ..nn import tree
+from ..nn.params import param_specs
+from ..nn.spec import ModelSpec
+from .lora_config import PeftConfig
+from .names import Names
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is adapted and what is trained whole.
+
+    `adapted`: module path (`layers.0.attn.q`) -> (rank, scale). `trained`: paths of params that get
+    a trained copy (`embed.weight`, `layers.0.attn.q.bias`).
+    """
+
+    adapted: Mapping[str, tuple[int, float]]
+    trained: tuple[str, ...]
+
+
+def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
+    """What `config` adapts and trains in a model.
+
+    Raises ArgumentError when no projection matches, naming those that exist.
+    """
+    adapted = {
+        path: rank_and_scale(config, name)
+        for path, name in projections(spec, names).items()
+        if is_target(config, name)
+    }
+    if not adapted:
+        raise ArgumentError(
+            f"target_modules {_shown(config.target_modules)} (with layers_to_transform "
+            f"{config.layers_to_transform}, exclude_modules {_shown(config.exclude_modules)}) "
+            f"matches no projection; this model has {', '.join(short_names(spec, names))} in "
+            f"{len(spec.layers)} layers"
+        )
+    saved = [
+        path
+        for path, name in modules(spec, names).items()
+        if is_saved(config.modules_to_save, name)
+    ]
+    if spec.tied and "embed" in saved and "head" in saved:
+        saved.remove("head")  # one matrix is both
+    trained = [f"{path}.weight" for path in saved] + _biases(config, spec, adapted)
+    return Plan(adapted, tuple(trained))
+
+
+def _biases(config: PeftConfig, spec: ModelSpec, adapted: Iterable[str]) -> list[str]:
+    found = [path for path, _ in tree.items(param_specs(spec)) if path.endswith(".bias")]
+    if config.bias == "all":
+        return found
+    if config.bias == "lora_only":
+        return [path for path in found if path.removesuffix(".bias") in adapted]
+    return []
+
+
+def projections(spec: ModelSpec, names: Names) -> dict[str, str]:
+    """Every module that can be adapted: path -> Hugging Face's name."""
+    return {
+        path.removesuffix(".weight"): names.to_hf(path).removesuffix(".weight")
+        for path, p in tree.items(param_specs(spec))
+        if p.quantize
+    }
+
+
+def modules(spec: ModelSpec, names: Names) -> dict[str, str]:
+    """Every module with a weight, a tied head included: path -> Hugging Face's name."""
+    paths = [path for path, _ in tree.items(param_specs(spec)) if path.endswith(".weight")]
+    if spec.tied:
+        paths.append("head.weight")
+    return {p.removesuffix(".weight"): names.to_hf(p).removesuffix(".weight") for p in paths}
+
+
+def short_names(spec: ModelSpec, names: Names) -> tuple[str, ...]:
+    """The last parts of the projections' names: q_proj, k_proj..."""
+    return tuple(dict.fromkeys(n.rpartition(".")[2] for n in projections(spec, names).values()))
+
+
+def is_target(config: PeftConfig, name: str) -> bool:
+    """Whether peft would adapt the module called `name` (its `check_target_module_exists`)."""
+    excluded = config.exclude_modules
+    if excluded is not None and matches(excluded, name):
+        return False
+    dotted = f".{name}."
+    if any(f".{saved}." in dotted for saved in config.modules_to_save or ()):
+        return False
+    if not matches(config.target_modules, name):
+        return False
+    if isinstance(config.target_modules, str) or config.layers_to_transform is None:
+        return True
+    layers = config.layers_to_transform
+    layer = _layer(name, config.layers_pattern)
+    return layer is not None and layer in ((layers,) if isinstance(layers, int) else layers)
+
+
+def matches(wanted: str | Iterable[str], name: str) -> bool:
+    """A text is a regular expression for the whole name; a list has names or their last parts."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def is_saved(modules_to_save: Iterable[str] | None, name: str) -> bool:
+    """Whether peft would train the module whole: any ending of the name counts, as there."""
+    return any(name.endswith(ending) for ending in modules_to_save or ())
+
+
+def _layer(name: str, patterns: str | tuple[str, ...] | None) -> int | None:
+    """The layer's number in a module's name: the first number, or that behind a pattern."""
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return int(found.group(1)) if found else None
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
+    """The rank and the scale of the module called `name`, patterns applied."""
+    rank: int = by_pattern(config.rank_pattern, name, config.r)
+    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+    return rank, float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches an ending of the name, as in peft."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _shown(wanted: str | Iterable[str] | None) -> str:
+    return repr(wanted if wanted is None or isinstance(wanted, str) else sorted(wanted))
