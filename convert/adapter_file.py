@@ -1,0 +1,281 @@
+"""Adapters in peft's own file format, both ways: adapter_config.json and adapter_model.safetensors.
+
+Every tensor's place follows from its name, `base_model.model.<module>.lora_A.weight`; the config
+says the scale. Copies of modules trained whole are `<module>.weight`, biases `<module>.bias`, or
+`<module>.base_layer.bias` beside an adapter.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import AdapterError, CheckpointError, SaveError
+from ..nn import tree
+from ..nn.lora import LoRA
+from ..nn.params import param_specs
+from ..nn.spec import ModelSpec
+from . import atomic
+from .adapter_config import CONFIG, parse, read_config
+from .adapter_fit import fitted, name_targets
+from .lora_config import PeftConfig
+from .names import Names
+from .peft_targets import is_target, modules, projections, rank_and_scale
+from .shards import TensorInfo, open_checkpoint, read
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+__all__ = ["read_adapter", "read_config", "save_adapter", "write_adapter"]
+
+STEM = "adapter_model"
+_PREFIX = "base_model.model."
+_LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def save_adapter(model: "CausalLM", folder: str | Path) -> None:
+    """Write the adapters of `model`, and its tokenizer if it has one, whole or not at all.
+
+    Raises SaveError when there are none, or the disk refuses.
+    """
+    config = model.peft_config.get("default")
+    if config is None and not tree.leaves(model.adapters):
+        raise SaveError(
+            "the model has no adapter to save; add one with get_peft_model, or write the whole "
+            "model with save_pretrained_merged"
+        )
+    origin = model.origin
+    stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
+    write_adapter(
+        folder,
+        model.adapters,
+        model.spec,
+        origin.family.names,
+        trained=model.trained,
+        config=replace(
+            config or PeftConfig(),
+            base_model_name_or_path=origin.name,
+            revision=origin.revision,
+        ),
+        metadata={key: value for key, value in stored.items() if value is not None},
+        tokenizer=model.tokenizer,
+    )
+
+
+def write_adapter(
+    folder: str | Path,
+    adapters: tree.Tree,
+    spec: ModelSpec,
+    names: Names,
+    *,
+    trained: tree.Tree = None,
+    config: PeftConfig | None = None,
+    metadata: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Write trees of adapters and trained copies as peft would, whole or not at all.
+
+    `config` is corrected where it does not describe the trees. metadata goes into the header of
+    the safetensors file, where peft does not look. The tensors keep their dtype.
+    """
+    config = fitted(config or PeftConfig(), adapters, trained, spec, names)
+    entries = [
+        atomic.entry(name, tensor.detach())
+        for name, tensor in _named(adapters, trained, spec, names).items()
+    ]
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+    size = atomic.entry_bytes(entries)
+    with atomic.folder(folder, need_bytes=size, replaces=atomic.ADAPTER_FILES) as new:
+        header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
+        atomic.write_safetensors(new / f"{STEM}.safetensors", entries, header)
+        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+
+
+def _named(
+    adapters: tree.Tree, trained: tree.Tree, spec: ModelSpec, names: Names
+) -> dict[str, torch.Tensor]:
+    """The tensors under peft's names."""
+    found: dict[str, torch.Tensor] = {}
+    adapted = dict(tree.items(adapters))
+    for path, leaf in adapted.items():
+        module = _PREFIX + names.module_to_hf(path)
+        found[f"{module}.lora_A.weight"] = leaf.a
+        found[f"{module}.lora_B.weight"] = leaf.b
+    copies = dict(tree.items(trained))
+    for path, tensor in copies.items():
+        module, _, kind = path.rpartition(".")
+        base = ".base_layer" if kind == "bias" and module in adapted else ""
+        found[f"{_PREFIX}{names.module_to_hf(module)}{base}.{kind}"] = tensor
+    if spec.tied and "embed.weight" in copies and "head.weight" not in copies:
+        # peft trains the two apart, so both must be told the one matrix.
+        found[f"{_PREFIX}{names.module_to_hf('head')}.weight"] = copies["embed.weight"]
+    return found
+
+
+def read_adapter(
+    folder: str | Path, spec: ModelSpec, names: Names, *, params: tree.Tree | None = None
+) -> tuple[tree.Tree, tree.Tree, PeftConfig]:
+    """(adapters, trained copies, config) of a folder that peft or purelm wrote; CPU, fp32.
+
+    params: the base's, needed only where an adapter trained the embedding of a tied model and left
+    its head. Raises AdapterError for other methods than LoRA (DoRA among them), for tensors that
+    are missing, unknown or misshapen, and for settings that cannot be followed.
+    """
+    folder = Path(folder)
+    raw = read_config(folder)
+    if raw is None:
+        raise AdapterError(f"the folder has no {CONFIG}, so it is no adapter", file=folder)
+    config = parse(raw, folder / CONFIG)
+    place = folder / f"{STEM}.safetensors"
+    try:
+        stored = open_checkpoint(folder, stem=STEM)
+        pairs, found = _sorted_out(stored.tensors, spec, names, place)
+        for path, pair in pairs.items():
+            _check_pair(path, pair, config, names, spec, place)
+        _check_complete(config, pairs, found, spec, names, place)
+        adapters = {
+            path: LoRA(
+                read(pair["A"]).float(),
+                read(pair["B"]).float(),
+                rank_and_scale(config, names.module_to_hf(path))[1],
+                config.lora_dropout,
+            )
+            for path, pair in pairs.items()
+        }
+        copies = {path: read(info).float() for path, info in found.items()}
+    except CheckpointError as problem:
+        raise AdapterError(str(problem)) from problem
+    _tie(copies, spec, params, place)
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        # The file's own expression is never run; the tensors say what it matched.
+        have = {names.module_to_hf(path) for path in pairs}
+        config = name_targets(config, have, spec, names)
+    return tree.from_items(adapters), tree.from_items(copies), config
+
+
+def _sorted_out(
+    tensors: Mapping[str, TensorInfo], spec: ModelSpec, names: Names, file: Path
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """Module path -> {"A", "B"}, and path -> trained copy, both in the model's order."""
+    shapes = {path: p.shape for path, p in tree.items(param_specs(spec))}
+    shapes.setdefault("head.weight", (spec.vocab, spec.dim))
+    adaptable = {name: path for path, name in projections(spec, names).items()}
+    everything = {name: path for path, name in modules(spec, names).items()}
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    copies: dict[str, TensorInfo] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise AdapterError(f"found {tensor.dtype}, expected floats", tensor=name, file=file)
+        plain = name.removeprefix(_PREFIX)
+        lora = _LORA.fullmatch(plain)
+        if lora and lora[1] in adaptable:
+            pairs.setdefault(adaptable[lora[1]], {})[lora[2]] = tensor
+            continue
+        module, _, kind = plain.rpartition(".")
+        module = module.removesuffix(".base_layer") if kind == "bias" else module
+        path = f"{everything.get(module)}.{kind}"
+        if path not in shapes:
+            unknown.append(name)
+        elif tuple(tensor.shape) != shapes[path]:
+            raise AdapterError(
+                f"found shape {list(tensor.shape)}, expected {list(shapes[path])}",
+                tensor=name,
+                file=file,
+            )
+        else:
+            copies[path] = tensor
+    if unknown:
+        more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+        raise AdapterError(
+            f"tensors without a place in this model: {', '.join(unknown[:6])}{more}; the adapter "
+            "is for another model or another method",
+            file=file,
+        )
+    ordered = {path: pairs[path] for path in adaptable.values() if path in pairs}
+    return ordered, {path: copies[path] for path in shapes if path in copies}
+
+
+def _check_pair(
+    path: str,
+    pair: Mapping[str, TensorInfo],
+    config: PeftConfig,
+    names: Names,
+    spec: ModelSpec,
+    file: Path,
+) -> None:
+    name = names.module_to_hf(path)
+    out, inp = tree.at(param_specs(spec), f"{path}.weight").shape
+    rank, _ = rank_and_scale(config, name)
+    for kind, shape in (("A", (rank, inp)), ("B", (out, rank))):
+        tensor = f"{_PREFIX}{name}.lora_{kind}.weight"
+        if kind not in pair:
+            raise AdapterError("the tensor is missing", tensor=tensor, file=file)
+        if tuple(pair[kind].shape) != shape:
+            raise AdapterError(
+                f"found shape {list(pair[kind].shape)}, the config and the model make it "
+                f"{list(shape)}",
+                tensor=tensor,
+                file=file,
+            )
+
+
+def _check_complete(
+    config: PeftConfig,
+    adapters: Mapping[str, Any],
+    copies: Mapping[str, Any],
+    spec: ModelSpec,
+    names: Names,
+    file: Path,
+) -> None:
+    """Everything that the config names must be there; a regular expression is not run for it."""
+    wanted = []
+    if not isinstance(config.target_modules, str) and not isinstance(config.exclude_modules, str):
+        for path, name in projections(spec, names).items():
+            if path not in adapters and is_target(config, name):
+                wanted.append(f"{_PREFIX}{name}.lora_A.weight")
+    if config.bias != "none":
+        for path, _ in tree.items(param_specs(spec)):
+            module, _, kind = path.rpartition(".")
+            if (
+                kind == "bias"
+                and path not in copies
+                and (config.bias == "all" or module in adapters)
+            ):
+                wanted.append(names.to_hf(path))
+    for name in config.modules_to_save or ():
+        if not any(names.to_hf(path).removesuffix(".weight").endswith(name) for path in copies):
+            wanted.append(f"{name}.weight")
+    if not adapters and not copies:
+        wanted.append("any lora_A.weight")
+    if wanted:
+        more = f" and {len(wanted) - 6} more" if len(wanted) > 6 else ""
+        raise AdapterError(f"tensors are missing: {', '.join(wanted[:6])}{more}", file=file)
+
+
+def _tie(
+    copies: dict[str, torch.Tensor], spec: ModelSpec, params: tree.Tree | None, file: Path
+) -> None:
+    """In a tied model an embedding trained alone leaves the head as it was: peft's rule."""
+    if not spec.tied or "embed.weight" not in copies:
+        return
+    embed, head = copies["embed.weight"], copies.get("head.weight")
+    if head is not None:
+        if torch.equal(embed, head):
+            del copies["head.weight"]
+    elif params is None:
+        raise AdapterError(
+            "it trained the embedding apart from the head, which are one matrix in this model; "
+            "give the base's params",
+            tensor="embed_tokens.weight",
+            file=file,
+        )
+    else:
+        copies["head.weight"] = params["embed"]["weight"].detach().float().cpu().clone()
