@@ -1,0 +1,257 @@
+"""Generation: the prompt in one pass, then one token at a time over the key-value cache.
+
+Rows with padding on either side give what each row gives alone: their tokens are moved against the
+end of the batch, positions count real tokens only, and padding is in no token's sight.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..errors import ArgumentError, InputError
+from . import cache as kv
+from . import decoder, tree
+from . import sampling as rules
+from .cache import Cache
+from .layout import Layout, dense
+from .sampling import GREEDY, Sampling
+from .spec import ModelSpec
+
+# The cache grows by so many tokens: copying it then costs under 1% of reading it for attention.
+CHUNK = 512
+
+Stop = Callable[[torch.Tensor], torch.Tensor]
+OnToken = Callable[[torch.Tensor], None]
+Adjust = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def generate(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    mask: torch.Tensor | None = None,
+    adapters: tree.Tree = None,
+    sampling: Sampling = GREEDY,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    generator: torch.Generator | None = None,
+    adjust: Adjust | None = None,
+    on_token: OnToken | None = None,
+    stop: Stop | None = None,
+) -> torch.Tensor:
+    """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, on the device of the params.
+
+    mask [b, s]: 1 real, 0 padding, on either side. A row ends with a token of `eos_ids` or when
+    `stop` says so, and is filled with `pad_id` (default: the first of eos_ids, else 0) until all
+    have ended. The hooks get ids [b, m], every row's prompt without padding after it (padding, if
+    any, stands before) and its answer so far: stop(ids) -> bool [b]; adjust(ids, logits [b, v]) ->
+    logits. on_token([b]) gets each step's tokens.
+
+    With eos_ids or stop the host waits for the device once a token, to see whether all rows have
+    ended; hooks may wait of their own; else nothing does. Draws come from `generator` alone.
+
+    Raises ArgumentError for values that cannot be used; InputError for empty prompts, a mask that
+    does not fit, ids outside of the vocabulary, more tokens than the model has positions, and
+    logits that are not finite.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number")
+    if max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if sampling.temperature > 0 and generator is None:
+        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+    real = _check(spec, tokens, mask, max_new_tokens)
+    device = params["embed"]["weight"].device
+    with torch.inference_mode():
+        prompt, real = _against_the_end(tokens.to(device), real)
+        new = _run(
+            params,
+            spec,
+            prompt,
+            real,
+            adapters=adapters,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos=torch.tensor(list(eos_ids), dtype=torch.int64, device=device),
+            pad_id=pad_id if pad_id is not None else next(iter(eos_ids), 0),
+            generator=generator,
+            adjust=adjust,
+            on_token=on_token,
+            stop=stop,
+        )
+    # Outside of inference mode, so that training may use the result.
+    return torch.cat([tokens.to(device), new], 1)
+
+
+def next_logits(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    cache: Cache,
+    *,
+    layout: Layout | None = None,
+    adapters: tree.Tree = None,
+) -> tuple[torch.Tensor, Cache]:
+    """Run tokens [b, s] after those in `cache`: logits [b, v] of what follows the last, the cache.
+
+    Both halves of generation: the prompt into an empty cache, then each token. As in
+    `decoder.extend` the given cache is used up.
+    """
+    x, cache = decoder.extend(params, spec, tokens, cache, layout=layout, adapters=adapters)
+    return decoder.logits(params, spec, x[:, -1]), cache
+
+
+def _check(
+    spec: ModelSpec, tokens: torch.Tensor, mask: torch.Tensor | None, new: int
+) -> torch.Tensor | None:
+    """Raise InputError for what cannot be run; the mask as bool, None where it hides nothing."""
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise InputError(
+            f"the prompt has shape {list(tokens.shape)}, expected [batch, length] with tokens"
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"the prompt has dtype {tokens.dtype}, expected token ids in torch.int64")
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= spec.vocab:
+        raise InputError(f"token ids lie in {low}..{high}, the vocabulary is 0..{spec.vocab - 1}")
+    longest, real = tokens.shape[1], None
+    if mask is not None:
+        if mask.shape != tokens.shape:
+            raise InputError(
+                f"attention_mask has shape {list(mask.shape)}, the prompt {list(tokens.shape)}"
+            )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError("attention_mask has values other than 0 (padding) and 1 (real)")
+        lengths = mask.bool().sum(-1).tolist()
+        if min(lengths) == 0:
+            raise InputError(f"row {lengths.index(0)} of the prompt is empty: all of it is padding")
+        longest = max(lengths)
+        real = None if min(lengths) == tokens.shape[1] else mask.bool()
+    if longest > spec.max_positions:
+        raise InputError(
+            f"a prompt of {longest} tokens is longer than the model's context of "
+            f"{spec.max_positions}; shorten it, or load with a rope_scaling that extends it"
+        )
+    if longest + new > spec.max_positions:
+        raise InputError(
+            f"a prompt of {longest} tokens and {new} new ones make {longest + new}, more than the "
+            f"model's context of {spec.max_positions}; ask for at most "
+            f"{spec.max_positions - longest} new ones, or load with a rope_scaling that extends it"
+        )
+    return real
+
+
+def _against_the_end(
+    tokens: torch.Tensor, real: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Move padding [b, s] to the front and cut off what no row needs; None: no padding is left.
+
+    With the real tokens of a row next to each other, distances in the cache are distances in the
+    text, and the last column is every row's last token.
+    """
+    if real is None:
+        return tokens, None
+    longest = int(real.sum(-1).max())
+    real = real.to(tokens.device)
+    order = real.long().argsort(dim=-1, stable=True)[:, -longest:]
+    tokens, real = tokens.gather(1, order), real.gather(1, order)
+    return tokens, None if bool(real.all()) else real
+
+
+def _run(
+    params: tree.Tree,
+    spec: ModelSpec,
+    prompt: torch.Tensor,
+    real: torch.Tensor | None,
+    *,
+    adapters: tree.Tree,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: torch.Tensor,
+    pad_id: int,
+    generator: torch.Generator | None,
+    adjust: Adjust | None,
+    on_token: OnToken | None,
+    stop: Stop | None,
+) -> torch.Tensor:
+    """The new tokens [b, n] after a prompt [b, s] whose padding stands in front."""
+    batch, start = prompt.shape
+    end, limit = start, start + max_new_tokens
+    ids = prompt.new_full((batch, limit), pad_id, dtype=torch.int64)
+    ids[:, :start] = prompt
+    ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    broken = ended
+    seen = _seen(prompt, real, spec.vocab) if sampling.repetition_penalty != 1 else None
+    cache = kv.empty(
+        spec,
+        batch,
+        min(limit, start + CHUNK),
+        padded=real is not None,
+        dtype=params["embed"]["weight"].dtype,
+        device=prompt.device,
+    )
+    layout, step = _layouts(prompt, real)
+    logits, cache = next_logits(params, spec, prompt, cache, layout=layout, adapters=adapters)
+    while True:
+        hook = None if adjust is None else _bound(adjust, ids[:, :end])
+        too_soon = end - start < sampling.min_new_tokens and eos.numel() > 0
+        scores = rules.scores(
+            logits, sampling, seen=seen, banned=eos if too_soon else None, adjust=hook
+        )
+        broken = broken | ~(ended | scores.amax(-1).isfinite())
+        token = rules.choose(scores, sampling, generator)
+        shown = torch.where(ended, pad_id, token)
+        ids[:, end] = shown
+        end += 1
+        if on_token is not None:
+            on_token(shown)
+        ended = ended | broken | (token[:, None] == eos).any(-1)
+        if stop is not None:
+            ended = ended | stop(ids[:, :end]).to(ended.device)
+        can_end = stop is not None or eos.numel() > 0
+        if end == limit or (can_end and bool(ended.all())):
+            break
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        if cache.length == cache.capacity:
+            cache = kv.grow(cache, min(limit, cache.capacity + CHUNK))
+        # An ended row goes on with what it drew: a pad id need not be one the model knows.
+        logits, cache = next_logits(
+            params, spec, token[:, None], cache, layout=step(end - start - 1), adapters=adapters
+        )
+    if bool(broken.any()):
+        raise InputError(
+            f"the model's logits for row {broken.tolist().index(True)} are not finite; its weights "
+            "or adapters hold NaN or infinite values, or its dtype is too narrow for it"
+        )
+    return ids[:, start:end]
+
+
+def _bound(adjust: Adjust, ids: torch.Tensor) -> rules.Adjust:
+    return lambda logits: adjust(ids, logits)
+
+
+def _seen(prompt: torch.Tensor, real: torch.Tensor | None, vocab: int) -> torch.Tensor:
+    """Which tokens of the vocabulary each prompt holds, padding aside: bool [b, v]."""
+    # Padding is written to one column past the vocabulary, which is then cut off.
+    kept = prompt if real is None else torch.where(real, prompt, vocab)
+    seen = torch.zeros(prompt.shape[0], vocab + 1, dtype=torch.bool, device=prompt.device)
+    return seen.scatter_(1, kept.long(), True)[:, :vocab]
+
+
+def _layouts(
+    prompt: torch.Tensor, real: torch.Tensor | None
+) -> tuple[Layout, Callable[[int], Layout]]:
+    """The layout of the prompt, and of the n-th new token."""
+    batch, start = prompt.shape
+    device = prompt.device
+    if real is None:
+        return (
+            dense(batch, start, device=device),
+            lambda n: dense(batch, 1, start=start + n, device=device),
+        )
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    after, own = positions[:, -1:] + 1, torch.ones_like(positions[:, -1:])
+    return Layout(positions, real.long()), lambda n: Layout(after + n, own)

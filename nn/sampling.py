@@ -1,0 +1,174 @@
+"""From logits to the next token: pure functions on [b, v], in fp32.
+
+Each equals the logits processor of transformers that it names, operation by operation, and `scores`
+applies them in transformers' order.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+
+Adjust = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: 0 takes the likeliest token, and then top_k to typical_p mean nothing. top_k: keep
+    the k likeliest (0: all). top_p: keep the likeliest that together hold this probability. min_p:
+    keep those with at least this share of the likeliest one's probability. typical_p: locally
+    typical sampling (arXiv 2202.00666), 1: off. repetition_penalty: divides positive and multiplies
+    negative logits of tokens seen in the row's prompt or answer (arXiv 1909.05858). min_new_tokens:
+    no end of sequence before so many new tokens. Raises ArgumentError for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self, "temperature", "a number of at least 0", lambda x: 0 <= x < math.inf)
+        _require(self, "top_k", "a whole number of at least 0", lambda x: x >= 0, whole=True)
+        _require(self, "top_p", "a number in 0..1", lambda x: 0 <= x <= 1)
+        _require(self, "min_p", "a number in 0..1", lambda x: 0 <= x <= 1)
+        _require(self, "typical_p", "a number over 0 up to 1", lambda x: 0 < x <= 1)
+        _require(self, "repetition_penalty", "a number over 0", lambda x: 0 < x < math.inf)
+        _require(
+            self, "min_new_tokens", "a whole number of at least 0", lambda x: x >= 0, whole=True
+        )
+
+
+def _require(
+    sampling: Sampling, name: str, wanted: str, fits: Callable[[Any], bool], whole: bool = False
+) -> None:
+    value = getattr(sampling, name)
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+        raise ArgumentError(f"{name} is {value!r}, expected {wanted}")
+
+
+GREEDY = Sampling()
+
+
+def repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """`RepetitionPenaltyLogitsProcessor`; seen [b, v]: which tokens each row holds already."""
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def suppress(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`SuppressTokensLogitsProcessor`: minus infinity at ids [n], of which those under v count."""
+    banned = (torch.arange(logits.shape[-1], device=logits.device)[:, None] == ids).any(-1)
+    return logits.masked_fill(banned, -math.inf)
+
+
+def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
+    """`TemperatureLogitsWarper`."""
+    return logits / value
+
+
+def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """`TopKLogitsWarper`: ties with the k-th stay."""
+    least = logits.topk(min(k, logits.shape[-1])).values[..., -1, None]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """`TopPLogitsWarper`: the likeliest token always stays."""
+    ascending, order = logits.sort(descending=False)
+    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    dropped[..., -1] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+def min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """`MinPLogitsWarper`."""
+    probabilities = logits.softmax(-1)
+    dropped = probabilities < p * probabilities.amax(-1, keepdim=True)
+    return logits.masked_fill(dropped, -math.inf)
+
+
+def typical_p(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """`TypicalLogitsWarper`."""
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)
+    distance, order = (-log_p - entropy).abs().sort(descending=False)
+    held = logits.gather(-1, order).softmax(-1).cumsum(-1)
+    last = (held < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    dropped = distance > distance.gather(-1, last)
+    dropped[..., 0] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+def scores(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    *,
+    seen: torch.Tensor | None = None,
+    banned: torch.Tensor | None = None,
+    adjust: Adjust | None = None,
+) -> torch.Tensor:
+    """logits [b, v] of any float dtype -> the fp32 logits that the next token is drawn from.
+
+    seen [b, v] bool: what the repetition penalty falls on. banned [n]: ids that must not come.
+    adjust: the caller's own step, run where transformers runs its `logits_processor`.
+    """
+    out = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1:
+        out = repetition_penalty(out, seen, sampling.repetition_penalty)
+    if banned is not None:
+        out = suppress(out, banned)
+    if adjust is not None:
+        out = adjust(out)
+    if sampling.temperature == 0:
+        return out
+    if sampling.temperature != 1:
+        out = temperature(out, sampling.temperature)
+    if sampling.top_k > 0:
+        out = top_k(out, sampling.top_k)
+    if sampling.top_p < 1:
+        out = top_p(out, sampling.top_p)
+    if sampling.min_p > 0:
+        out = min_p(out, sampling.min_p)
+    if sampling.typical_p < 1:
+        out = typical_p(out, sampling.typical_p)
+    return out
+
+
+def draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token per row [b] from the softmax of scores [b, v]; minus infinity is never drawn.
+
+    One fp64 uniform number a row, drawn on the generator's device, so that a CPU generator draws
+    the same numbers for every device; it is looked up in the fp64 cumulative distribution.
+    """
+    uniform = torch.rand(
+        scores.shape[0], 1, dtype=torch.float64, generator=generator, device=generator.device
+    )
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Under the total, so that rounding never leads past the last token that has a probability.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    sought = torch.minimum(uniform.to(scores.device) * total, below)
+    found = torch.searchsorted(cumulative, sought, right=True)
+    return found.squeeze(-1).clamp(max=scores.shape[-1] - 1)
+
+
+def choose(
+    scores: torch.Tensor, sampling: Sampling, generator: torch.Generator | None
+) -> torch.Tensor:
+    """The next token of every row [b]: the likeliest at temperature 0, else drawn."""
+    if sampling.temperature == 0:
+        return scores.argmax(-1)
+    if generator is None:
+        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+    return draw(scores, generator)
