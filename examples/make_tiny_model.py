@@ -32,10 +32,11 @@ from purelm.nn import tree
 
 DOCUMENTS, HELD_OUT, TEXT_SEED, HELD_OUT_SEED = 60_000, 400, 1, 2
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+VOCAB = 1536
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 1536,
+    "vocab_size": VOCAB,
     "hidden_size": 128,
     "intermediate_size": 320,
     "num_hidden_layers": 4,
@@ -83,12 +84,12 @@ TEMPLATE = (
 
 
 def make_tokenizer(text: Iterable[str]) -> purelm.Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens learned from the text."""
+    """A byte-level BPE of `VOCAB` tokens learned from the text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
+        vocab_size=VOCAB,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -191,7 +192,7 @@ def report(
     print(f"held out: {len(fresh)} new documents of {len(held_out)}, {size:,} bytes")
     print(f"bits per byte: {bits(model, fresh_ids) / size:.4f}")
     for order in (3, 4, 5):
-        baseline = ngram.fit(ids, CONFIG["vocab_size"], 0, order)
+        baseline = ngram.fit(ids, VOCAB, 0, order)
         print(f"bits per byte of a {order}-gram: {ngram.bits(baseline, fresh_ids) / size:.4f}")
 
 
