@@ -38,8 +38,8 @@ _LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def save_adapter(model: "CausalLM", folder: str | Path) -> None:
-    """Write the adapters of `model`, and its tokenizer if it has one, whole or not at all.
+def save_adapter(model: "CausalLM", folder: str | Path, tokenizer: Any = None) -> None:
+    """Write the adapters of `model`, and a tokenizer (default: its own), whole or not at all.
 
     Raises SaveError when there are none, or the disk refuses.
     """
@@ -63,7 +63,7 @@ def save_adapter(model: "CausalLM", folder: str | Path) -> None:
             revision=origin.revision,
         ),
         metadata={key: value for key, value in stored.items() if value is not None},
-        tokenizer=model.tokenizer,
+        tokenizer=model.tokenizer if tokenizer is None else tokenizer,
     )
 
 

@@ -1,0 +1,225 @@
+"""Saving a whole model: the very files it was loaded from, with what was trained put into them.
+
+Names, dtypes, shards and headers stay as they are. One tensor is in memory at a time. What was
+written is read again and checked before it takes its place.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ArgumentError, CheckpointError, SaveError
+from ..nn import tree
+from ..nn.lora import LoRA
+from . import atomic, hub
+from .adapter_file import save_adapter
+from .config import Config
+from .json_file import read_json
+from .local_file import locate
+from .merge_tensor import Change, digest, merged, probe
+from .safetensors_file import read_header
+from .shards import Checkpoint, TensorInfo, open_checkpoint, read, read_index
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_NOT_YET = ("merged_4bit", "merged_4bit_forced", "gguf", "torchao", "fp8")
+# A whole model must not lie beside an adapter, which its readers would apply once more.
+_REPLACES = (*atomic.MODEL_FILES, *atomic.ADAPTER_FILES, "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor to write: as stored, if `info` is given, with what changes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    info: TensorInfo | None
+    change: Change
+
+
+def save_merged(
+    model: "CausalLM",
+    folder: str | Path,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+) -> None:
+    """Write `model` with its adapters merged in, whole or not at all.
+
+    merged_16bit: every tensor of the files it was loaded from, plus scale * B @ A where an adapter
+    is (added in fp32 and rounded once to the stored dtype), trained copies in place of what they
+    copy, config, generation config and tokenizer (default: the model's own, else the source's
+    files). A 4-bit model is merged into its 16-bit original. lora: the adapter alone.
+
+    Afterwards every written tensor is read again: its bytes must be those meant, and each merged
+    weight must act on a random vector as base plus adapter do, within rounding.
+
+    Raises SaveError when the source files changed or vanished, for values that are not finite in
+    the stored dtype, and when the check or the disk fails; NotImplementedError for other methods.
+    """
+    if save_method == "lora":
+        save_adapter(model, folder, tokenizer)
+        return
+    if save_method in _NOT_YET:
+        raise NotImplementedError(f"save_method={save_method!r} is not implemented yet")
+    if save_method != "merged_16bit":
+        raise ArgumentError(f"save_method is {save_method!r}, expected 'merged_16bit' or 'lora'")
+    source = model.origin.folder
+    if os.path.exists(folder) and source.exists() and os.path.samefile(folder, source):
+        raise SaveError(f"{folder} is what the model was loaded from; give another folder")
+    try:
+        with torch.no_grad():
+            _save(model, Path(folder), tokenizer)
+    except CheckpointError as problem:
+        raise SaveError(
+            f"the files that the model was loaded from cannot be merged into: {problem}"
+        ) from problem
+
+
+def _save(model: "CausalLM", folder: Path, tokenizer: Any) -> None:
+    checkpoint = model.origin.checkpoint
+    config, shards = _planned(model)
+    every = [tensor for shard in shards.values() for tensor in shard]
+    size = sum(tensor.dtype.itemsize * torch.Size(tensor.shape).numel() for tensor in every)
+    with atomic.folder(folder, need_bytes=size, replaces=_REPLACES) as new:
+        meant: dict[str, bytes] = {}
+        for name, tensors in shards.items():
+            entries = [(t.name, t.dtype, t.shape, _maker(t, meant)) for t in tensors]
+            atomic.write_safetensors(new / name, entries, _header(tensors))
+        if list(shards) != [_SINGLE]:
+            _write_index(checkpoint.folder / _INDEX, new / _INDEX, shards, size)
+        _write_json(new / "config.json", config)
+        if model.generation_config.fields:
+            _write_json(new / "generation_config.json", model.generation_config.fields)
+        tokenizer = model.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        else:
+            _copy_tokenizer(model.origin.folder, new)
+        _verify(model, new, every, meant)
+
+
+def _planned(model: "CausalLM") -> tuple[dict[str, Any], dict[str, list[_Tensor]]]:
+    """The fields of config.json, and the tensors of each file to write."""
+    checkpoint, names = model.origin.checkpoint, model.origin.family.names
+    params = dict(tree.items(model.params))
+    trained = params if model.train_all else dict(tree.items(model.trained))
+    adapters = {f"{path}.weight": leaf for path, leaf in tree.items(model.adapters)}
+    fields = model.config.to_dict()
+    fields.pop("quantization_config", None)
+    head = names.to_hf("head.weight")
+    apart = model.spec.tied and "head.weight" in trained
+    if apart:
+        fields["tie_word_embeddings"] = False
+
+    def change(path: str, info: TensorInfo) -> Change:
+        if path == "head.weight" and path not in params:
+            path = "embed.weight"  # a tied head that is stored nevertheless
+        leaf = params.get(path)
+        if path in trained or (leaf is not None and tuple(leaf.shape) != info.shape):
+            if not isinstance(leaf, torch.Tensor):
+                raise SaveError(f"{info.name} was changed and is stored in 4 bits, found {leaf!r}")
+            return leaf
+        return adapters.get(path)
+
+    files = _files(checkpoint)
+    shards: dict[str, list[_Tensor]] = {name: [] for name in files.values()}
+    for info in checkpoint.in_file_order():
+        try:
+            made = change(names.to_ours(info.name), info)
+        except KeyError:
+            made = None
+        shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
+        shards[files[info.name]].append(_Tensor(info.name, info.dtype, shape, info, made))
+    if apart and head not in checkpoint.tensors:
+        weight = params["head.weight"]
+        dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype
+        last = list(shards)[-1]
+        shards[last].append(_Tensor(head, dtype, tuple(weight.shape), None, weight))
+    return fields, shards
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor name -> plain name of its file; `checkpoint.files` may be blobs of a cache."""
+    if os.path.lexists(checkpoint.folder / _SINGLE):
+        return dict.fromkeys(checkpoint.tensors, _SINGLE)
+    return dict(sorted(read_index(checkpoint.folder / _INDEX).items(), key=lambda item: item[1]))
+
+
+def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
+    def make() -> torch.Tensor:
+        if tensor.info is None or isinstance(tensor.change, torch.Tensor):
+            assert isinstance(tensor.change, torch.Tensor)
+            made = tensor.change.detach().to("cpu").to(tensor.dtype)
+            if not bool(made.isfinite().all()):
+                raise SaveError(f"{tensor.name} has values that are not finite in {made.dtype}")
+        else:
+            made = read(tensor.info)
+            if tensor.change is not None:
+                made = merged(made, tensor.change, tensor.name)
+        meant[tensor.name] = digest(made)
+        return made
+
+    return make
+
+
+def _header(tensors: list[_Tensor]) -> dict[str, str]:
+    infos = [tensor.info for tensor in tensors if tensor.info is not None]
+    return read_header(infos[0].file)[1] if infos else {"format": "pt"}
+
+
+def _write_index(source: Path, path: Path, shards: dict[str, list[_Tensor]], size: int) -> None:
+    index = read_json(source, max_bytes=64 << 20, error=CheckpointError)
+    found = index.get("metadata")
+    index["metadata"] = {**(found if isinstance(found, dict) else {}), "total_size": size}
+    index["weight_map"] = {t.name: name for name, tensors in shards.items() for t in tensors}
+    _write_json(path, index)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, new: Path) -> None:
+    other = ("config.json", "generation_config.json", "quantize_config.json")
+    templates = "additional_chat_templates"
+    names = [n for n in hub.FILES if "/" not in n and "model.safetensors" not in n]
+    for name in names:
+        if name not in other and not name.startswith("adapter") and (source / name).exists():
+            shutil.copyfile(locate(source, name), new / name)
+    if (source / templates).is_dir():
+        (new / templates).mkdir()
+        for path in sorted((source / templates).glob("*.jinja")):
+            shutil.copyfile(locate(source / templates, path.name), new / templates / path.name)
+
+
+def _verify(model: "CausalLM", new: Path, every: list[_Tensor], meant: dict[str, bytes]) -> None:
+    """Raise SaveError unless the files in `new` hold what was meant, and that is right."""
+    try:
+        written = open_checkpoint(new)
+        if written.tensors.keys() != meant.keys():
+            raise SaveError(f"{new.name} does not hold the tensors that were written")
+        for tensor in every:
+            found = read(written.tensors[tensor.name])
+            if digest(found) != meant[tensor.name]:
+                raise SaveError(f"{tensor.name} reads back with other bytes than were written")
+            if isinstance(tensor.change, LoRA):
+                assert tensor.info is not None
+                probe(read(tensor.info), found, tensor.change, tensor.name)
+        # What will be loaded: the same spec, but for a head that is apart now.
+        spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")
+    except CheckpointError as problem:
+        raise SaveError(f"what was written cannot be read: {problem}") from problem
+    if spec.layers != model.spec.layers or (spec.vocab, spec.dim) != (
+        model.spec.vocab,
+        model.spec.dim,
+    ):
+        raise SaveError("the written config.json describes another model than the one in memory")
