@@ -85,7 +85,7 @@ class BatchEncoding(dict[str, Any]):
         """The characters [start, end) of a token, or None for one that came from no text."""
         row, token = _row_and(batch_or_token_index, token_index)
         found = self._rows()[row].token_to_chars(token)
-        return None if found is None else (found[1][0], found[1][1])
+        return None if found is None else (found[0], found[1])
 
     def token_to_word(
         self, batch_or_token_index: int, token_index: int | None = None

@@ -14,7 +14,7 @@ from jinja2.exceptions import SecurityError
 
 _STEPS = 300_000
 _STEPS_PER_ITEM = 4_000
-_SECONDS = 0.7
+_SECONDS = 0.4
 _SECONDS_PER_ITEM = 0.005
 _SIZE = 1 << 20
 # How many characters are copied for the price of one step.

@@ -21,7 +21,8 @@ from ..errors import TemplateError
 from .chat_budget import Budget
 from .chat_sandbox import RefusedMessages, Sandbox
 
-MAX_TEMPLATE = 1 << 20
+# The largest real ones have 20,000 characters; compiling takes time in proportion.
+MAX_TEMPLATE = 1 << 16
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -373,7 +374,7 @@ def _turn_end(text: str, start: int, turn: str, anchor: str) -> int:
     (a reasoning block) or behind it (an end of text); what both ways have in common must be found
     in `text`, and must hold `anchor` and an end marker.
     """
-    place = turn.rfind(anchor) if anchor else -1
+    place = turn.find(anchor) if anchor else -1
     behind = place + len(anchor) if place >= 0 else 0
 
     def trimmed(end: int) -> int:

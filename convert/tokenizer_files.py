@@ -30,7 +30,7 @@ TEMPLATES = "additional_chat_templates"
 NAMES = (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, "added_tokens.json")
 
 MAX_TOKENIZER_BYTES = 256 * MIB
-MAX_TEMPLATE_BYTES = MIB
+MAX_TEMPLATE_BYTES = MIB // 4
 
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
