@@ -1,0 +1,55 @@
+"""Which tokens end an answer: what the call says, or all that a model's files name."""
+
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, TemplateError
+from .bridge import CausalLM
+from .tokenizer import Tokenizer
+
+
+def end_ids(model: CausalLM, asked: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a row: those asked for, else all that the model's files name."""
+    if asked is not None:
+        return _as_ids(asked, "eos_token_id")
+    named = [
+        model.generation_config.get("eos_token_id"),
+        model.config.eos_token_id,
+        getattr(tokenizer, "eos_token_id", None),
+        end_of_turn(tokenizer) if isinstance(tokenizer, Tokenizer) else None,
+    ]
+    found = [i for value in named if value is not None for i in _as_ids(value, "eos_token_id")]
+    return list(dict.fromkeys(found))
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template writes after an answer; None without one.
+
+    A model tuned on that template ends its answers with this token, whatever eos its files name.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    answer = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        # A template that takes no plain turn (or several templates without a default) names no end.
+        return None
+    ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in _special_ids(tokenizer) else None
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {index for index, token in added if token.special} | set(tokenizer.all_special_ids)
+
+
+def _as_ids(value: Any, name: str) -> list[int]:
+    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    values = [values] if isinstance(values, int) else list(values)
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise ArgumentError(f"{name} is {value!r}, expected a token id or a list of them")
+    # -1 is what callers write for "none".
+    return [v for v in values if v >= 0]

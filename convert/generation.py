@@ -1,0 +1,267 @@
+"""`model.generate`: Hugging Face's keywords and generation_config.json over `nn.generate`."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, InputError
+from ..nn.generate import generate as run
+from ..nn.sampling import Sampling
+from .bridge import CausalLM
+from .end_ids import end_ids
+from .generation_keywords import check_options, check_waiting, fields_of
+from .stop_strings import stop_strings as stop_at
+
+Ids = int | Sequence[int] | torch.Tensor | None
+
+# transformers' default where neither file nor call says how many.
+DEFAULT_NEW_TOKENS = 20
+
+
+def generate(
+    model: CausalLM,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    inputs: torch.Tensor | None = None,
+    generation_config: Any = None,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    min_new_tokens: int | None = None,
+    min_length: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    repetition_penalty: float | None = None,
+    eos_token_id: Ids = None,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    streamer: Any = None,
+    logits_processor: Sequence[Callable[..., Any]] | None = None,
+    stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+    num_return_sequences: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Prompts input_ids [b, s] -> prompts and answers [b * num_return_sequences, s + n].
+
+    The keywords are transformers'. None means: as `generation_config` (ours, transformers' or a
+    dict) says, else the model's own generation_config.json, else transformers' default (greedy; 20
+    new tokens, with a warning; top_k 50 where it samples). max_new_tokens counts without the
+    prompt, max_length with it; a limit of a file ends at the model's context, one of the call that
+    passes it raises.
+
+    A row ends at any of eos_token_id: those of the call, or of `generation_config`, or else all
+    that the model's files name: generation_config.json, config.json, the tokenizer's eos, and the
+    special token that ends a turn in its chat template; `[]`: never. Padding is chosen where
+    none is named. Without an attention_mask, pad tokens in the prompt are taken for padding unless
+    they also end a row.
+
+    stop_strings: see `stop_strings.stop_strings`; tokenizer defaults to the model's. streamer: any
+    object with put and end. logits_processor and stopping_criteria: callables (input_ids, scores).
+    seed or generator: what samples are drawn from; without both a fresh seed. No other generator
+    moves. Adapters' dropout is off; the model's training mode is neither read nor changed.
+
+    Raises ArgumentError, InputError; NotImplementedError for keywords of transformers that do not
+    work yet, set to anything but their default; TypeError for unknown ones.
+    """
+    check_options(options, inspect.signature(generate).parameters)
+    ids = inputs if input_ids is None else input_ids
+    if input_ids is not None and inputs is not None:
+        raise ArgumentError("both inputs and input_ids are given; they are the same keyword")
+    given = fields_of(generation_config)
+    own = model.generation_config.to_dict()
+    for where, fields in (("generation_config", given), ("the model's generation_config", own)):
+        check_waiting(fields, where)
+
+    def setting(name: str, value: Any, default: Any) -> Any:
+        return next((v for v in (value, given.get(name), own.get(name)) if v is not None), default)
+
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    eos = end_ids(model, _first(eos_token_id, given.get("eos_token_id")), tokenizer)
+    named_pad = setting("pad_token_id", pad_token_id, model.config.pad_token_id)
+    if named_pad is None:
+        named_pad = getattr(tokenizer, "pad_token_id", None)
+    if ids is None:
+        bos = setting("bos_token_id", bos_token_id, model.config.bos_token_id)
+        ids = _begin(bos, attention_mask)
+    _check_shapes(ids, attention_mask)
+    if attention_mask is None and named_pad is not None and named_pad not in eos:
+        attention_mask = (ids != named_pad).long()
+    samples = setting("do_sample", do_sample, False)
+    copies = setting("num_return_sequences", num_return_sequences, 1)
+    if copies < 1 or (copies > 1 and not samples):
+        raise ArgumentError(
+            f"num_return_sequences is {copies}; several need do_sample=True, greedy ones are equal"
+        )
+    ids = ids.repeat_interleave(copies, 0)
+    if attention_mask is not None:
+        attention_mask = attention_mask.repeat_interleave(copies, 0)
+    new = _new_tokens(model, ids, attention_mask, max_new_tokens, max_length, given, own)
+    least = setting("min_new_tokens", min_new_tokens, None)
+    if least is None:
+        least = max(0, setting("min_length", min_length, 0) - ids.shape[1])
+    sampling = Sampling(
+        repetition_penalty=setting("repetition_penalty", repetition_penalty, 1.0),
+        min_new_tokens=least,
+    )
+    if samples:
+        sampling = Sampling(
+            temperature=_positive(setting("temperature", temperature, 1.0)),
+            top_k=setting("top_k", top_k, 50),
+            top_p=setting("top_p", top_p, 1.0),
+            min_p=setting("min_p", min_p, 0.0),
+            typical_p=setting("typical_p", typical_p, 1.0),
+            repetition_penalty=sampling.repetition_penalty,
+            min_new_tokens=least,
+        )
+    stops = [_criterion(criterion) for criterion in stopping_criteria or ()]
+    strings = setting("stop_strings", stop_strings, None)
+    if strings is not None:
+        stops.append(stop_at(strings, tokenizer))
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    try:
+        return run(
+            model._cast(model.params),
+            model.spec,
+            ids,
+            mask=attention_mask,
+            adapters=model.adapters,
+            max_new_tokens=new,
+            sampling=sampling,
+            eos_ids=eos,
+            pad_id=named_pad,
+            generator=_generator(seed, generator) if samples else None,
+            adjust=_processed(logits_processor) if logits_processor else None,
+            on_token=None if streamer is None else lambda token: streamer.put(token.cpu()),
+            stop=_any_of(stops) if stops else None,
+        )
+    finally:
+        # Also after an error: whoever reads the stream in another thread would wait for ever.
+        if streamer is not None:
+            streamer.end()
+
+
+def _check_shapes(ids: Any, mask: Any) -> None:
+    for name, value in (("input_ids", ids), ("attention_mask", mask)):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{name} is a {type(value).__name__}, expected a tensor [batch, length]; "
+                "tokenize with return_tensors='pt'"
+            )
+        if value.ndim != 2 or value.numel() == 0:
+            raise InputError(
+                f"{name} has shape {list(value.shape)}, expected [batch, length] with tokens"
+            )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _begin(bos: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    if bos is None or attention_mask is not None:
+        raise ArgumentError("no prompt: pass input_ids, or bos_token_id to begin with that")
+    return torch.tensor([[int(bos)]])
+
+
+def _new_tokens(
+    model: CausalLM,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> int:
+    """How many tokens at most, from the first place that says so."""
+    width = ids.shape[1]
+    for new, total in (
+        (max_new_tokens, max_length),
+        (given.get("max_new_tokens"), given.get("max_length")),
+    ):
+        if new is not None:
+            return new
+        if total is not None:
+            return _after_prompt(total, width)
+    new = own.get("max_new_tokens")
+    if new is None:
+        total = own.get("max_length")
+        if total is not None:
+            new = _after_prompt(total, width)
+        else:
+            warnings.warn(
+                f"nothing says how much to generate: {DEFAULT_NEW_TOKENS} tokens, as in "
+                "transformers; pass max_new_tokens",
+                UserWarning,
+                stacklevel=3,
+            )
+            new = DEFAULT_NEW_TOKENS
+    longest = width if mask is None else int(mask.bool().sum(-1).max())
+    room = model.spec.max_positions - longest
+    return min(new, room) if room > 0 else int(new)
+
+
+def _after_prompt(total: int, width: int) -> int:
+    if total <= width:
+        raise InputError(
+            f"max_length is {total} and the prompt has {width} tokens: nothing is left to "
+            "generate; pass max_new_tokens"
+        )
+    return total - width
+
+
+def _positive(temperature: Any) -> Any:
+    if temperature == 0:
+        raise ArgumentError("temperature is 0 while sampling; for greedy pass do_sample=False")
+    return temperature
+
+
+def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    if seed is not None and generator is not None:
+        raise ArgumentError("both seed and generator are given; pass one")
+    if generator is not None:
+        return generator
+    made = torch.Generator()
+    if seed is None:
+        made.seed()
+        return made
+    return made.manual_seed(seed)
+
+
+def _criterion(criterion: Callable[..., Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def stop(ids: torch.Tensor) -> torch.Tensor:
+        verdict = criterion(ids, None)
+        made = verdict if isinstance(verdict, torch.Tensor) else torch.tensor(bool(verdict))
+        return made.expand(ids.shape[0])
+
+    return stop
+
+
+def _any_of(
+    stops: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda ids: torch.stack([stop(ids).to(ids.device) for stop in stops]).any(0)
+
+
+def _processed(
+    processors: Sequence[Callable[..., Any]],
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def adjust(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for process in processors:
+            scores = process(ids, scores)
+        return scores
+
+    return adjust
