@@ -174,9 +174,8 @@ def _row_kernel(
         b_max = b_new
     b_top = tl.max(b_max, axis=0)
     b_total = tl.sum(b_sum * tl.exp(b_max - b_top), axis=0)
-    b_lse = b_top + tl.log(b_total)
     b_own = tl.load(p_row + i_label, mask=m_label, other=float("nan")).to(tl.float32)
-    b_loss = b_lse - _cap(b_own * SCALE, SOFTCAP)
+    b_loss = tl.log(b_total) - (_cap(b_own * SCALE, SOFTCAP) - b_top)
     tl.store(p_loss + i_row, tl.where(counts, b_loss, 0.0))
     if GRADIENT:
         for i_start in range(0, vocabulary, BLOCK):
@@ -184,7 +183,7 @@ def _row_kernel(
             mask = o < vocabulary
             b_z = tl.load(p_row + o, mask=mask, other=0.0).to(tl.float32)
             b_z = _cap(b_z * SCALE, SOFTCAP)
-            b_d = tl.exp(b_z - b_lse) - tl.where(o == i_label, 1.0, 0.0)
+            b_d = tl.exp(b_z - b_top) / b_total - tl.where(o == i_label, 1.0, 0.0)
             if SOFTCAP > 0.0:
                 b_t = b_z / SOFTCAP
                 b_d = b_d * (1.0 - b_t * b_t)
@@ -195,8 +194,15 @@ def _row_kernel(
 @jit
 def _cap(b_z, SOFTCAP: tl.constexpr):
     if SOFTCAP > 0.0:
-        # cap * tanh(z / cap), from the sigmoid.
-        b_z = SOFTCAP * (2.0 * tl.sigmoid(2.0 * b_z / SOFTCAP) - 1.0)
+        b_x = b_z / SOFTCAP
+        # tanh from an exponential that cannot overflow; near zero, where that cancels, from its
+        # series.
+        b_e = tl.exp(-2.0 * tl.abs(b_x))
+        b_far = (1.0 - b_e) / (1.0 + b_e)
+        b_far = tl.where(b_x < 0.0, -b_far, b_far)
+        b_2 = b_x * b_x
+        b_series = -0.3333333333333333 + b_2 * (0.13333333333333333 - b_2 * 0.05396825396825397)
+        b_z = SOFTCAP * tl.where(b_2 < 0.01, b_x + b_x * b_2 * b_series, b_far)
     return b_z
 
 
@@ -240,12 +246,15 @@ def row_step_reference(
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         z = torch.tanh(z / softcap) * softcap
-    log_p = torch.log_softmax(z, -1)
+    # Not through log_softmax: exp(z - max) / sum keeps more digits than exp(z - lse).
+    top = z.amax(-1, keepdim=True)
+    powers = torch.exp(z - top)
+    total = powers.sum(-1, keepdim=True)
     counts = labels != ignore_index
     place = torch.where(counts, labels, 0)[:, None]
-    losses = torch.where(counts, -log_p.gather(1, place)[:, 0], 0.0)
+    losses = torch.where(counts, (total.log() - (z.gather(1, place) - top))[:, 0], 0.0)
     if gradient:
-        d = log_p.exp_()
+        d = powers.div_(total)
         d.scatter_add_(1, place, d.new_full(place.shape, -1.0))
         if softcap is not None:
             d *= 1.0 - (z / softcap).square()
@@ -299,7 +308,9 @@ def _chunked(
         )
         if want_hidden:
             torch.mm(logits, weight, out=dhidden[start:stop])
-        if dwide is not None:
+        if dwide is not None and dwide.dtype == rows.dtype:
+            dwide.addmm_(logits.t(), rows)
+        elif dwide is not None:
             dwide += logits.t() @ rows
     dweight = weight.new_empty(0) if dwide is None else dwide.to(weight.dtype)
     return losses.sum(), dhidden, dweight

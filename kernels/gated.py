@@ -73,12 +73,22 @@ class _Gated(torch.autograd.Function):
 
 
 @jit
+def _sigmoid(b_x):
+    """sigmoid(x) and 1 - sigmoid(x), both to full relative precision."""
+    b_e = tl.exp(-tl.abs(b_x))
+    b_r = 1.0 / (1.0 + b_e)
+    b_near = tl.where(b_x >= 0.0, b_r, b_e * b_r)
+    b_rest = tl.where(b_x >= 0.0, b_e * b_r, b_r)
+    return b_near, b_rest
+
+
+@jit
 def _activate(b_g, ACTIVATION: tl.constexpr):
     """The activation of fp32 values and its derivative."""
     if ACTIVATION == "silu":
-        b_s = tl.sigmoid(b_g)
+        b_s, b_rest = _sigmoid(b_g)
         b_act = b_g * b_s
-        b_slope = b_s * (1.0 + b_g * (1.0 - b_s))
+        b_slope = b_s * (1.0 + b_g * b_rest)
     elif ACTIVATION == "gelu":
         # Phi(g) and phi(g), the normal distribution and its density.
         b_s = 0.5 * (1.0 + tl.erf(b_g * 0.7071067811865476))
@@ -86,10 +96,10 @@ def _activate(b_g, ACTIVATION: tl.constexpr):
         b_slope = b_s + b_g * 0.3989422804014327 * tl.exp(-0.5 * b_g * b_g)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2u), here with u doubled already.
-        b_s = tl.sigmoid(b_g * (1.5957691216057308 + 0.07135481282553593 * b_g * b_g))
+        b_s, b_rest = _sigmoid(b_g * (1.5957691216057308 + 0.07135481282553593 * b_g * b_g))
         b_act = b_g * b_s
         b_inner = 1.5957691216057308 + 0.2140644384766078 * b_g * b_g
-        b_slope = b_s + b_g * b_s * (1.0 - b_s) * b_inner
+        b_slope = b_s + b_g * b_s * b_rest * b_inner
     else:
         b_r = tl.maximum(b_g, 0.0)
         b_act = b_r * b_r

@@ -4,9 +4,13 @@ import shim  # isort: skip  (sets TRITON_INTERPRET before anything can import tr
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import Phase
 
 del shim
+
+# The workers share the cores.
+torch.set_num_threads(1)
 
 _common = {
     "deadline": None,

@@ -1,11 +1,12 @@
 """Makes Triton's interpreter trustworthy: import this before anything imports triton.
 
-The bare interpreter computes bf16 on bit patterns, truncates casts to bf16, ignores tf32, accepts out-of-bounds access,
-int32 overflow and races, reads masked lanes as 0 and skips device_assert. Here bf16 and tf32 are right, and the rest raises.
-It imports triton at the first launch only, so that importing it costs nothing where no kernel runs.
+The bare interpreter computes bf16 on bit patterns, truncates casts to bf16, ignores tf32, accepts
+out-of-bounds access, int32 overflow and races, reads masked lanes as 0 and skips device_assert.
+Here bf16 and tf32 are right, and the rest raises. It imports triton at the first launch only, so
+that importing it costs nothing where no kernel runs.
 
-`checking(race=..., reverse=...)` sets, for the launches inside, whether stores of two programs to one address raise, and whether
-the programs run in reverse order.
+`checking(race=..., reverse=...)` sets, for the launches inside, whether stores of two programs to
+one address raise, and whether the programs run in reverse order.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def to_tf32(values: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Patch the interpreter; once, before the first launch. Raises if triton was imported too early."""
+    """Patch the interpreter; once, before the first launch. Raises if triton was imported too
+    early.
+    """
     if _state.installed:
         return
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
@@ -162,9 +165,7 @@ def _patch_numbers(interpreter: Any, tl: Any) -> None:
 
     def patch(tensor: Any, scope: Any) -> None:
         patch0(tensor, scope)
-        scope.set_attr(
-            tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item())
-        )
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
     interpreter._patch_lang_tensor = patch
     # Debug turns on the check of int32 overflow.

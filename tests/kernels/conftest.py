@@ -20,7 +20,7 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every uninitialised tensor is NaN (90 in integer types), so that an unwritten output shows."""
+    """Every uninitialised tensor is NaN (90 where integer), so that an unwritten output shows."""
 
     def poison(make):
         def made(*args, **kwargs):

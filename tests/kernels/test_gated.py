@@ -5,7 +5,7 @@ import shim
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_elementwise
+from oracles import assert_elementwise, assert_rows
 
 from purelm.errors import KernelError
 from purelm.kernels.gated import ACTIVATIONS, gated, gated_reference
@@ -21,6 +21,16 @@ def test_reference_equals_transformers(activation, dtype):
     gate, up = (torch.randn(2, 40, 17) * 3).to(dtype).unbind(0)
     want = activations.ACT2FN[HF_NAMES[activation]](gate) * up
     assert torch.equal(gated(gate, up, activation), want)
+
+
+def exact_gated(gate, up, activation):
+    """float64, and without the cancellation of 1 + tanh and 1 + erf far left of zero."""
+    if activation == "gelu":
+        return gate * 0.5 * torch.special.erfc(-gate / 2**0.5) * up
+    if activation == "gelu_tanh":
+        inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+        return gate * torch.sigmoid(2 * inner) * up
+    return gated_reference(gate, up, activation)
 
 
 @given(
@@ -42,9 +52,13 @@ def test_launch(interpreted, poisoned, rows, width, activation, dtype, size, see
 
     ours = run(gated, gate, up, dh)
     eager = run(gated_reference, gate, up, dh)
-    exact = run(gated_reference, gate.double(), up.double(), dh.double())
-    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
-        assert_elementwise(mine, theirs, truth, pooled=activation != "relu2")
+    exact = run(exact_gated, gate.double(), up.double(), dh.double())
+    for i, (mine, theirs, truth) in enumerate(zip(ours, eager, exact, strict=True)):
+        if i == 1 and activation != "relu2":
+            # The slope has a root, near which a relative error has no bound.
+            assert_rows(*(t.reshape(1, -1) for t in (mine, theirs, truth)))
+        else:
+            assert_elementwise(mine, theirs, truth, pooled=activation != "relu2")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -13,9 +13,7 @@ pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = st.sampled_from([32, 64, 128, 1024, 4096])
-COUNTS = st.one_of(
-    st.integers(1, 600), st.sampled_from([1023, 1024, 1025, 4095, 4096, 4097, 8193])
-)
+COUNTS = st.one_of(st.integers(1, 600), st.sampled_from([1023, 1024, 1025, 4095, 4096, 4097, 8193]))
 SEEDS = st.integers(0, 2**31)
 
 

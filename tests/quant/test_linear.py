@@ -1,0 +1,80 @@
+"""The one linear: dense and NF4 weights give the same numbers and gradients, and compose."""
+
+import pytest
+import torch
+
+from purelm.errors import KernelError
+from purelm.quant.linear import linear, weight_of
+from purelm.quant.nf4 import dequantize, quantize
+
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4)])
+def test_nf4_equals_its_dense_weight(dtype, double, shape):
+    leaf = quantize(torch.randn(12, 40), double=double)
+    bias = torch.randn(12)
+    x = torch.randn(*shape, 40).to(dtype).requires_grad_()
+    y = linear(x, leaf, bias)
+    want = torch.nn.functional.linear(x, dequantize(leaf, dtype)) + bias.to(dtype)
+    assert y.dtype == dtype and torch.equal(y, want)
+    dy = torch.randn_like(y)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(want, x, dy)[0])
+
+
+def test_only_the_packed_weight_is_kept():
+    leaf = quantize(torch.randn(64, 64))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(torch.randn(3, 64, requires_grad=True), leaf)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in leaf.tensors}
+
+
+def test_bias_and_dense_weight_can_be_trained():
+    x, w, b = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True), torch.randn(4)
+    b.requires_grad_()
+    grads = torch.autograd.grad(linear(x.bfloat16(), w, b).float().sum(), (w, b))
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32]
+    leaf = quantize(torch.randn(4, 8))
+    assert torch.autograd.grad(linear(x, leaf, b).sum(), b)[0].equal(torch.full((4,), 3.0))
+
+
+def test_transforms():
+    leaf = quantize(torch.randn(12, 40))
+    dense = dequantize(leaf)
+    x = torch.randn(5, 3, 40)
+
+    def loss(weight):
+        return lambda x: linear(x, weight).pow(3).sum()
+
+    for make in (
+        lambda f: torch.func.grad(f)(x),
+        lambda f: torch.func.vmap(f)(x),
+        lambda f: torch.func.vmap(torch.func.grad(f))(x),
+        lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum())(x),
+        lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x),
+    ):
+        torch.testing.assert_close(make(loss(leaf)), make(loss(dense)))
+
+
+def test_leaf_as_an_argument_of_a_transform():
+    leaf, a = quantize(torch.randn(12, 40)), torch.randn(4, 40)
+    grad = torch.func.grad(lambda a, w: linear(a, w).sum())(a, leaf)
+    torch.testing.assert_close(grad, dequantize(leaf).sum(0).expand(4, 40))
+
+
+def test_weight_of():
+    leaf = quantize(torch.randn(6, 10))
+    assert torch.equal(weight_of(leaf, torch.bfloat16), dequantize(leaf, torch.bfloat16))
+    w = torch.randn(6, 10)
+    assert weight_of(w, torch.float32) is w
+
+
+def test_bad_input():
+    leaf = quantize(torch.randn(12, 40))
+    with pytest.raises(KernelError, match=r"\[3, 12\].*\[12, 40\]"):
+        linear(torch.ones(3, 12), leaf)
+    with pytest.raises(KernelError, match="type str"):
+        linear(torch.ones(3, 12), "weight")
