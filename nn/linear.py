@@ -36,6 +36,8 @@ def project(
     `seed` drives the adapters' dropout (None: no dropout): the same seed drops the same features,
     so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and adapters.
     """
+    if torch.is_inference_mode_enabled():
+        return tuple(_in_place(x, projections, adapters, seed)[: len(projections)])
     flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))
     outputs = _Project.apply(structure, seed, x, *flat)  # type: ignore[no-untyped-call]
     return tuple(outputs[: len(projections)])
@@ -87,22 +89,32 @@ def _plus(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return total.addmm_(a, b)
 
 
+def _in_place(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    adapters: Sequence[LoRA | None],
+    seed: int | None,
+) -> list[torch.Tensor]:
+    """As `_reference`, the low-rank terms added to the products where they stand."""
+    outputs, lows = [], []
+    x2 = x.reshape(-1, x.shape[-1])
+    for i, (p, adapter) in enumerate(zip(projections, adapters, strict=True)):
+        y = base_linear(x2, p["weight"], p.get("bias"))
+        if adapter is not None:
+            low = _drop(x2, adapter, seed, i) @ adapter.a.to(x.dtype).mT
+            y.addmm_(low, (adapter.b * adapter.scale).to(x.dtype).mT)
+            lows.append(low)
+        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+    return outputs + lows
+
+
 class _Project(torch.autograd.Function):
     """The outputs, then the low-rank activations x A^T of the adapted ones (not differentiable)."""
 
     @staticmethod
     def forward(structure: Any, seed: int | None, x: torch.Tensor, *flat: Any) -> Any:
         projections, adapters = _pytree.tree_unflatten(list(flat), structure)
-        outputs, lows = [], []
-        x2 = x.reshape(-1, x.shape[-1])
-        for i, (p, adapter) in enumerate(zip(projections, adapters, strict=True)):
-            y = base_linear(x2, p["weight"], p.get("bias"))
-            if adapter is not None:
-                low = _drop(x2, adapter, seed, i) @ adapter.a.to(x.dtype).mT
-                y.addmm_(low, (adapter.b * adapter.scale).to(x.dtype).mT)
-                lows.append(low)
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-        return tuple(outputs + lows)
+        return tuple(_in_place(x, projections, adapters, seed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

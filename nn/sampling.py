@@ -158,7 +158,8 @@ def draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     total = cumulative[:, -1:]
     # Under the total, so that rounding never leads past the last token that has a probability.
     below = torch.nextafter(total, torch.zeros_like(total))
-    sought = torch.minimum(uniform.to(scores.device) * total, below)
+    # Not blocking: a copy from pageable memory is staged before the call returns.
+    sought = torch.minimum(uniform.to(scores.device, non_blocking=True) * total, below)
     found = torch.searchsorted(cumulative, sought, right=True)
     return found.squeeze(-1).clamp(max=scores.shape[-1] - 1)
 

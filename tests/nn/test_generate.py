@@ -13,6 +13,7 @@ from purelm.convert.load import load_folder
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import cache as kv
 from purelm.nn import decoder, generate, layout, lora, params
+from purelm.nn import tree as trees
 from purelm.nn.generate import generate as run
 from purelm.nn.sampling import Sampling
 from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
@@ -172,6 +173,51 @@ def test_adapters_are_worn() -> None:
     with_them = run(tree, spec, ids, max_new_tokens=10, adapters=worn)
     assert torch.equal(with_them, run(lora.merge(tree, worn), spec, ids, max_new_tokens=10))
     assert not torch.equal(with_them, run(tree, spec, ids, max_new_tokens=10))
+
+
+def test_inference_mode_projects_alike() -> None:
+    """The projections of generation, which skip autograd, are those of training to the bit."""
+    spec, tree = small()
+    worn = lora.init(spec, rank=4, generator=torch.Generator().manual_seed(0))
+    ids = prompt(0, 2, 9)
+    want = decoder.forward(tree, spec, ids, adapters=worn)
+    with torch.inference_mode():
+        assert torch.equal(decoder.forward(tree, spec, ids, adapters=worn), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_gpu_gives_the_ids_of_the_cpu_without_waiting(temperature: float) -> None:
+    """In fp32; with nothing to look for, the host never waits for the device between tokens."""
+    spec, tree = small(window=6)
+    ids, mask = padded([prompt(0, 1, 3)[0], prompt(1, 1, 9)[0]], "left")
+
+    def answer(device: str, on_token: Any = None) -> torch.Tensor:
+        return run(
+            trees.map(lambda t: t.to(device), tree),
+            spec,
+            ids,
+            mask=mask,
+            max_new_tokens=20,
+            sampling=Sampling(temperature=temperature, top_k=20, repetition_penalty=1.2),
+            generator=torch.Generator().manual_seed(0),
+            on_token=on_token,
+        )
+
+    want = answer("cpu")
+    assert torch.equal(answer("cuda").cpu(), want)  # also compiles what has to be
+    left = 19
+
+    def watch(_: torch.Tensor) -> None:
+        nonlocal left
+        torch.cuda.set_sync_debug_mode("error" if left else "default")
+        left -= 1
+
+    try:
+        answer("cuda", watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert left == -1
 
 
 def test_samples_follow_the_model() -> None:
