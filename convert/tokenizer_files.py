@@ -7,6 +7,7 @@ additional_chat_templates/ (optional). Nothing here interprets a field.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -171,8 +172,14 @@ def write_folder(
                 raise SaveError(f"the chat template's name {name!r} cannot be a file's name")
             files[TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja"] = template
     files[CONFIG] = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # Within the save of a whole model, the tokenizer appears with the rest.
+    part = folder.is_dir() and atomic.is_leftover(folder)
     try:
-        with atomic.folder(folder, replaces=[*NAMES, TEMPLATES]) as work:
+        with (
+            contextlib.nullcontext(folder)
+            if part
+            else atomic.folder(folder, replaces=[*NAMES, TEMPLATES])
+        ) as work:
             for name, text in files.items():
                 (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(text.encode("utf-8"))

@@ -222,6 +222,18 @@ class Vocabulary:
         special = set(self.all_special_ids)
         return [int(int(index) in special) for index in token_ids_0]
 
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether tokenizing puts the bos token in front; tokenizer.json decides it."""
+        bos, ids = self._id_of("bos_token"), self._backend.encode("a").ids
+        return bos is not None and ids[:1] == [bos]
+
+    @property
+    def add_eos_token(self) -> bool:
+        """Whether tokenizing puts the eos token behind; tokenizer.json decides it."""
+        eos, ids = self._id_of("eos_token"), self._backend.encode("a").ids
+        return eos is not None and ids[-1:] == [eos]
+
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         return int(self._backend.num_special_tokens_to_add(pair))
 

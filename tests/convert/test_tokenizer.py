@@ -3,9 +3,11 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -124,7 +126,13 @@ def test_truncation_equals_transformers(
     }
     more = [[text + " more" for text in texts]] if seconds else []
     try:
-        same(ours(texts, *more, **options), hf(texts, *more, **options))
+        expected = hf(texts, *more, **options)
+    except Exception as problem:
+        # "only_first" cannot reach the length where the second text alone is longer.
+        with pytest.raises(InputError, match=re.escape(str(problem))):
+            ours(texts, *more, **options)
+    else:
+        same(ours(texts, *more, **options), expected)
     finally:
         hf.truncation_side = "right"
 
@@ -525,6 +533,39 @@ def test_bad_folders(name, tmp_path):
     assert str(folder) in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return byte_level(tmp_path_factory.mktemp("sound") / "a")
+
+
+@given(data=st.data(), name=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+def test_damaged_files_load_or_raise(sound, data, name):
+    path = sound / name
+    original = path.read_bytes()
+    content = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        how = data.draw(st.sampled_from(["flip", "cut", "copy", "digit"]))
+        if how == "flip":
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+        elif how == "cut":
+            del content[place : place + data.draw(st.integers(1, 40))]
+        elif how == "copy":
+            content[place:place] = content[place : place + 20]
+        else:
+            content[place] = ord(data.draw(st.sampled_from('0919-[]{},:"nt')))
+        if not content:
+            break
+    path.write_bytes(bytes(content))
+    try:
+        tokenizer = Tokenizer.from_folder(sound)
+        tokenizer.decode(tokenizer("hello <|im_end|> wörld").input_ids)
+    except (TokenizerError, InputError):
+        pass
+    finally:
+        path.write_bytes(original)
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(TokenizerError, match="does not exist"):
         Tokenizer.from_folder(tmp_path / "nothing")
@@ -556,3 +597,17 @@ def test_real_tokenizers(name):
         for prompt in (True, False):
             options = {"add_generation_prompt": prompt}
             same(ours.apply_chat_template(CHAT, **options), hf.apply_chat_template(CHAT, **options))
+
+
+def test_what_tokenizing_adds(tmp_path):
+    assert not Tokenizer.from_folder(byte_level(tmp_path / "a")).add_bos_token
+    ours = Tokenizer.from_folder(sentencepiece(tmp_path / "b"))
+    assert ours.add_bos_token and not ours.add_eos_token
+
+
+def test_long_texts_take_linear_time(pair):
+    ours = pair[0]
+    began = time.thread_time()
+    for text in ("a" * 100_000, "hello wörld\n" * 20_000, "\U0001f600" * 50_000, " " * 100_000):
+        assert ours.decode(ours.encode(text, add_special_tokens=False)).strip() == text.strip()
+    assert time.thread_time() - began < 10
