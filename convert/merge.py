@@ -21,7 +21,7 @@ from .adapter_file import save_adapter
 from .config import Config
 from .json_file import read_json
 from .local_file import locate
-from .merge_tensor import Change, digest, merged, probe
+from .merge_tensor import Change, check, digest, merged
 from .safetensors_file import read_header
 from .shards import Checkpoint, TensorInfo, open_checkpoint, read, read_index
 
@@ -59,7 +59,7 @@ def save_merged(
     files). A 4-bit model is merged into its 16-bit original. lora: the adapter alone.
 
     Afterwards every written tensor is read again: its bytes must be those meant, and each merged
-    weight must act on a random vector as base plus adapter do, within rounding.
+    weight must be what float64 makes of base and adapter, within rounding.
 
     Raises SaveError when the source files changed or vanished, for values that are not finite in
     the stored dtype, and when the check or the disk fails; NotImplementedError for other methods.
@@ -213,7 +213,7 @@ def _verify(model: "CausalLM", new: Path, every: list[_Tensor], meant: dict[str,
                 raise SaveError(f"{tensor.name} reads back with other bytes than were written")
             if isinstance(tensor.change, LoRA):
                 assert tensor.info is not None
-                probe(read(tensor.info), found, tensor.change, tensor.name)
+                check(read(tensor.info), found, tensor.change, tensor.name)
         # What will be loaded: the same spec, but for a head that is apart now.
         spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")
     except CheckpointError as problem:
