@@ -28,6 +28,7 @@ from .launch import language as tl
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP = 256  # absmax values that share one scale under double quantization
+ABSMAX_ROWS = 4  # groups that a program of the second quantization takes
 TINY = 1e-38  # what an absmax below it counts as
 UNIT = 64  # weights of one row of a dequantizing tile; they share their absmax
 REFERENCE_CHUNK = (
@@ -437,9 +438,8 @@ def _launch_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Ten
     groups = ceil_div(count, GROUP)
     codes = absmax.new_empty(count, dtype=torch.uint8)
     scale = absmax.new_empty(groups)
-    rows = 4
     _quantize_absmax_kernel(
-        (ceil_div(groups, rows),),
+        (ceil_div(groups, ABSMAX_ROWS),),
         absmax.contiguous(),
         offset,
         codebook.device_tables(absmax.device)[3],
@@ -447,7 +447,7 @@ def _launch_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Ten
         scale,
         count,
         groups,
-        ROWS=rows,
+        ROWS=ABSMAX_ROWS,
         num_warps=4,
         enable_fp_fusion=False,
     )

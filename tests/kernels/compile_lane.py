@@ -1,0 +1,222 @@
+"""Compile every kernel in every configuration for one GPU architecture, with no GPU; print a CSV
+line each.
+
+Run as a program, `python compile_lane.py 90 [--all]`, without TRITON_INTERPRET: a process either
+interprets or compiles. Columns: kernel, variant, registers a thread, stack bytes (more than 0:
+spills), shared memory bytes, widest global access.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from purelm.kernels import cross_entropy, gated, nf4, rms_norm, rope
+from purelm.kernels.launch import Kernel, power_of_two
+
+F32, F16, BF16, U8, I64 = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.uint8,
+    torch.int64,
+)
+
+
+class Case(NamedTuple):
+    """One specialization of a kernel: dtypes stand for pointers, numbers for themselves."""
+
+    name: str
+    kernel: Kernel
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def nf4_cases(every: bool) -> Iterator[Case]:
+    count = 4096 * 4096
+    for block in nf4.BLOCKS if every else (32, 64, 4096):
+        config = nf4.quantize_config(block)
+        for dtype in (F32, F16, BF16):
+            yield Case(
+                f"nf4_quantize block={block} {dtype}",
+                nf4._quantize_kernel,
+                (dtype, U8, F32, F32, count, count // block),
+                {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
+            )
+        config = nf4.dequantize_config(block)
+        for dtype, double in itertools.product((F32, F16, BF16), (False, True)):
+            absmax = (U8, F32, F32) if double else (F32, None, None)
+            yield Case(
+                f"nf4_dequantize block={block} {dtype} double={double}",
+                nf4._dequantize_kernel,
+                (U8, *absmax, F32, F32, dtype, count),
+                {
+                    "BLOCK": block,
+                    "WIDTH": min(block, nf4.UNIT),
+                    "ROWS": config.rows,
+                    "TURNS": config.turns,
+                    "DOUBLE": double,
+                    "num_warps": config.num_warps,
+                },
+            )
+    yield Case(
+        "nf4_quantize_absmax",
+        nf4._quantize_absmax_kernel,
+        (F32, F32, F32, U8, F32, count // 64, count // 64 // 256),
+        {"ROWS": nf4.ABSMAX_ROWS, "num_warps": 4},
+    )
+
+
+def rms_norm_cases(every: bool) -> Iterator[Case]:
+    widths = (64, 128, 576, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
+    for width in widths if every else (128, 576, 2048, 4096, 8192):
+        config = rms_norm.config_for(width)
+        shape = {"ROWS": config.rows, "BLOCK": config.block, "num_warps": config.num_warps}
+        for dtype, gemma in itertools.product((F32, BF16) if every else (BF16,), (False, True)):
+            style = {"OFFSET": float(gemma), "CAST_FIRST": not gemma}
+            yield Case(
+                f"rms_norm e={width} {dtype} gemma={gemma}",
+                rms_norm._forward_kernel,
+                (dtype, dtype, dtype, F32, 16384, width, width),
+                {"EPS": 1e-5, **style, **shape},
+            )
+            for partial in (False, True):
+                yield Case(
+                    f"rms_norm_backward e={width} {dtype} gemma={gemma} dweight={partial}",
+                    rms_norm._backward_kernel,
+                    (dtype, dtype, dtype, F32, dtype, F32 if partial else None)
+                    + (16384, width, width, width, 32 if partial else 1),
+                    {"PARTIAL": partial, **style, **shape},
+                )
+
+
+def rope_cases(every: bool) -> Iterator[Case]:
+    shapes = ((32, 8, 64, 64), (32, 8, 128, 128), (16, 8, 256, 256), (9, 3, 64, 64), (8, 8, 80, 32))
+    for heads, heads_k, dim, rot in shapes:
+        for dtype in (F32, BF16) if every else (BF16,):
+            for interleaved, inverse in itertools.product((False, True), repeat=2):
+                yield Case(
+                    f"rope {heads}+{heads_k}x{dim}/{rot} {dtype} {interleaved=} {inverse=}",
+                    rope._rope_kernel,
+                    (dtype, dtype, F32, F32, dtype, dtype, 2048, heads, heads_k, dim, rot)
+                    + (2048 * heads * dim, heads * dim, dim)
+                    + (2048 * heads_k * dim, heads_k * dim, dim, 0),
+                    {
+                        "INTERLEAVED": interleaved,
+                        "INVERSE": inverse,
+                        "HEADS_Q": power_of_two(heads),
+                        "HEADS_K": power_of_two(heads_k),
+                        "HALF": power_of_two(rot // 2),
+                        "REST": 0 if rot == dim else power_of_two(dim - rot),
+                        "num_warps": rope.config_for(heads, rot // 2),
+                    },
+                )
+
+
+def other_cases(every: bool) -> Iterator[Case]:
+    count = 16384 * 14336
+    for activation, dtype in itertools.product(gated.ACTIVATIONS, (F32, F16, BF16)):
+        options = {"ACTIVATION": activation, "BLOCK": gated.BLOCK, "num_warps": gated.WARPS}
+        yield Case(
+            f"gated {activation} {dtype}",
+            gated._forward_kernel,
+            (dtype, dtype, dtype, count),
+            options,
+        )
+        yield Case(
+            f"gated_backward {activation} {dtype}",
+            gated._backward_kernel,
+            (dtype,) * 5 + (count,),
+            options,
+        )
+    for dtype, softcap, gradient in itertools.product((F32, BF16), (0.0, 30.0), (False, True)):
+        yield Case(
+            f"cross_entropy {dtype} {softcap=} {gradient=}",
+            cross_entropy._row_kernel,
+            (dtype, I64, F32, 128256, -100, 128256),
+            {
+                "SCALE": 1.0,
+                "SOFTCAP": softcap,
+                "GRADIENT": gradient,
+                "BLOCK": cross_entropy.BLOCK,
+                "num_warps": cross_entropy.WARPS,
+            },
+        )
+
+
+def cases(every: bool) -> Iterator[Case]:
+    """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
+    yield from nf4_cases(every)
+    yield from rms_norm_cases(every)
+    yield from rope_cases(every)
+    yield from other_cases(every)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, stack bytes a thread) of a cubin's kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def main(arch: int, every: bool) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """Enough of a driver to compile, never to launch."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int | None = None) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    for case in cases(every):
+        exact = case.kernel in (
+            nf4._quantize_kernel,
+            nf4._quantize_absmax_kernel,
+            nf4._dequantize_kernel,
+            rope._rope_kernel,
+        )
+        made = case.kernel.jitted.warmup(
+            *case.args, **case.options, enable_fp_fusion=not exact, grid=(1,)
+        )
+        registers, stack = resources(made.asm["cubin"])
+        ptx = made.asm["ptx"]
+        widest = max(
+            (
+                4 * int(v or 1) * int(b) // 32
+                for v, b in re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+            ),
+            default=0,
+        )
+        fused = exact and bool(re.search(r"\bfma\.", ptx))
+        print(
+            case.name, registers, stack, made.metadata.shared, widest, int(fused), sep=","
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "--all" in sys.argv)

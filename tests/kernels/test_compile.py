@@ -1,0 +1,55 @@
+"""Every kernel compiles for every GPU it is meant for, without spilling; no GPU is needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Bytes of shared memory one program may have.
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+REPOSITORY = Path(__file__).parents[2]
+
+
+def compiled(arch: int, cache: Path, *flags: str) -> list[list[str]]:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(REPOSITORY / "src"), environment.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_lane.py"), str(arch), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.split(",") for line in done.stdout.splitlines()]
+
+
+def check(rows: list[list[str]], arch: int) -> None:
+    assert len(rows) > 50
+    for name, registers, stack, shared, widest, fused in rows:
+        assert int(stack) == 0, f"{name} spills: {registers} registers, {stack} bytes of stack"
+        assert int(shared) <= SHARED[arch], f"{name} wants {shared} bytes of shared memory"
+        assert fused == "0", f"{name} fuses a product and a sum that must be rounded apart"
+        assert int(widest) >= 4, name
+        if name.startswith(("gated", "rms_norm e=4096", "rms_norm_backward e=4096")):
+            assert widest == "16", f"{name}: accesses of {widest} bytes"
+        if name.startswith(("nf4_quantize block=64", "nf4_dequantize block=64")):
+            assert widest == "16", f"{name}: accesses of {widest} bytes"
+
+
+@pytest.mark.timeout(600)
+def test_hopper(tmp_path):
+    check(compiled(90, tmp_path), 90)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_all(tmp_path, arch):
+    check(compiled(arch, tmp_path, "--all"), arch)
