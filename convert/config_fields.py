@@ -66,6 +66,9 @@ class Fields:
         value = self.take(name, default)
         if type(value) is not int or value < low:
             raise self.error(f"{name} is {value!r}, expected an integer of at least {low}")
+        # A spec is made per layer, before any file could show that there are not so many.
+        if name == "num_hidden_layers" and value > 10_000:
+            raise self.error(f"{name} is {value}, expected at most 10000")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED, *, above: float = 0.0) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from ..errors import ArgumentError, CheckpointError, ConfigError
+from ..errors import ArgumentError, CheckpointError, ConfigError, KernelError
 from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
@@ -209,7 +209,10 @@ def _read_all(
             skip = any(text in info.name for text in quant_skip)
             placed = read(info).to(device)
             if quantize == "nf4" and want[path].quantize and not skip:
-                leaves[path] = nf4_quantize(placed.to(dtype), name=info.name)
+                try:
+                    leaves[path] = nf4_quantize(placed.to(dtype), name=info.name)
+                except KernelError as problem:
+                    raise CheckpointError(str(problem), file=info.file) from problem
             else:
                 leaves[path] = placed.to(dtype)
             bar.update(info.nbytes)

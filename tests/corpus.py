@@ -5,8 +5,8 @@
         with pytest.raises(case.error): purelm.load(folder)
 
 `stage` says what refuses it at the latest: "files" (`open_checkpoint`), "read" (reading every
-tensor), "json" (`read_json` of config.json) or "load" (only what knows the model). Wherever a file
-could lure a reader out of the folder, it points to `canary`, whose content must not be read.
+tensor), "json" (`read_json` of config.json) or "load" (only what knows the model). Wherever a
+file could lure a reader out of the folder, it points to `canary`, whose content must not be read.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def sharded(folder: Path) -> dict[str, str]:
     found = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(found)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[:9], names[9:]), start=1):
         shard = f"model-{number:05d}-of-00002.safetensors"
         save_file({n: found[n] for n in part}, folder / shard, metadata={"format": "pt"})

@@ -5,14 +5,12 @@ import os
 import random
 import resource
 import struct
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from audit import watched
 from corpus import BROKEN, Broken, good, sharded, tensors, with_header
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import deserialize, save, save_file
@@ -170,36 +168,6 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     checkpoint = open_checkpoint(good(tmp_path))
     for name, tensor in tensors().items():
         assert torch.equal(read(checkpoint.tensors[name]), tensor)
-
-
-# What a reader of checkpoints may do while `watched`, as events of Python's own audit.
-_WATCH: list[tuple[str, str]] | None = None
-_FORBIDDEN = ("exec", "compile", "import", "pickle.find_class", "subprocess.Popen", "os.system")
-_FORBIDDEN += ("socket.connect", "socket.getaddrinfo", "os.exec", "os.posix_spawn", "os.fork")
-_FORBIDDEN += ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink")
-
-
-def _audit(event: str, args: tuple[object, ...]) -> None:
-    if _WATCH is None:
-        return
-    if event in _FORBIDDEN:
-        _WATCH.append((event, repr(args)))
-    elif event == "open" and isinstance(args[0], str | bytes):
-        writing = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-        _WATCH.append(("write" if writing else "open", os.path.realpath(os.fsdecode(args[0]))))
-
-
-sys.addaudithook(_audit)
-
-
-@contextmanager
-def watched() -> Iterator[list[tuple[str, str]]]:
-    global _WATCH
-    _WATCH = events = []
-    try:
-        yield events
-    finally:
-        _WATCH = None
 
 
 def _open_and_read(folder: Path) -> None:
