@@ -19,6 +19,10 @@ from .atomic import is_leftover, recover
 from .download_check import check_new_weights
 from .shards import shard_names
 
+# The name that stands for the model which comes with the package.
+EMBEDDED = "purelm/tiny"
+_EMBEDDED_FOLDER = Path(__file__).parent.parent / "data" / "tiny"
+
 # Everything but the shards, whose names the index knows.
 FILES = (
     "config.json",
@@ -75,7 +79,7 @@ def resolve(
 ) -> Source:
     """The folder that holds the model, adapter or tokenizer `name`, downloaded if need be.
 
-    A folder of that name wins over a repository. `token` goes into this call's requests only (None
+    A folder of that name wins over a repository, and `EMBEDDED` is the package's own. `token` goes into this call's requests only (None
     leaves huggingface_hub its own, False sends none). With `local_files_only`, and in
     huggingface_hub's offline mode, the cache alone is asked; a commit's sha that is cached needs no
     request either. `allow_patterns` replaces the choice of files and then asks for no weights.
@@ -94,6 +98,8 @@ def resolve(
         return _local(name, path, revision, subfolder)
     if path.exists():
         raise SourceError("expected a folder or a repository id, found a file", file=path)
+    if name == EMBEDDED:
+        return _local(name, _EMBEDDED_FOLDER, revision, subfolder)
     if path.is_absolute() or name[0] in ".~" or "\\" in name or name.count("/") > 1:
         raise SourceError(f"there is no folder {name!r}; check the path", file=path)
     return _remote(

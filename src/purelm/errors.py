@@ -68,5 +68,9 @@ class DataError(PurelmError, ValueError):
     """A training row or data file cannot be used."""
 
 
+class TrainingError(PurelmError, ArithmeticError):
+    """A training step gave no usable numbers, or ran out of memory."""
+
+
 class SaveError(PurelmError, OSError):
     """Something could not be written; what stood there before is untouched."""

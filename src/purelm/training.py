@@ -1,0 +1,165 @@
+"""The parts of a training loop: which rows a step takes, its learning rate, the step, evaluation.
+
+Everything about step n follows from n, the seed and the options, so a run can be continued at any
+step, and from nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .convert.bridge import CausalLM
+from .errors import ArgumentError, TrainingError
+from .rows import Row, collate
+
+ScheduleKind = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many steps over which rows: `batch` rows at a time, `accumulation` times per step."""
+
+    num_rows: int
+    batch: int
+    accumulation: int
+    steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every row once; the last one of an epoch may be smaller."""
+        return math.ceil(self.num_rows / (self.batch * self.accumulation))
+
+    def epoch(self, step: int) -> float:
+        """How many times the rows have been seen after `step` steps."""
+        whole, rest = divmod(step, self.steps_per_epoch)
+        return whole + min(1.0, rest * self.batch * self.accumulation / self.num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A learning rate that rises over `warmup` of `steps` steps and then stays or falls to 0."""
+
+    kind: ScheduleKind
+    peak: float
+    warmup: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The loss per learned token, the norm of the gradient before clipping, tokens run."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+def plan_steps(
+    num_rows: int, batch: int, accumulation: int, *, max_steps: int | None, epochs: float, seed: int
+) -> Plan:
+    """The plan of `max_steps` steps or else of `epochs` passes over the rows, at least one step."""
+    one = Plan(num_rows, batch, accumulation, 0, seed)
+    steps = max(1, round(epochs * one.steps_per_epoch)) if max_steps is None else max_steps
+    return Plan(num_rows, batch, accumulation, steps, seed)
+
+
+def batches(plan: Plan, step: int) -> list[list[int]]:
+    """The rows of step `step` (from 0): one list of indices per batch, shuffled anew each epoch."""
+    epoch, place = divmod(step, plan.steps_per_epoch)
+    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
+    order = torch.randperm(plan.num_rows, generator=generator).tolist()
+    size = plan.batch * plan.accumulation
+    window = order[place * size : (place + 1) * size]
+    return [window[i : i + plan.batch] for i in range(0, len(window), plan.batch)]
+
+
+def learning_rate(schedule: Schedule, step: int) -> float:
+    """The rate of step `step`, counted from 0."""
+    if step < schedule.warmup:
+        return schedule.peak * (step + 1) / schedule.warmup
+    if schedule.kind == "constant":
+        return schedule.peak
+    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    if schedule.kind == "linear":
+        return schedule.peak * (1 - done)
+    return schedule.peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def trained(model: CausalLM) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(model: CausalLM, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trained, in one fused kernel; norms and biases do not decay."""
+    params = list(trained(model).values())
+    if not params:
+        raise ArgumentError("the model has no trainable parameters; add adapters to it first")
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+
+
+def train_step(
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    window: Sequence[Sequence[Row]],
+    *,
+    step: int,
+    rate: float,
+    max_grad_norm: float,
+    pad_id: int,
+) -> StepResult:
+    """One update from all batches of `window`, each token of it weighing the same.
+
+    Raises TrainingError, with the parameters as they were, for a loss or gradient that is not
+    finite.
+    """
+    count = sum(row.learned for rows in window for row in rows)
+    total: torch.Tensor | float = 0.0
+    for rows in window:
+        loss = model(**collate(rows, pad_id), num_items_in_batch=count).loss
+        assert loss is not None
+        loss.backward()
+        total = total + loss.detach()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm else math.inf)
+    result = StepResult(float(total), float(norm), sum(len(r.ids) for rows in window for r in rows))
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        optimizer.zero_grad()
+        raise TrainingError(
+            f"step {step + 1}: the loss is {result.loss} and the gradient's norm "
+            f"{result.grad_norm}; lower the learning rate ({rate:.3g}), or compute in bfloat16 or "
+            "float32"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return result
+
+
+@torch.no_grad()
+def evaluate(model: CausalLM, rows: Sequence[Row], *, batch: int, pad_id: int) -> float:
+    """The loss per learned token over all rows, however they are batched."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    # Rows of like length together: less padding, the same sum.
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for i in range(0, len(ordered), batch):
+        some = ordered[i : i + batch]
+        loss = model(**collate(some, pad_id), num_items_in_batch=1).loss
+        assert loss is not None
+        total += float(loss)
+        count += sum(row.learned for row in some)
+    model.train(was_training)
+    return total / count

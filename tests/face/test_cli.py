@@ -1,0 +1,191 @@
+"""The command: exit codes, one-line errors, quick help."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import purelm as package
+from purelm import cli
+from purelm.convert.registry import FAMILIES
+
+
+# The package that the tests run on, from whatever folder a command is started in.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
+
+
+def purelm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "purelm", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sft", "somewhere"], ["--data is missing", "somewhere"]),
+        (["sft", "no/such/folder", "--data", "DATA"], ["no/such/folder"]),
+        (["sft", "FOLDER", "--data", "absent.jsonl"], ["absent.jsonl"]),
+        (["sft", "FOLDER", "--data", "DATA", "--rank", "0"], ["rank is 0"]),
+        (["sft", "FOLDER", "--data", "DATA", "--schedule", "up"], ["schedule is 'up'"]),
+        (["sft", "FOLDER", "--data", "DATA", "--resume"], ["nothing to resume"]),
+        (["chat", "no/such/folder"], ["no/such/folder"]),
+        (["generate", "no/such/folder", "--prompt", "a"], ["no/such/folder"]),
+        (["generate", "FOLDER", "--prompt", "a", "--device", "tpu"], ["tpu"]),
+        (["generate", "FOLDER", "--raw", "--prompt", ""], ["no tokens"]),
+        (["generate", "FOLDER", "--prompt", "a", "--top-p", "0.5"], ["--top-p", "--temperature"]),
+        (["chat", "FOLDER", "--seed", "1"], ["--seed", "--temperature"]),
+        (
+            ["generate", "FOLDER", "--prompt", "a", "--temperature", "1", "--top-p", "3"],
+            ["top_p"],
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"FOLDER": str(folder), "DATA": str(data)}
+    assert cli.main([named.get(a, a) for a in arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("purelm: error: ")
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "purelm-sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["train"], "invalid choice"),
+        (["sft", "--ranks", "3"], "--ranks"),
+        (["sft", "--rank", "three"], "three"),
+        (["sft", "--max-steps", "3", "--epochs", "1"], "not allowed with"),
+        (["sft", "--4bit", "--full"], "not allowed with"),
+        (["generate", "model"], "--prompt"),
+    ],
+)
+def test_a_wrong_command_line_is_argparse_s_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_options_are_those_given_over_the_defaults() -> None:
+    plain = cli.sft_options({})
+    assert plain.model == "purelm/tiny" and plain.eval_data is not None
+    mine = cli.sft_options({"data": "rows.jsonl", "rank": 3})
+    assert (mine.model, mine.data, mine.rank, mine.eval_data) == (
+        "purelm/tiny",
+        "rows.jsonl",
+        3,
+        None,
+    )
+    other = cli.sft_options({"model": "m", "data": "d"})
+    assert (other.batch_size, other.accumulation, other.eval_data) == (2, 4, None)
+
+
+def test_every_option_of_a_run_is_on_the_command_line() -> None:
+    from dataclasses import fields
+
+    from purelm.sft_options import Options
+
+    given = "sft m --data d --output o --full --rank 3 --alpha 2 --dropout 0.1 --use-rslora"
+    given += " --target-modules q_proj,v_proj --dtype float32 --device cpu --batch-size 2"
+    given += " --accumulation 2 --learning-rate 1e-3 --schedule linear --warmup 3 --epochs 2"
+    given += " --weight-decay 0 --max-grad-norm 0 --seed 1 --no-recompute --max-seq-length 9"
+    given += " --skip-long --eval-fraction 0.1 --eval-every 1 --save-every 1 --prompt p"
+    given += " --no-merge --resume --overwrite"
+    found = vars(cli._parser().parse_args(given.split()))
+    apart = {"max_steps", "eval_data"}
+    assert found.keys() - {"run"} == {f.name for f in fields(Options)} - apart
+    made = cli.sft_options({k: v for k, v in found.items() if k != "run"})
+    assert made.target_modules == ("q_proj", "v_proj") and made.precision == "full"
+    assert cli._targets("all-linear") == "all-linear"
+    assert cli._targets(r".*\.q_proj") == r".*\.q_proj"
+
+
+def test_families_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["families"]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed == [[f.model_type, f.hf_class] for f in FAMILIES.values()]
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys, purelm.cli\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=ENVIRONMENT)
+
+
+def test_generate_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["generate", str(folder), "--device", "cpu", "--prompt", "Where?"]
+    for extra in ([], ["--raw"], ["--temperature", "0.7", "--top-k", "5", "--seed", "1"]):
+        texts = set()
+        for _ in range(2):
+            assert cli.main([*run, "--max-new-tokens", "8", *extra]) == 0
+            texts.add(capsys.readouterr().out)
+        assert len(texts) == 1
+
+
+def test_sft_then_chat(
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The commands as a user types them, the last one in a pipe."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sft", str(folder), "--data", str(data), "--16bit", "--learning-rate", "0.02"]
+    arguments += ["--batch-size", "5", "--accumulation", "1", "--max-steps", "20"]
+    arguments += ["--device", "cpu", "--eval-data", str(data), "--no-recompute"]
+    assert cli.main(arguments) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    assert (tmp_path / "purelm-sft" / "loss.png").exists()
+    answers = {}
+    typed = "Where is Dahl?\n/reset\nWhere is Dahl?\n/exit\n"
+    for place in (str(folder), "purelm-sft/adapter", "purelm-sft/merged"):
+        chat = ["chat", place, "--device=cpu", "--max-new-tokens=20"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert cli.main(chat) == 0
+        answers[Path(place).name] = capsys.readouterr().out
+    assert answers["adapter"] == answers["merged"] != answers["random"]
+    first, second = answers["adapter"].splitlines()
+    assert first == second and first.strip()
+    piped = purelm(*chat, input=typed, cwd=tmp_path)
+    assert piped.returncode == 0 and piped.stdout == answers["merged"], piped.stderr
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
+    folder: Path, data: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "purelm", "sft", str(folder), "--data", str(data)]
+    command += ["--max-steps=100000", "--save-every=1", "--device=cpu", "--output=out"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT
+    ) as process:
+        state = tmp_path / "out" / "checkpoint" / "train_state.json"
+        while process.poll() is None and not state.exists():
+            pass
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "--resume" in said and "Traceback" not in said
+    assert json.loads(state.read_text())["step"] >= 1
+    assert not [f for f in os.listdir(tmp_path / "out") if f.startswith(".")]

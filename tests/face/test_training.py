@@ -1,0 +1,169 @@
+"""The parts of the loop: order of rows, learning rate, the step and evaluation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm import FastLanguageModel, training
+from purelm.errors import ArgumentError, TrainingError
+from purelm.rows import Row, collate
+
+
+def load(folder: Path, **options: Any) -> Any:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), dtype=torch.float32, load_in_16bit=True, device_map="cpu"
+    )
+    return FastLanguageModel.get_peft_model(model, r=4, **options)
+
+
+def drawn(count: int, seed: int = 0) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(3, 20, (), generator=generator))
+        ids = torch.randint(4, 290, (length,), generator=generator).tolist()
+        start = int(torch.randint(0, length - 1, (), generator=generator))
+        rows.append(Row(tuple(ids), tuple([-100] * start + ids[start:])))
+    return rows
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_every_epoch_visits_every_row_once(n: int, batch: int, acc: int, seed: int) -> None:
+    plan = training.plan_steps(n, batch, acc, max_steps=None, epochs=2, seed=seed)
+    assert plan.steps == 2 * plan.steps_per_epoch
+    steps = [training.batches(plan, step) for step in range(plan.steps)]
+    for epoch in range(2):
+        some = steps[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
+        assert sorted(i for window in some for b in window for i in b) == list(range(n))
+    assert all(1 <= len(b) <= batch for window in steps for b in window)
+    assert all(1 <= len(window) <= acc for window in steps)
+    assert plan.epoch(plan.steps) == 2 and plan.epoch(0) == 0
+    # A step is what it is, whatever ran before it.
+    assert training.batches(plan, plan.steps - 1) == steps[-1]
+
+
+def test_each_epoch_and_seed_has_its_own_order() -> None:
+    plans = [training.plan_steps(50, 50, 1, max_steps=2, epochs=1, seed=s) for s in (0, 1)]
+    orders = [training.batches(plan, step)[0][0] for plan in plans for step in (0, 1)]
+    assert len({tuple(training.batches(plan, step)[0]) for plan in plans for step in (0, 1)}) == 4
+    assert len(orders) == 4
+
+
+@given(
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.integers(0, 20),
+    st.integers(1, 60),
+)
+def test_the_rate_rises_then_falls(kind: Any, warmup: int, steps: int) -> None:
+    schedule = training.Schedule(kind, 0.5, warmup, steps)
+    rates = [training.learning_rate(schedule, step) for step in range(steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    top = min(warmup, steps)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    if warmup < steps:
+        assert rates[warmup] == 0.5
+
+
+def test_cosine_and_linear_equal_torch() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    schedule = training.Schedule("cosine", 0.1, 0, 20)
+    for step in range(20):
+        assert math.isclose(
+            training.learning_rate(schedule, step), cosine.get_last_lr()[0], rel_tol=1e-9
+        )
+        optimizer.step()
+        cosine.step()
+    linear = training.Schedule("linear", 0.1, 0, 20)
+    assert math.isclose(training.learning_rate(linear, 5), 0.075)
+
+
+def step_once(model: Any, window: list[list[Row]], rate: float = 1e-2) -> training.StepResult:
+    optimizer = training.adamw(model.train(), 0.01)
+    return training.train_step(
+        model, optimizer, window, step=0, rate=rate, max_grad_norm=1.0, pad_id=3
+    )
+
+
+def test_accumulation_equals_one_large_batch(folder: Path) -> None:
+    rows = drawn(8)
+    one, many = load(folder), load(folder)
+    # Batches of unequal size, so that a mean of means would differ.
+    whole = step_once(one, [rows])
+    parts = step_once(many, [rows[:1], rows[1:6], rows[6:]])
+    assert math.isclose(whole.loss, parts.loss, rel_tol=1e-5)
+    assert math.isclose(whole.grad_norm, parts.grad_norm, rel_tol=1e-4)
+    assert whole.tokens == parts.tokens == sum(len(row.ids) for row in rows)
+
+
+def test_a_step_equals_plain_torch(folder: Path) -> None:
+    rows = drawn(4)
+    ours, plain = load(folder), load(folder).train()
+    result = step_once(ours, [rows])
+    params = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.01)
+    batch = collate(rows, 3)
+    logits = plain(batch["input_ids"], batch["attention_mask"]).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+    assert math.isclose(result.loss, loss.item(), rel_tol=1e-5)
+    for p, q in zip(training.trained(ours).values(), params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_weighs_tokens_however_it_is_batched(folder: Path) -> None:
+    rows = drawn(7)
+    model = load(folder, lora_dropout=0.5).train()
+    expected, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        target = torch.tensor(row.labels[1:])
+        with torch.no_grad():
+            logits = model.eval()(ids).logits[0, :-1]
+        expected += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        count += row.learned
+    model.train()
+    for batch in (1, 3, 7):
+        found = training.evaluate(model, rows, batch=batch, pad_id=3)
+        assert math.isclose(found, expected / count, rel_tol=1e-5)
+    assert model.training and model.dropout_step == 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(folder: Path) -> None:
+    model = load(folder)
+    with torch.no_grad():
+        next(iter(training.trained(model).values())).fill_(float("nan"))
+    before = {name: p.detach().clone() for name, p in training.trained(model).items()}
+    optimizer = training.adamw(model.train(), 0.0)
+    with pytest.raises(TrainingError, match="step 8"):
+        training.train_step(
+            model, optimizer, [drawn(2)], step=7, rate=1.0, max_grad_norm=0.0, pad_id=3
+        )
+    for name, p in training.trained(model).items():
+        assert torch.equal(p.nan_to_num(7.0), before[name].nan_to_num(7.0)) and p.grad is None
+
+
+def test_a_model_with_nothing_to_train_is_refused(folder: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(str(folder), dtype=torch.float32)
+    with pytest.raises(ArgumentError, match="no trainable parameters"):
+        training.adamw(model, 0.0)
+
+
+def test_norms_do_not_decay(folder: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), dtype=torch.float32, full_finetuning=True
+    )
+    groups = training.adamw(model, 0.1).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.ndim == 1 for p in groups[1]["params"]) and groups[1]["params"]
+    assert sum(len(g["params"]) for g in groups) == len(training.trained(model))
