@@ -3,7 +3,7 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import assets
 import pytest
@@ -77,7 +77,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def prompts(seed: int = 0, lengths: tuple[int, ...] = (3, 9, 6)) -> dict[str, torch.Tensor]:
+def prompts(seed: int = 0, lengths: tuple[int, ...] = (3, 9, 6)) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     ids = torch.full((len(lengths), max(lengths)), PAD)
     mask = torch.zeros_like(ids)
@@ -155,7 +155,7 @@ def test_the_calls_limit_beats_the_files(tmp_path: Path) -> None:
 def test_pads_without_a_mask_are_padding(pair: tuple[Any, CausalLM]) -> None:
     theirs, ours = pair
     ids = prompts()["input_ids"]
-    keywords = {"max_new_tokens": 10, "pad_token_id": PAD}
+    keywords: dict[str, Any] = {"max_new_tokens": 10, "pad_token_id": PAD}
     out = generate(ours, ids, **keywords)
     assert torch.equal(out, theirs.generate(ids, **keywords))
     assert torch.equal(out, generate(ours, **prompts(), **keywords))
@@ -163,8 +163,11 @@ def test_pads_without_a_mask_are_padding(pair: tuple[Any, CausalLM]) -> None:
 
 def test_right_padding_equals_each_row_alone(ours: CausalLM) -> None:
     batch = prompts()
-    right = {k: torch.stack([v.roll(-int(9 - n)) for v, n in zip(t, (3, 9, 6), strict=True)])
-             for k, t in batch.items()}  # fmt: skip
+    rolls = [n - 9 for n in (3, 9, 6)]
+    right: dict[str, Any] = {
+        key: torch.stack([row.roll(by) for row, by in zip(rows, rolls, strict=True)])
+        for key, rows in batch.items()
+    }
     out = generate(ours, **right, max_new_tokens=8, eos_token_id=[])
     for row, n in zip(range(3), (3, 9, 6), strict=True):
         alone = generate(
@@ -195,7 +198,7 @@ def test_eos_is_what_all_files_name(tokenizer: Tokenizer, tmp_path: Path) -> Non
     templated.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
     assert end_of_turn(templated) == 3 and end_of_turn(tokenizer) is None
     ids = torch.tensor([[5, 6]])
-    only = {"max_new_tokens": 1}
+    only: dict[str, Any] = {"max_new_tokens": 1}
 
     def forced(to: int) -> Any:
         return [lambda ids, scores: scores.index_fill(-1, torch.tensor([to]), 1e9)]
@@ -339,8 +342,8 @@ def test_streamer_takes_one_row(ours: CausalLM, tokenizer: Tokenizer) -> None:
 def test_transformers_streamers_work(
     ours: CausalLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids = prompts(0, (5,))["input_ids"]
-    streamer = transformers.TextIteratorStreamer(tokenizer, timeout=60)
+    ids, as_theirs = prompts(0, (5,))["input_ids"], cast(Any, tokenizer)
+    streamer = transformers.TextIteratorStreamer(as_theirs, timeout=60)
     thread = threading.Thread(
         target=generate, args=(ours, ids), kwargs={"max_new_tokens": 20, "streamer": streamer}
     )
@@ -348,7 +351,7 @@ def test_transformers_streamers_work(
     text = "".join(streamer)
     thread.join()
     assert text == tokenizer.decode(generate(ours, ids, max_new_tokens=20)[0])
-    generate(ours, ids, max_new_tokens=20, streamer=transformers.TextStreamer(tokenizer))
+    generate(ours, ids, max_new_tokens=20, streamer=transformers.TextStreamer(as_theirs))
     assert capsys.readouterr().out == text + "\n"
 
 
@@ -366,7 +369,7 @@ def test_a_stream_ends_when_generation_fails(ours: CausalLM, tokenizer: Tokenize
 
 def test_processors_and_criteria_of_transformers(pair: tuple[Any, CausalLM]) -> None:
     theirs, ours = pair
-    keywords = {
+    keywords: dict[str, Any] = {
         "max_new_tokens": 30,
         "logits_processor": transformers.LogitsProcessorList(
             [transformers.NoRepeatNGramLogitsProcessor(2)]
@@ -381,7 +384,12 @@ def test_processors_and_criteria_of_transformers(pair: tuple[Any, CausalLM]) -> 
 
 def test_samples_repeat_with_their_seed(ours: CausalLM) -> None:
     before = torch.get_rng_state()
-    common = {"max_new_tokens": 15, "do_sample": True, "temperature": 1.5, "top_k": 0}
+    common: dict[str, Any] = {
+        "max_new_tokens": 15,
+        "do_sample": True,
+        "temperature": 1.5,
+        "top_k": 0,
+    }
     common |= {"eos_token_id": []}
     one = generate(ours, **prompts(), **common, seed=1)
     assert torch.equal(one, generate(ours, **prompts(), **common, seed=1))

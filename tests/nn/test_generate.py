@@ -72,7 +72,7 @@ def test_equals_transformers(
         max_new_tokens=24,
         sampling=Sampling(repetition_penalty=penalty),
     )
-    common = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    common: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
     common |= {"repetition_penalty": penalty, "pad_token_id": PAD}
     assert torch.equal(free, theirs.generate(ids, **common, eos_token_id=None))
     # Stop ids that come early in one row and late in another.
@@ -155,9 +155,14 @@ def test_the_cache_grows_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     ids, mask = padded([prompt(0, 1, 3)[0], prompt(1, 1, 9)[0]], "left")
     once = run(tree, spec, ids, mask=mask, max_new_tokens=40)
     monkeypatch.setattr(generate, "CHUNK", 3)
-    sizes = []
+    sizes: list[int] = []
     grow = kv.grow
-    monkeypatch.setattr(kv, "grow", lambda c, n: sizes.append(n) or grow(c, n))
+
+    def noted(cache: kv.Cache, capacity: int) -> kv.Cache:
+        sizes.append(capacity)
+        return grow(cache, capacity)
+
+    monkeypatch.setattr(kv, "grow", noted)
     assert torch.equal(run(tree, spec, ids, mask=mask, max_new_tokens=40), once)
     assert sizes[:2] == [15, 18] and max(sizes) <= 49
 
