@@ -79,10 +79,11 @@ def resolve(
 ) -> Source:
     """The folder that holds the model, adapter or tokenizer `name`, downloaded if need be.
 
-    A folder of that name wins over a repository, and `EMBEDDED` is the package's own. `token` goes into this call's requests only (None
-    leaves huggingface_hub its own, False sends none). With `local_files_only`, and in
-    huggingface_hub's offline mode, the cache alone is asked; a commit's sha that is cached needs no
-    request either. `allow_patterns` replaces the choice of files and then asks for no weights.
+    A folder of that name wins over a repository, and `EMBEDDED` is the package's own. `token` goes
+    into this call's requests only (None leaves huggingface_hub its own, False sends none). With
+    `local_files_only`, and in huggingface_hub's offline mode, the cache alone is asked; a commit's
+    sha that is cached needs no request either. `allow_patterns` replaces the choice of files and
+    then asks for no weights.
     Raises SourceError when the name leads nowhere, CheckpointError when a repository has no
     safetensors weights.
     """

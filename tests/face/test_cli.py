@@ -15,7 +15,6 @@ import purelm as package
 from purelm import cli
 from purelm.convert.registry import FAMILIES
 
-
 # The package that the tests run on, from whatever folder a command is started in.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
 
