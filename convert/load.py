@@ -203,7 +203,7 @@ def _read_all(
     leaves: dict[str, Any] = {}
     total = sum(info.nbytes for info in chosen.values())
     with tqdm(
-        total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False
+        total=total, unit="B", unit_scale=True, desc="loading", disable=None if progress else True, leave=False
     ) as bar:
         for path, info in chosen.items():
             skip = any(text in info.name for text in quant_skip)

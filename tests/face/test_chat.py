@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assets import shared
 
 from purelm import chat
 from purelm.errors import InputError
@@ -74,3 +75,13 @@ def test_an_answer_ends_at_the_context(loaded: Any) -> None:
     chat.answer(model, tokenizer, text, max_new_tokens=50)
     with pytest.raises(InputError, match="context"):
         chat.answer(model, tokenizer, text + "a" * 9)
+
+
+def test_a_continued_text_keeps_its_first_space() -> None:
+    """SentencePiece vocabularies drop the first space of whatever they decode."""
+    model, tokenizer = chat.load(str(shared("assets/stories260K")), device="cpu")
+    pieces: list[str] = []
+    text = chat.answer(model, tokenizer, "Once upon a time", max_new_tokens=12, write=pieces.append)
+    assert text.startswith(", there was a little girl named Lily.") and "".join(pieces) == text
+    text = chat.answer(model, tokenizer, "Once upon a", max_new_tokens=6)
+    assert text.startswith(" time, there")
