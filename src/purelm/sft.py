@@ -139,7 +139,8 @@ def _train(
             )
             if options.eval_every and done % options.eval_every == 0:
                 _evaluate(job, metrics, done)
-            if options.save_every and done % options.save_every == 0 and done < plan.steps:
+            # After the last step too: should saving fail, the training is not lost.
+            if options.save_every and (done % options.save_every == 0 or done == plan.steps):
                 progress = train_state.Progress(done, before)
                 train_state.save(
                     checkpoint_folder(job.options), job.model, job.optimizer, progress, job.identity

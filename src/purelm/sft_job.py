@@ -148,7 +148,8 @@ def _identity(
     )
     kept = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
     # Under a constant rate nothing depends on where the run ends, so it may be made longer.
-    end = {} if options.schedule == "constant" and options.warmup >= 1 else {"steps": plan.steps}
+    open_end = options.schedule == "constant" and (options.warmup == 0 or options.warmup >= 1)
+    end = {} if open_end else {"steps": plan.steps}
     return {
         "model": base,
         "data": rows.digest(train),

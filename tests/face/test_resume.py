@@ -16,7 +16,7 @@ import torch
 
 import purelm
 from purelm import sft, train_state
-from purelm.errors import ArgumentError, CheckpointError, PurelmError
+from purelm.errors import ArgumentError, CheckpointError, PurelmError, SaveError
 from purelm.sft_options import Options
 
 
@@ -155,6 +155,42 @@ def test_another_model_is_not_resumed(stopped: Options, tmp_path: Path, folder: 
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
     with pytest.raises(ArgumentError, match="model was"):
         train(replace(stopped, resume=True, model=str(copy)))
+
+
+def test_a_constant_rate_may_go_on_for_longer(folder: Path, data: Path, tmp_path: Path) -> None:
+    run = options(
+        folder, data, tmp_path / "straight", schedule="constant", warmup=2, eval_fraction=0.0
+    )
+    with final_state() as straight:
+        train(run)
+    parts = replace(run, output=str(tmp_path / "parts"), max_steps=8)
+    train(parts, stop_at=8)
+    with final_state() as longer:
+        train(replace(parts, max_steps=12, resume=True))
+    assert straight and all(torch.equal(straight[name], longer[name]) for name in straight)
+
+
+def test_a_run_whose_saving_failed_needs_no_training_again(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = options(folder, data, tmp_path, max_steps=2)
+
+    def full_disk(job: Any, output: Path) -> Any:
+        raise SaveError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "_save", full_disk)
+        with pytest.raises(SaveError):
+            train(run)
+    with final_state() as trained:
+        result = train(replace(run, resume=True))
+    assert not trained and result is not None and result.loss_after is not None
+    assert [(kind, step) for kind, step, _ in losses(tmp_path)] == [
+        ("eval", 0),
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+    ]
 
 
 def test_an_unfinished_run_is_not_overwritten_unasked(stopped: Options) -> None:
