@@ -50,12 +50,8 @@ def quantize_config(block: int) -> Config:
 
 
 def dequantize_config(block: int) -> Config:
-    """Tiles of 1024 weights: a thread reads 4 bytes and writes 8 weights, 16 bytes in bf16.
-
-    Larger tiles would read 16 bytes a thread, and then have to exchange values to write whole
-    lines.
-    """
-    return Config(1024 // min(block, UNIT), 8, 4)
+    """Tiles of 4096 weights, one a program."""
+    return Config(4096 // min(block, UNIT), 1, 4)
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

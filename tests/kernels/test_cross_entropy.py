@@ -36,7 +36,7 @@ def run(f, hidden, weight, labels, factor=1.0, **options):
 
 @pytest.mark.parametrize("on", [True, False], ids=["launch", "torch"])
 @given(
-    n=st.integers(1, 20),
+    n=st.integers(2, 20),
     vocabulary=st.one_of(st.integers(1, 200), st.sampled_from([4095, 4096, 4097])),
     dim=st.integers(32, 96),
     chunk=st.sampled_from([None, 1, 4, 7]),
