@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from ..nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
 from .load import default_device
 
 
@@ -112,12 +113,14 @@ def choose_device(device_map: Any) -> torch.device:
     return device
 
 
-def choose_recompute(use_gradient_checkpointing: bool | str | None) -> bool:
-    """Whether layers are run again in backward."""
+def choose_residuals(use_gradient_checkpointing: bool | str | None) -> Policy:
+    """What becomes of each layer's residuals: False keeps all, True runs the large ones again,
+    "unsloth" also sends the others to the host.
+    """
     if use_gradient_checkpointing in (True, False):
-        return bool(use_gradient_checkpointing)
+        return RECOMPUTE if use_gradient_checkpointing else KEEP
     if use_gradient_checkpointing == "unsloth":
-        return True
+        return OFFLOAD
     if use_gradient_checkpointing == "auto":
         not_yet(use_gradient_checkpointing=("auto", "unsloth"))
     raise ArgumentError(

@@ -17,9 +17,11 @@ from ..nn import decoder, loss, tree
 from ..nn import layout as layouts
 from ..nn.layout import Layout
 from ..nn.lora import LoRA, relative
+from ..nn.residuals import KEEP, RECOMPUTE, Policy
 from ..nn.spec import ModelSpec
 from ..quant.nf4 import NF4
 from . import report
+from .arguments import choose_residuals
 from .config import Config
 from .output import CausalLMOutput
 from .registry import Family
@@ -58,7 +60,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype,
         max_seq_length: int,
         train_all: bool = False,
-        recompute: bool = True,
+        residuals: Policy = RECOMPUTE,
         seed: int = 3407,
     ) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class CausalLM(nn.Module):
         self.generation_config = generation_config
         self.origin = origin
         self.max_seq_length = max_seq_length
-        self.recompute = recompute
+        self.residuals = residuals
         self.train_all = train_all
         self.peft_config: dict[str, Any] = {}
         self.tokenizer: Any = None
@@ -204,14 +206,14 @@ class CausalLM(nn.Module):
         layout = self._layout(input_ids, attention_mask, position_ids, cu_seqlens)
         self._check_ids(input_ids)
         input_ids = input_ids.to(self.device)
-        params = self._cast(self.params)
+        params = self.computed_params()
         x = decoder.hidden(
             params,
             self.spec,
             input_ids,
             layout=layout,
             adapters=self.adapters,
-            recompute=self.recompute and self.training and torch.is_grad_enabled(),
+            residuals=self.residuals if self.training else None,
             seed=self._next_seed(),
         )
         total = None
@@ -251,8 +253,8 @@ class CausalLM(nn.Module):
         if cu_seqlens is not None:
             if b != 1:
                 raise InputError(f"cu_seqlens needs one packed row, found a batch of {b}")
-            layout = layouts.from_cu_seqlens(cu_seqlens.to(self.device), s)
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+            layout = layouts.from_cu_seqlens(cu_seqlens.to(self.device), s, longest)
         elif position_ids is not None:
             layout = layouts.from_positions(position_ids.to(self.device).expand(b, s))
             longest = int(position_ids.max()) + 1
@@ -278,10 +280,10 @@ class CausalLM(nn.Module):
                 f"input_ids lie in {low}..{high}, the vocabulary is 0..{self.spec.vocab - 1}"
             )
 
-    def _cast(self, params: tree.Tree) -> tree.Tree:
-        """Trained copies are kept in fp32 and computed with in the model's dtype."""
+    def computed_params(self) -> tree.Tree:
+        """`params` as a pass computes with them: fp32 trained copies in the model's dtype."""
         if not self._trained:
-            return params
+            return self._params
         cast = tree.map(lambda leaf: leaf.to(self._dtype), self._trained)
         return tree.combine(cast, self._params)
 
@@ -371,23 +373,23 @@ class CausalLM(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Keep only layer inputs for backward."""
-        self.recompute = True
+        """Keep the small residuals of each layer, run the large ones again in backward."""
+        self.residuals = RECOMPUTE
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all intermediates for backward."""
-        self.recompute = False
+        self.residuals = KEEP
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.recompute
+        return self.residuals != KEEP
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: recomputation here never needs inputs with gradients."""
 
-    def for_training(self, use_gradient_checkpointing: bool | str = True) -> "CausalLM":
+    def for_training(self, use_gradient_checkpointing: bool | str = "unsloth") -> "CausalLM":
         """Training mode; returns the model."""
-        self.recompute = bool(use_gradient_checkpointing)
+        self.residuals = choose_residuals(use_gradient_checkpointing)
         return self.train()
 
     def for_inference(self) -> "CausalLM":

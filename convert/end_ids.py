@@ -5,17 +5,17 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, TemplateError
-from .bridge import CausalLM
+from .config import Config
 from .tokenizer import Tokenizer
 
 
-def end_ids(model: CausalLM, asked: Any, tokenizer: Any) -> list[int]:
+def end_ids(asked: Any, generation_config: Config, config: Config, tokenizer: Any) -> list[int]:
     """The ids that end a row: those asked for, else all that the model's files name."""
     if asked is not None:
         return _as_ids(asked, "eos_token_id")
     named = [
-        model.generation_config.get("eos_token_id"),
-        model.config.eos_token_id,
+        generation_config.get("eos_token_id"),
+        config.eos_token_id,
         getattr(tokenizer, "eos_token_id", None),
         end_of_turn(tokenizer) if isinstance(tokenizer, Tokenizer) else None,
     ]

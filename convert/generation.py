@@ -87,7 +87,8 @@ def generate(
         return next((v for v in (value, given.get(name), own.get(name)) if v is not None), default)
 
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    eos = end_ids(model, _first(eos_token_id, given.get("eos_token_id")), tokenizer)
+    asked = _first(eos_token_id, given.get("eos_token_id"))
+    eos = end_ids(asked, model.generation_config, model.config, tokenizer)
     named_pad = setting("pad_token_id", pad_token_id, model.config.pad_token_id)
     if named_pad is None:
         named_pad = getattr(tokenizer, "pad_token_id", None)
@@ -132,7 +133,7 @@ def generate(
         streamer.put(ids.cpu())
     try:
         return run(
-            model._cast(model.params),
+            model.computed_params(),
             model.spec,
             ids,
             mask=attention_mask,

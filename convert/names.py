@@ -1,4 +1,4 @@
-"""A family's tensor names: module paths, ours and Hugging Face's, as a table that reads both ways."""
+"""A family's tensor names: module paths, ours and Hugging Face's, in a two-way table."""
 
 import re
 from dataclasses import dataclass

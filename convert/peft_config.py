@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
+from ..nn.residuals import RECOMPUTE, Policy
 from ..nn.spec import ModelSpec
 from . import adapter_start, peft_targets
 from .arguments import not_yet
@@ -89,7 +90,7 @@ def configure(
 
 
 def apply(
-    model: "CausalLM", *, recompute: bool = True, random_state: int = 3407, **arguments: Any
+    model: "CausalLM", *, residuals: Policy = RECOMPUTE, random_state: int = 3407, **arguments: Any
 ) -> "CausalLM":
     """Put fresh adapters on `model`: `arguments` are those of `configure`.
 
@@ -116,7 +117,7 @@ def apply(
             "the model already wears adapters with other settings; load it again without them, "
             f"or give the settings they have: {_comparable(worn).to_dict()}"
         )
-    model.recompute = recompute
+    model.residuals = residuals
     model.train()
     return model
 

@@ -17,11 +17,12 @@ from .arguments import (
     choose_device,
     choose_dtype,
     choose_quantize,
-    choose_recompute,
+    choose_residuals,
     not_yet,
 )
 from .bridge import CausalLM, Origin
 from .config import Config
+from .end_ids import end_ids
 from .hub import Source, resolve
 from .load import Loaded, load_folder
 from .tokenizer import Tokenizer
@@ -114,7 +115,7 @@ class FastLanguageModel:
             memory_budget=(memory_budget, None),
         )
         _check_length(max_seq_length)
-        recompute = choose_recompute(use_gradient_checkpointing)
+        residuals = choose_residuals(use_gradient_checkpointing)
         device = choose_device(device_map)
         hub: dict[str, Any] = {
             "token": token,
@@ -134,11 +135,6 @@ class FastLanguageModel:
             progress=True,
         )
         notes = []
-        if use_gradient_checkpointing == "unsloth":
-            notes.append(
-                "use_gradient_checkpointing='unsloth' keeps layer inputs on the device and runs "
-                "layers again in backward; it does not offload them to the host yet"
-            )
         if loaded.left_out:
             notes.append(f"not loaded: {', '.join(loaded.left_out[:4])}")
         has_tokenizer = (source.folder / "tokenizer.json").exists()
@@ -153,26 +149,28 @@ class FastLanguageModel:
                 f"max_seq_length {max_seq_length} is more than the model's context of "
                 f"{spec.max_positions}: longer rows will raise unless a rope_scaling extends it"
             )
+        generation_config = _generation_config(base.folder, loaded.config)
+        if fix_tokenizer:
+            eos_ids = end_ids(None, generation_config, loaded.config, tokenizer)
+            spec, params = _repaired(tokenizer, eos_ids, spec, params, loaded.config, notes)
         model = CausalLM(
             spec,
             params,
             config=loaded.config,
-            generation_config=_generation_config(base.folder, loaded.config),
+            generation_config=generation_config,
             origin=_origin(base, loaded, quantize, notes),
             dtype=choose_dtype(dtype, device),
             max_seq_length=max_seq_length or spec.max_positions,
             train_all=full_finetuning,
-            recompute=recompute,
+            residuals=residuals,
             seed=random_state,
         )
-        if fix_tokenizer:
-            tokenizer = _repaired(tokenizer, model)
         tokenizer.padding_side = "left"
         tokenizer.model_max_length = max(max_seq_length or 0, spec.max_positions)
         model.tokenizer = tokenizer
         if adapter is not None:
             adapters, trained, config = adapter_file.read_adapter(
-                source.folder, spec, loaded.family.names
+                source.folder, spec, loaded.family.names, params=params
             )
             model.set_adapters(_placed(adapters, device), _placed(trained, device))
             model.peft_config = {"default": config}
@@ -226,7 +224,7 @@ class FastLanguageModel:
             bias=bias,
             layers_to_transform=layers_to_transform,
             layers_pattern=layers_pattern,
-            recompute=choose_recompute(use_gradient_checkpointing),
+            residuals=choose_residuals(use_gradient_checkpointing),
             random_state=random_state,
             use_rslora=use_rslora,
             modules_to_save=modules_to_save,
@@ -247,7 +245,9 @@ class FastLanguageModel:
         return model.for_inference()
 
     @staticmethod
-    def for_training(model: CausalLM, use_gradient_checkpointing: bool | str = True) -> CausalLM:
+    def for_training(
+        model: CausalLM, use_gradient_checkpointing: bool | str = "unsloth"
+    ) -> CausalLM:
         """Training mode; returns the model."""
         return model.for_training(use_gradient_checkpointing)
 
@@ -333,9 +333,21 @@ def _generation_config(folder: Path, config: Config) -> Config:
     return Config({name: config.get(name) for name in kept if config.get(name) is not None})
 
 
-def _repaired(tokenizer: Tokenizer, model: CausalLM) -> Tokenizer:
-    repair(tokenizer, vocab_rows=model.spec.vocab)
-    return tokenizer
+def _repaired(
+    tokenizer: Tokenizer,
+    eos_ids: list[int],
+    spec: ModelSpec,
+    params: tree.Tree,
+    config: Config,
+    notes: list[str],
+) -> tuple[ModelSpec, tree.Tree]:
+    """Give the tokenizer a pad token that ends nothing, with a row of its own if need be."""
+    for change in repair(tokenizer, vocab_rows=spec.vocab, eos_ids=eos_ids):
+        if change.rows:
+            spec, params = _resized(spec, params, config, spec.vocab + change.rows)
+            return _repaired(tokenizer, eos_ids, spec, params, config, notes)
+        notes.append(f"{change.field}: {change.before!r} -> {change.after!r}, {change.why}")
+    return spec, params
 
 
 def _placed(leaves: tree.Tree, device: torch.device) -> tree.Tree:

@@ -1,5 +1,6 @@
 """What was loaded and which path each projection takes, in words."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,8 +46,10 @@ def explain(model: "CausalLM") -> str:
             how += f"; LoRA r={adapter.rank} scale={adapter.scale:g} added into the product"
             how += f", dropout {adapter.dropout:g}" if adapter.dropout else ""
         lines.append(f"{module}: {how}")
-    mode = "layer inputs kept, layers run again" if model.recompute else "all intermediates kept"
-    return "\n".join([*lines, f"backward: {mode}"])
+    fates = ", ".join(
+        f"{f.name} {getattr(model.residuals, f.name)}" for f in fields(model.residuals)
+    )
+    return "\n".join([*lines, f"backward: {fates}"])
 
 
 def _keys(path: str) -> list[str | int]:

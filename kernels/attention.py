@@ -160,7 +160,7 @@ def attention_backward(
             *rest,
             scale=scale,
         )
-        return tuple(g[None] for g in grads)  # type: ignore[return-value]
+        return tuple(g[None] for g in grads)
     q, k, v, out, dout = (x.transpose(1, 2) for x in (q, k, v, out, dout))
     if backend == "cudnn":
         cu_q, cu_k, max_q, max_k, seed, offset = rest

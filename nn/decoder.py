@@ -3,11 +3,12 @@
 Plain functions of (params, spec, tokens); see `spec` for the letters in the shapes.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
+from ..kernels.attention import Documents
 from ..kernels.gated import gated
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope_qk
@@ -16,9 +17,12 @@ from . import cache as kv
 from . import rope, tree
 from .attention import Visible, attend, visible
 from .cache import Cache
+from .fast_layer import Layer as FastLayer
 from .layout import Layout, dense
 from .linear import linear, project
+from .offload import Offload
 from .remat import remat
+from .residuals import Policy
 from .spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec
 
 Buffers = tuple[torch.Tensor, torch.Tensor, int]
@@ -94,17 +98,17 @@ def hidden(
     *,
     layout: Layout | None = None,
     adapters: tree.Tree = None,
-    recompute: bool = False,
+    residuals: Policy | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
     """tokens [b, s] -> final normalised hidden states [b, s, e], ready for the head.
 
-    layout: positions and segments (default: full rows from position 0). recompute: keep only each
-    layer's input for backward and run the layer again there. seed: drives the adapters' dropout;
-    None leaves dropout out.
+    layout: positions and segments (default: full rows from position 0). residuals: what becomes of
+    each layer's residuals until its backward; None leaves it to autograd, which keeps all. seed:
+    drives the adapters' dropout; None leaves dropout out.
     """
     layout = layout or dense(*tokens.shape, device=tokens.device)
-    out, _ = _run(params, spec, tokens, layout, adapters, None, recompute, seed)
+    out, _ = _run(params, spec, tokens, layout, adapters, None, residuals, seed)
     return out
 
 
@@ -122,7 +126,7 @@ def extend(
     The given cache's buffers are written in place; use only the returned one afterwards.
     """
     layout = layout or dense(*tokens.shape, start=cache.length, device=tokens.device)
-    out, grown = _run(params, spec, tokens, layout, adapters, cache, False, None)
+    out, grown = _run(params, spec, tokens, layout, adapters, cache, None, None)
     assert grown is not None
     return out, grown
 
@@ -134,7 +138,7 @@ def _run(
     layout: Layout,
     adapters: tree.Tree,
     cache: Cache | None,
-    recompute: bool,
+    residuals: Policy | None,
     seed: int | None,
 ) -> tuple[torch.Tensor, Cache | None]:
     x = F.embedding(tokens, params["embed"]["weight"])
@@ -146,18 +150,36 @@ def _run(
     tables = {r: rope.table(r, layout.positions) for r in spec.ropes()}
     windows = {layer_spec.attention.window for layer_spec in spec.layers}
     seen = {w: visible(layout, segments, start, w) for w in windows}
+    policy = residuals if torch.is_grad_enabled() else None
+    offload = Offload(x.device) if policy is not None and policy.offloads else None
     for i, (layer_spec, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
-        static: dict[str, Any] = {"spec": layer_spec, "seed": _next(seed, 7 * i)}
+        a, layer_seed = layer_spec.attention, _next(seed, 7 * i)
+        args = (x, p, tree.get(adapters, "layers", i), tables[a.rope])
         if cache is not None:
-            static["buffers"] = (cache.keys[i], cache.values[i], start)
-        a = layer_spec.attention
-        args = (x, p, tree.get(adapters, "layers", i), tables[a.rope], seen[a.window])
-        x = _recomputed(static)(*args) if recompute else layer(*args, **static)
+            buffers = (cache.keys[i], cache.values[i], start)
+            x = layer(*args, seen[a.window], spec=layer_spec, buffers=buffers)
+        elif policy is None:
+            x = layer(*args, seen[a.window], spec=layer_spec, seed=layer_seed)
+        elif covers(p, seen[a.window]):
+            documents = cast("Documents | None", seen[a.window])
+            last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
+            fast = FastLayer(i, layer_spec, documents, policy, offload, layer_seed, last)
+            x = fast.run(*args)
+        else:
+            x = _again(layer_spec, layer_seed)(*args, seen[a.window])
     return norm(x, params["norm"], spec.norm), cache
 
 
-def _recomputed(static: dict[str, Any]) -> Any:
-    return remat(lambda *args: layer(*args, **static))
+def covers(p: tree.Tree, seen: Visible) -> bool:
+    """Whether `fast_layer` can run it: frozen params, no mask, no transform."""
+    if torch._C._are_functorch_transforms_active() or isinstance(seen, torch.Tensor):
+        return False
+    return not any(t.requires_grad for t in tree.tensors(p))
+
+
+def _again(spec: LayerSpec, seed: int | None) -> Any:
+    """The layer through autograd, run a second time in backward."""
+    return remat(lambda *args: layer(*args, spec=spec, seed=seed))
 
 
 def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:
@@ -177,12 +199,12 @@ def forward(
     *,
     layout: Layout | None = None,
     adapters: tree.Tree = None,
-    recompute: bool = False,
+    residuals: Policy | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
     """tokens [b, s] -> logits [b, s, v]; the arguments are those of `hidden`."""
     x = hidden(
-        params, spec, tokens, layout=layout, adapters=adapters, recompute=recompute, seed=seed
+        params, spec, tokens, layout=layout, adapters=adapters, residuals=residuals, seed=seed
     )
     return logits(params, spec, x)
 

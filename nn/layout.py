@@ -9,19 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
+from ..kernels.attention import Documents
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """positions [b, s] int64; segments [b, s] int64 or None.
+    """positions [b, s] int64; segments [b, s] int64 or None; documents of a packed row, or None.
 
     A token sees the tokens of its own segment that do not come after it. Segment 0 is padding.
     None: every row is one segment, padding (if any) only after it, so plain causal attention is
-    exact for every real token.
+    exact for every real token. `documents` says the same as the segments, for fused attention.
     """
 
     positions: torch.Tensor
     segments: torch.Tensor | None = None
+    documents: Documents | None = None
 
 
 def dense(batch: int, length: int, *, start: int = 0, device: torch.device | str) -> Layout:
@@ -43,13 +45,18 @@ def from_mask(mask: torch.Tensor, device: torch.device | str | None = None) -> L
     return Layout(positions, None if right_padded else real.long())
 
 
-def from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> Layout:
-    """One packed row [1, length] of documents that end at cu_seqlens[1:] (cu_seqlens[0] is 0)."""
+def from_cu_seqlens(cu_seqlens: torch.Tensor, length: int, longest: int | None = None) -> Layout:
+    """One packed row [1, length] of documents that end at cu_seqlens[1:] (cu_seqlens[0] is 0).
+
+    longest: the length of the longest document, which lets GPUs run fused attention without
+    reading `cu_seqlens` back.
+    """
     index = torch.arange(length, device=cu_seqlens.device)
     segment = torch.bucketize(index, cu_seqlens[1:].to(index.dtype), right=True)
     positions = index - cu_seqlens.to(index.dtype)[segment.clamp(max=cu_seqlens.numel() - 1)]
     segment = torch.where(index < cu_seqlens[-1], segment + 1, 0)
-    return Layout(positions[None], segment[None])
+    documents = None if longest is None else Documents(cu_seqlens.int(), longest)
+    return Layout(positions[None], segment[None], documents)
 
 
 def from_positions(positions: torch.Tensor) -> Layout:

@@ -6,7 +6,7 @@ weight is dequantized where it is used, in forward and again in backward, and ne
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
@@ -108,6 +108,79 @@ def _in_place(
     return outputs + lows
 
 
+def _sum_rows(dy: torch.Tensor) -> torch.Tensor:
+    """The sum over all but the last axis, in fp32 or wider."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+class Wanted(NamedTuple):
+    """Which of a projection's tensors need a gradient."""
+
+    weight: bool = False
+    bias: bool = False
+    a: bool = False
+    b: bool = False
+
+
+class Grads(NamedTuple):
+    """Gradients of one projection, each in its tensor's dtype; None where not wanted."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+
+def pull(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    adapters: Sequence[LoRA | None],
+    seed: int | None,
+    dys: Sequence[torch.Tensor],
+    wanted: Sequence[Wanted],
+    *,
+    need_x: bool = True,
+    lows: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor | None, list[Grads]]:
+    """The backward of `project`: its input and the outputs' gradients -> (dx, gradients).
+
+    lows: the low-rank activations of the adapted projections, computed again where not given.
+    """
+    x2 = x.reshape(-1, x.shape[-1])
+    dx: torch.Tensor | None = None
+    found, adapted = [], 0
+    for i, (p, adapter, dy, want) in enumerate(
+        zip(projections, adapters, dys, wanted, strict=True)
+    ):
+        dy = dy.reshape(-1, dy.shape[-1])
+        if need_x:
+            weight = weight_of(p["weight"], x.dtype)
+            dx = dy @ weight if dx is None else _plus(dx, dy, weight)
+            del weight
+        grad = Grads(
+            weight=(dy.mT @ x2).to(p["weight"].dtype) if want.weight else None,
+            bias=_sum_rows(dy).to(p["bias"].dtype) if want.bias else None,
+        )
+        if adapter is not None:
+            dropped = seed is not None and adapter.dropout > 0.0
+            a, b = adapter.a.to(x.dtype), (adapter.b * adapter.scale).to(x.dtype)
+            dlow = dy @ b
+            if want.b:
+                low = _drop(x2, adapter, seed, i) @ a.mT if lows is None else lows[adapted]
+                db = (dy.mT @ low).to(adapter.b.dtype) * adapter.scale
+                grad = grad._replace(b=db)
+            if want.a:
+                da = dlow.mT @ _drop(x2, adapter, seed, i)
+                grad = grad._replace(a=da.to(adapter.a.dtype))
+            if dx is not None and dropped and seed is not None:
+                dx = dx + (dlow @ a) * _dropout_mask(x2, adapter.dropout, seed + i)
+            elif dx is not None:
+                dx = _plus(dx, dlow, a)
+            adapted += 1
+        found.append(grad)
+    return None if dx is None else dx.view(x.shape), found
+
+
 class _Project(torch.autograd.Function):
     """The outputs, then the low-rank activations x A^T of the adapted ones (not differentiable)."""
 
@@ -132,7 +205,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, *saved = ctx.saved_tensors
-        lows, kept = iter(saved[: ctx.lows]), iter(saved[ctx.lows :])
+        lows, kept = saved[: ctx.lows], iter(saved[ctx.lows :])
         flat = [
             next(kept) if t else leaf for t, leaf in zip(ctx.is_tensor, ctx.static, strict=True)
         ]
@@ -140,46 +213,47 @@ class _Project(torch.autograd.Function):
         # The same tree with each leaf's place among `flat`, to put its gradient there.
         places = _pytree.tree_unflatten(list(range(len(flat))), ctx.structure)
         needed = ctx.needs_input_grad[3:]
+        wanted = [
+            Wanted(
+                weight=isinstance(p["weight"], torch.Tensor) and needed[p_at["weight"]],
+                bias=p.get("bias") is not None and needed[p_at["bias"]],
+                a=adapter is not None and needed[a_at.a],
+                b=adapter is not None and needed[a_at.b],
+            )
+            for p, adapter, p_at, a_at in zip(projections, adapters, *places, strict=True)
+        ]
+        dys = grads[: len(projections)]
+        dx, found = pull(
+            x,
+            projections,
+            adapters,
+            ctx.seed,
+            dys,
+            wanted,
+            need_x=ctx.needs_input_grad[2],
+            lows=lows,
+        )
         out: list[torch.Tensor | None] = [None] * len(flat)
-        x2 = x.reshape(-1, x.shape[-1])
-        dx: torch.Tensor | None = None
-        for i, (p, adapter, p_at, adapter_at, dy) in enumerate(
-            zip(projections, adapters, *places, grads[: len(projections)], strict=True)
-        ):
-            dy = dy.reshape(-1, dy.shape[-1])
-            if ctx.needs_input_grad[2]:
-                weight = weight_of(p["weight"], x.dtype)
-                dx = dy @ weight if dx is None else _plus(dx, dy, weight)
-                del weight
-            if isinstance(p["weight"], torch.Tensor) and needed[p_at["weight"]]:
-                out[p_at["weight"]] = (dy.mT @ x2).to(p["weight"].dtype)
-            if p.get("bias") is not None and needed[p_at["bias"]]:
-                out[p_at["bias"]] = dy.sum(0, dtype=torch.float32).to(p["bias"].dtype)
-            if adapter is None:
-                continue
-            low = next(lows)
-            dlow = dy @ (adapter.b * adapter.scale).to(x.dtype)
-            if needed[adapter_at.b]:
-                out[adapter_at.b] = (dy.mT @ low).to(adapter.b.dtype) * adapter.scale
-            if needed[adapter_at.a]:
-                dropped = _drop(x2, adapter, ctx.seed, i)
-                out[adapter_at.a] = (dlow.mT @ dropped).to(adapter.a.dtype)
-            if dx is not None:
-                a = adapter.a.to(x.dtype)
-                if ctx.seed is None or adapter.dropout == 0.0:
-                    dx = _plus(dx, dlow, a)
-                else:
-                    dx = dx + (dlow @ a) * _dropout_mask(x2, adapter.dropout, ctx.seed + i)
-        return None, None, None if dx is None else dx.view(x.shape), *out
+        for p_at, a_at, want, grad in zip(*places, wanted, found, strict=True):
+            if want.weight:
+                out[p_at["weight"]] = grad.weight
+            if want.bias:
+                out[p_at["bias"]] = grad.bias
+            if want.a:
+                out[a_at.a] = grad.a
+            if want.b:
+                out[a_at.b] = grad.b
+        return None, None, dx, *out
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, structure: Any, seed: int | None, x: Any, *flat: Any) -> Any:
-        # In-place sums into unbatched outputs cannot be batched; the plain operations can.
+        # In-place sums into unbatched outputs cannot be batched; the plain operations can. Dropout
+        # follows from the seed alone, so every member of the batch drops the same features.
         def reference(x: torch.Tensor, *flat: Any) -> tuple[torch.Tensor, ...]:
             projections, adapters = _pytree.tree_unflatten(list(flat), structure)
             outputs = _reference(x, projections, adapters, seed)
             lows = [low.reshape(-1, low.shape[-1]) for low in outputs[len(projections) :]]
             return tuple(outputs[: len(projections)] + lows)
 
-        outputs = torch.vmap(reference, in_dims=in_dims[2:])(x, *flat)
+        outputs = torch.vmap(reference, in_dims=in_dims[2:], randomness="same")(x, *flat)
         return outputs, (0,) * len(outputs)

@@ -8,6 +8,7 @@ from ..quant.linear import weight_of
 from . import tree
 from .decoder import head_weight, hidden
 from .layout import Layout
+from .residuals import Policy
 from .spec import ModelSpec
 
 IGNORE = -100
@@ -51,11 +52,11 @@ def loss(
     layout: Layout | None = None,
     adapters: tree.Tree = None,
     count: torch.Tensor | float | None = None,
-    recompute: bool = False,
+    residuals: Policy | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
     """Mean next-token loss of tokens [b, s]; see `hidden` and `next_token`."""
     x = hidden(
-        params, spec, tokens, layout=layout, adapters=adapters, recompute=recompute, seed=seed
+        params, spec, tokens, layout=layout, adapters=adapters, residuals=residuals, seed=seed
     )
     return next_token(params, spec, x, labels, layout=layout, count=count)

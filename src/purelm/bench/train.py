@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+_CHECKPOINTING: dict[str, bool | str] = {"unsloth": "unsloth", "on": True, "off": False}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--gradient-checkpointing", choices=["on", "off"], default="on")
+    parser.add_argument(
+        "--gradient-checkpointing", choices=["unsloth", "on", "off"], default="unsloth"
+    )
     parser.add_argument("--optimizer", choices=["adamw8bit", "adamw"], default="adamw8bit")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--trace", type=Path, help="write a profile of one step here")
@@ -68,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model,
         r=args.rank,
         lora_alpha=args.rank,
-        use_gradient_checkpointing=args.gradient_checkpointing == "on",
+        use_gradient_checkpointing=_CHECKPOINTING[args.gradient_checkpointing],
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     result["trainable"] = sum(p.numel() for p in trained)
@@ -76,9 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator(model.device).manual_seed(1)
     high = min(128000, model.spec.vocab)
     batches = [
-        torch.randint(
-            0, high, (args.batch, args.seq), device=model.device, generator=generator
-        )
+        torch.randint(0, high, (args.batch, args.seq), device=model.device, generator=generator)
         for _ in range(2)
     ]
     if cuda:
@@ -123,9 +124,9 @@ def _optimizer(name: str, trained: list[Any], learning_rate: float, cuda: bool) 
     import torch
 
     if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes import optim
 
-        return AdamW8bit(trained, lr=learning_rate)
+        return optim.AdamW8bit(trained, lr=learning_rate)
     return torch.optim.AdamW(trained, lr=learning_rate, fused=cuda)
 
 

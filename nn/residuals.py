@@ -1,0 +1,48 @@
+"""What becomes of a layer's residuals between its forward and its backward.
+
+A backward needs a layer's input x, the raw q, k and v, the attention output with its log-sum-exp,
+the middle residual, and gate and up; each is kept, sent to the host and brought back, or
+recomputed. Nothing runs the output projections (o, down) again: their results are not needed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .spec import LayerSpec
+
+Fate = Literal["keep", "offload", "recompute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The fate of each residual; x and mid (hidden states before attention and MLP) cannot be
+    recomputed, out is the attention output with its log-sum-exp.
+    """
+
+    x: Literal["keep", "offload"] = "keep"
+    qkv: Fate = "keep"
+    out: Fate = "keep"
+    mid: Literal["keep", "offload"] = "keep"
+    gate_up: Fate = "keep"
+
+    @property
+    def offloads(self) -> bool:
+        return "offload" in (self.x, self.qkv, self.out, self.mid, self.gate_up)
+
+
+KEEP = Policy()
+RECOMPUTE = Policy(qkv="recompute", gate_up="recompute")
+OFFLOAD = Policy(x="offload", qkv="recompute", out="offload", mid="offload", gate_up="recompute")
+
+
+def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
+    """Bytes that each residual of one layer takes for one token; `dim` is the model's width."""
+    a = spec.attention
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    return {
+        "x": dim * itemsize,
+        "qkv": (q + 2 * kv) * itemsize,
+        "out": q * itemsize + a.heads * 4,
+        "mid": dim * itemsize,
+        "gate_up": 2 * spec.mlp.dim * itemsize,
+    }

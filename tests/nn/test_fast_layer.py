@@ -1,0 +1,155 @@
+"""The hand-written layer backward against plain autograd, under every fate of the residuals."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from purelm.nn import decoder, layout, lora, loss, params, rope, tree
+from purelm.nn.fast_layer import Layer
+from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy, bytes_per_token
+from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
+from purelm.quant.nf4 import quantize
+
+POLICIES = [
+    Policy(*fates)
+    for fates in product(
+        ("keep", "offload"),
+        ("keep", "offload", "recompute"),
+        ("keep", "recompute"),
+        ("keep",),
+        ("keep", "recompute"),
+    )
+]
+# (q/k norm, biases, dropout, activation)
+KINDS = [(False, False, 0.0, "silu"), (True, True, 0.0, "gelu_tanh"), (True, False, 0.3, "silu")]
+
+
+def build(
+    kind: tuple[bool, bool, float, Any], dtype: torch.dtype, nf4: bool = True
+) -> tuple[ModelSpec, Any, Any]:
+    qk_norm, bias, dropout, activation = kind
+    attention = AttentionSpec(
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        scale=0.35,
+        rope=RopeSpec(8, 1e4),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=NormSpec(1e-6) if qk_norm else None,
+    )
+    layer = LayerSpec(NormSpec(1e-5), attention, MLPSpec(64, activation, bias))
+    spec = ModelSpec(100, 32, (layer,) * 3, NormSpec(1e-5), 64)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(path: str, p: params.ParamSpec) -> Any:
+        drawn = torch.randn(p.shape, generator=g) * 0.2 + float(p.init == "ones")
+        return quantize(drawn.to(dtype)) if p.quantize and nf4 else drawn.to(dtype)
+
+    base = tree.map_with_path(draw, params.param_specs(spec))
+    adapters = lora.init(spec, generator=g, rank=4, dropout=dropout)
+    for leaf in tree.leaves(adapters):
+        leaf.b.normal_(generator=g)
+    return spec, base, tree.map_tensors(lambda t: t.requires_grad_(), adapters)
+
+
+def run(
+    built: tuple[ModelSpec, Any, Any], policy: Policy | None, seed: int | None, **more: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    spec, base, adapters = built
+    ids = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(3))
+    value = loss.loss(base, spec, ids, ids, adapters=adapters, residuals=policy, seed=seed, **more)
+    return value, list(torch.autograd.grad(value, tree.tensors(adapters)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["plain", "norm-bias-gelu", "norm-dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_policy(kind: tuple[bool, bool, float, Any], dtype: torch.dtype) -> None:
+    built = build(kind, dtype)
+    seed = 5 if kind[2] else None
+    want, want_grads = run(built, None, seed)
+    kept, kept_grads = run(built, KEEP, seed)
+    assert torch.equal(kept, want)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, grad in zip(kept_grads, want_grads, strict=True):
+        assert (got - grad).norm() <= limit * grad.norm()
+    for policy in POLICIES:
+        value, grads = run(built, policy, seed)
+        assert torch.equal(value, want)
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
+
+
+def test_against_float64() -> None:
+    """fp32 gradients of the fast path against float64 autograd on the same weights."""
+    spec, base, adapters = build(KINDS[1], torch.float32, nf4=False)
+    _, grads = run((spec, base, adapters), RECOMPUTE, None)
+    wide = tree.map_tensors(lambda t: t.double(), base)
+    wide_adapters = tree.map_tensors(lambda t: t.detach().double().requires_grad_(), adapters)
+    _, exact = run((spec, wide, wide_adapters), None, None)
+    for got, want in zip(grads, exact, strict=True):
+        assert (got.double() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_a_path_for_everything() -> None:
+    """Masks, trained params and transforms run through autograd, with the same gradients."""
+    spec, base, adapters = build(KINDS[0], torch.float32, nf4=False)
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[0, :4] = 0
+    padded = layout.from_mask(mask)
+    want = run((spec, base, adapters), None, None, layout=padded)
+    for policy in (KEEP, RECOMPUTE, OFFLOAD):
+        got = run((spec, base, adapters), policy, None, layout=padded)
+        assert torch.equal(got[0], want[0])
+        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
+    assert not decoder.covers(tree.map_tensors(lambda t: t.clone().requires_grad_(), base), None)
+    assert decoder.covers(base, None)
+    ids = torch.arange(10)[None]
+
+    def by_function(adapters: Any) -> torch.Tensor:
+        return loss.loss(base, spec, ids, ids, adapters=adapters, residuals=RECOMPUTE)
+
+    free = tree.map_tensors(lambda t: t.detach(), adapters)
+    pulled = torch.func.grad(by_function)(free)
+    value = by_function(adapters)
+    for got, want_grad in zip(
+        tree.tensors(pulled), torch.autograd.grad(value, tree.tensors(adapters)), strict=True
+    ):
+        assert (got - want_grad).norm() <= 1e-5 * want_grad.norm()
+
+
+def test_documents() -> None:
+    """A packed row through the layer equals each document alone."""
+    spec, base, adapters = build(KINDS[1], torch.float32)
+    layer, p, adapter = spec.layers[0], base["layers"][0], adapters["layers"][0]
+    x = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    dy = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(2))
+    packed = layout.from_cu_seqlens(torch.tensor([0, 5, 12]), 12, 7)
+    assert packed.documents is not None
+    table = rope.table(layer.attention.rope, packed.positions)
+    y = Layer(0, layer, packed.documents, RECOMPUTE, None, None).run(x, p, adapter, table)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for begin, end in ((0, 5), (5, 12)):
+        alone = x[:, begin:end].detach().requires_grad_()
+        short = rope.table(layer.attention.rope, torch.arange(end - begin)[None])
+        want = decoder.layer(alone, p, adapter, short, None, spec=layer)
+        (want_dx,) = torch.autograd.grad(want, alone, dy[:, begin:end])
+        for got, exact in ((y[:, begin:end], want), (dx[:, begin:end], want_dx)):
+            assert (got - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_bytes_per_token() -> None:
+    """The plan's arithmetic is the size of the residuals themselves."""
+    spec, base, adapters = build(KINDS[0], torch.float32)
+    layer = spec.layers[0]
+    x = torch.randn(2, 9, 32)
+    table = rope.table(layer.attention.rope, torch.arange(9)[None])
+    with torch.no_grad():
+        _, residuals = Layer(0, layer, None, KEEP, None, None).forward(
+            x, base["layers"][0], adapters["layers"][0], table
+        )
+    sizes = bytes_per_token(layer, spec.dim, 4)
+    assert set(sizes) == set(residuals)
+    for name, value in residuals.items():
+        assert tree.nbytes(value) == sizes[name] * 18, name
