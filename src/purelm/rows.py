@@ -49,7 +49,7 @@ class Rows:
 
 
 def encode(
-    raw: Sequence[RawRow], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+    raw: Iterable[RawRow], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
 ) -> Rows:
     """All rows as ids of at most `max_length` tokens.
 

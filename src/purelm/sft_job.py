@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import rows, train_state, training
 from .convert.arguments import choose_device
@@ -52,10 +53,17 @@ def prepare(options: Options, say: Say) -> Job:
         raw, held_out_raw = rows.split(raw, options.eval_fraction, options.seed)
     model, tokenizer = _load(options)
     limit = _limit(options, model)
-    train = rows.encode(raw, tokenizer, max_length=limit, too_long=options.too_long)
-    held_out = rows.Rows(())
-    if held_out_raw:
-        held_out = rows.encode(held_out_raw, tokenizer, max_length=limit, too_long=options.too_long)
+    train, held_out = (
+        rows.encode(
+            tqdm(some, desc="encoding", unit="row", disable=None, leave=False),
+            tokenizer,
+            max_length=limit,
+            too_long=options.too_long,
+        )
+        if some
+        else rows.Rows(())
+        for some in (raw, held_out_raw)
+    )
     for name, some in (("training", train), ("held-out", held_out)):
         if some.skipped or some.truncated:
             say(
