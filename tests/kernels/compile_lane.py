@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from purelm.kernels import cross_entropy, gated, nf4, rms_norm, rope
+from purelm.kernels import cross_entropy, gated, nf4, nf4_launch, rms_norm, rope
 from purelm.kernels.launch import Kernel, power_of_two
 
 F32, F16, BF16, U8, I64 = (
@@ -43,24 +43,24 @@ class Case(NamedTuple):
 def nf4_cases(every: bool) -> Iterator[Case]:
     count = 4096 * 4096
     for block in nf4.BLOCKS if every else (32, 64, 4096):
-        config = nf4.quantize_config(block)
+        config = nf4_launch.quantize_config(block)
         for dtype in (F32, F16, BF16):
             yield Case(
                 f"nf4_quantize block={block} {dtype}",
-                nf4._quantize_kernel,
+                nf4_launch._quantize_kernel,
                 (dtype, U8, F32, F32, count, count // block),
                 {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
             )
-        config = nf4.dequantize_config(block)
+        config = nf4_launch.dequantize_config(block)
         for dtype, double in itertools.product((F32, F16, BF16), (False, True)):
             absmax = (U8, F32, F32) if double else (F32, None, None)
             yield Case(
                 f"nf4_dequantize block={block} {dtype} double={double}",
-                nf4._dequantize_kernel,
+                nf4_launch._dequantize_kernel,
                 (U8, *absmax, F32, F32, dtype, count),
                 {
                     "BLOCK": block,
-                    "WIDTH": min(block, nf4.UNIT),
+                    "WIDTH": min(block, nf4_launch.UNIT),
                     "ROWS": config.rows,
                     "TURNS": config.turns,
                     "DOUBLE": double,
@@ -69,9 +69,9 @@ def nf4_cases(every: bool) -> Iterator[Case]:
             )
     yield Case(
         "nf4_quantize_absmax",
-        nf4._quantize_absmax_kernel,
+        nf4_launch._quantize_absmax_kernel,
         (F32, F32, F32, U8, F32, count // 64, count // 64 // 256),
-        {"ROWS": nf4.ABSMAX_ROWS, "num_warps": 4},
+        {"ROWS": nf4_launch.ABSMAX_ROWS, "num_warps": 4},
     )
 
 
@@ -195,9 +195,9 @@ def main(arch: int, every: bool) -> None:
     triton.runtime.driver.set_active(Driver())
     for case in cases(every):
         exact = case.kernel in (
-            nf4._quantize_kernel,
-            nf4._quantize_absmax_kernel,
-            nf4._dequantize_kernel,
+            nf4_launch._quantize_kernel,
+            nf4_launch._quantize_absmax_kernel,
+            nf4_launch._dequantize_kernel,
             rope._rope_kernel,
         )
         made = case.kernel.jitted.warmup(

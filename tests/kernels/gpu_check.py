@@ -2,10 +2,11 @@
 
     python tests/kernels/gpu_check.py [--sweep] [--tiny]
 
-Each kernel is held to the tolerance rule of tests/oracles.py over random shapes with float64 as the
-truth, then timed at the shapes of Llama 1B and 8B beside a measured copy rate, and bitsandbytes and
-Liger where they are installed. A kernel that fails its check is not timed. Results go to stdout and,
-with OUT set, to $OUT/kernels.csv. `--sweep` times other launch configurations of the NF4 kernels;
+Each kernel is held to the tolerance rule of tests/oracles.py over random shapes with float64 as
+the truth, then timed at the shapes of Llama 1B and 8B beside a measured copy rate, bitsandbytes
+and Liger where they are installed. A kernel that fails its check is not timed. Results go to
+stdout and, with OUT set, to $OUT/kernels.csv. `--sweep` times other launch configurations of the
+NF4 kernels;
 `--tiny` runs the whole on the CPU, under the interpreter, with tiny shapes.
 """
 
@@ -34,7 +35,15 @@ if TINY:
 import torch  # noqa: E402
 from oracles import assert_elementwise, assert_rows  # noqa: E402
 
-from purelm.kernels import cross_entropy, gated, launch, nf4, rms_norm, rope  # noqa: E402
+from purelm.kernels import (  # noqa: E402
+    cross_entropy,
+    gated,
+    launch,
+    nf4,
+    nf4_launch,
+    rms_norm,
+    rope,
+)
 from purelm.quant import nf4 as leaf  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
@@ -281,7 +290,9 @@ def time_rms_norm(scale: int) -> None:
             y = f(leaf_x, w)
             report(
                 "rms_norm dx", label, who, 3 * size,
-                lambda y=y, leaf_x=leaf_x, dy=dy: torch.autograd.grad(y, leaf_x, dy, retain_graph=True),
+                lambda y=y, leaf_x=leaf_x, dy=dy: torch.autograd.grad(
+                    y, leaf_x, dy, retain_graph=True
+                ),
             )  # fmt: skip
             leaf_w = w.clone().requires_grad_()
             y = f(leaf_x, leaf_w)
@@ -372,20 +383,20 @@ def sweep() -> None:
     w = randn(14336 // (64 if TINY else 1), 4096 // (16 if TINY else 1), dtype=torch.bfloat16)
     x, n = leaf.quantize(w), w.numel()
     out, moved = torch.empty_like(w), w.numel() * 2.5 + w.numel() / 64
-    plain = nf4.quantize_config, nf4.dequantize_config
+    plain = nf4_launch.quantize_config, nf4_launch.dequantize_config
     for tile, turns, warps in (
         (16, 1, 1), (32, 1, 1), (16, 4, 1), (32, 1, 2), (64, 1, 2), (64, 1, 4), (64, 2, 4),
         (128, 1, 4), (128, 1, 8), (256, 1, 8), (16, 8, 4),
     ):  # fmt: skip
-        config = nf4.Config(tile, turns, warps)
-        nf4.dequantize_config = lambda block, config=config: config
+        config = nf4_launch.Config(tile, turns, warps)
+        nf4_launch.dequantize_config = lambda block, config=config: config
         report("nf4_dequantize double", f"{n}", f"{tile}/{turns}/{warps}", moved,
                lambda: leaf.dequantize(x, out=out))  # fmt: skip
     for tile, warps in ((8, 1), (16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)):
-        config = nf4.Config(tile, 1, warps)
-        nf4.quantize_config = lambda block, config=config: config
+        config = nf4_launch.Config(tile, 1, warps)
+        nf4_launch.quantize_config = lambda block, config=config: config
         report("nf4_quantize", f"{n}", f"{tile}/1/{warps}", moved, lambda: nf4.quantize(w, 64))
-    nf4.quantize_config, nf4.dequantize_config = plain
+    nf4_launch.quantize_config, nf4_launch.dequantize_config = plain
 
 
 def main() -> int:
