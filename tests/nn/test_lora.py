@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_rows
 from torch.utils import _pytree
@@ -38,7 +38,6 @@ def drawn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64)
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
-@settings(max_examples=10)
 @given(
     rank=st.integers(1, 9),
     alpha=st.floats(0.1, 40),
