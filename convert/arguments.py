@@ -92,7 +92,9 @@ def choose_device(device_map: Any) -> torch.device:
     """The one device that `device_map` names; under torchrun, this rank's."""
     if isinstance(device_map, Mapping):
         places = {str(place): place for place in device_map.values()}
-        if len(places) != 1:
+        if not places:
+            raise ArgumentError("device_map is {}, which names no device")
+        if len(places) > 1:
             raise NotImplementedError(f"device_map={dict(device_map)!r}: several devices")
         device_map = next(iter(places.values()))
     if device_map is None or device_map in ("sequential", "auto"):
@@ -106,6 +108,8 @@ def choose_device(device_map: Any) -> torch.device:
         device = device or torch.device(device_map)
     except (RuntimeError, TypeError) as problem:
         raise ArgumentError(f"device_map is {device_map!r}, which names no device") from problem
+    if device.type == "meta":
+        raise ArgumentError(f"device_map is {device_map!r}, which holds no numbers")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ArgumentError(f"device_map is {device_map!r}, but there is no CUDA device here")

@@ -1,5 +1,6 @@
 """A config.json read strictly: each field is taken by a family, known as harmless, or an error."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -74,7 +75,8 @@ class Fields:
     def number(self, name: str, default: Any = _REQUIRED, *, above: float = 0.0) -> float:
         """A finite number greater than `above`."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        if not plain or not above < value <= sys.float_info.max:
             raise self.error(f"{name} is {value!r}, expected a number above {above:g}")
         return float(value)
 

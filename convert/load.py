@@ -1,7 +1,7 @@
 """A checkpoint's tensors into a tree of params: read one at a time, placed, quantized, checked."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from ..errors import ArgumentError, CheckpointError, ConfigError, KernelError
+from ..errors import ArgumentError, CheckpointError, ConfigError
 from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
@@ -45,7 +45,7 @@ def load(
     quantize: Quantize = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    quant_skip: tuple[str, ...] = (),
+    quant_skip: Sequence[str] = (),
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -92,7 +92,7 @@ def load_folder(
     quantize: Quantize,
     dtype: torch.dtype | None,
     device: torch.device,
-    quant_skip: tuple[str, ...] = (),
+    quant_skip: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Loaded:
@@ -101,13 +101,16 @@ def load_folder(
         raise ArgumentError(f"quantize is {quantize!r}, expected 'nf4' or None")
     if dtype is not None and dtype not in _LOADABLE:
         raise ArgumentError(f"dtype is {dtype}, expected one of {_LOADABLE}")
+    if isinstance(quant_skip, str) or not all(isinstance(t, str) and t for t in quant_skip):
+        raise ArgumentError(f"quant_skip is {quant_skip!r}, expected a list of texts")
     path = Path(folder) / "config.json"
     config = Config.from_folder(folder)
     config.update(dict(overrides or {}))
     if config.quantization_config is not None:
-        method = (config.quantization_config or {}).get("quant_method", "unknown")
+        stored = config.quantization_config
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
         raise ConfigError(
-            f"the checkpoint is stored quantized ({method}), which is not read yet; load the "
+            f"the checkpoint is stored quantized ({method!s:.60}), which is not read yet; load the "
             "16-bit original, which purelm quantizes while loading",
             file=path,
         )
@@ -115,6 +118,9 @@ def load_folder(
     spec = family.spec(config.fields, path)
     checkpoint = open_checkpoint(folder)
     chosen, left_out = _match(checkpoint, spec, family)
+    for text in quant_skip:
+        if not any(text in name for name in checkpoint.tensors):
+            raise ArgumentError(f"quant_skip has {text!r}, which is in no tensor's name")
     if dtype is None:
         dtype = _common_dtype(chosen)
     params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, family, progress)
@@ -189,13 +195,28 @@ def _common_dtype(chosen: Mapping[str, TensorInfo]) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.bfloat16
 
 
+def _finite(made: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """`made` if no value of it is NaN or infinite; aminmax needs no second tensor to tell."""
+    if not all(bool(end.isfinite()) for end in made.aminmax()):
+        count = int((~made.isfinite()).sum())
+        advice = "repair the checkpoint"
+        if made.dtype != info.dtype:
+            advice += f", or load it as {info.dtype} if they fit that"
+        raise CheckpointError(
+            f"{count} of {made.numel()} values are NaN or infinite in {made.dtype}; {advice}",
+            tensor=info.name,
+            file=info.file,
+        )
+    return made
+
+
 def _read_all(
     chosen: Mapping[str, TensorInfo],
     spec: ModelSpec,
     quantize: Quantize,
     dtype: torch.dtype,
     device: torch.device,
-    quant_skip: tuple[str, ...],
+    quant_skip: Sequence[str],
     family: Family,
     progress: bool,
 ) -> tree.Tree:
@@ -203,18 +224,18 @@ def _read_all(
     leaves: dict[str, Any] = {}
     total = sum(info.nbytes for info in chosen.values())
     with tqdm(
-        total=total, unit="B", unit_scale=True, desc="loading", disable=None if progress else True, leave=False
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="loading",
+        disable=None if progress else True,
+        leave=False,
     ) as bar:
         for path, info in chosen.items():
             skip = any(text in info.name for text in quant_skip)
-            placed = read(info).to(device)
-            if quantize == "nf4" and want[path].quantize and not skip:
-                try:
-                    leaves[path] = nf4_quantize(placed.to(dtype), name=info.name)
-                except KernelError as problem:
-                    raise CheckpointError(str(problem), file=info.file) from problem
-            else:
-                leaves[path] = placed.to(dtype)
+            dense = _finite(read(info).to(device).to(dtype), info)
+            four_bits = quantize == "nf4" and want[path].quantize and not skip
+            leaves[path] = nf4_quantize(dense, name=info.name) if four_bits else dense
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.
     return tree.from_items({path: leaves[path] for path in want})

@@ -1,5 +1,6 @@
 """`FastLanguageModel`: the published entry points over the functional core."""
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ class FastLanguageModel:
 
     @staticmethod
     def from_pretrained(
-        model_name: str = "unsloth/Llama-3.2-1B-Instruct",
+        model_name: str | os.PathLike[str] = "unsloth/Llama-3.2-1B-Instruct",
         max_seq_length: int | None = 2048,
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = DEFAULT_4BIT,
@@ -115,6 +116,8 @@ class FastLanguageModel:
             memory_budget=(memory_budget, None),
         )
         _check_length(max_seq_length)
+        if not isinstance(model_name, str | os.PathLike):
+            raise ArgumentError(f"model_name is {model_name!r}, expected a folder or a repository")
         residuals = choose_residuals(use_gradient_checkpointing)
         device = choose_device(device_map)
         hub: dict[str, Any] = {
@@ -122,23 +125,23 @@ class FastLanguageModel:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        source = resolve(str(model_name), revision=revision, subfolder=subfolder, **hub)
+        source = resolve(model_name, revision=revision, subfolder=subfolder, **hub)
         adapter = adapter_file.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
+        has_tokenizer = (source.folder / "tokenizer.json").exists()
+        tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
         loaded = load_folder(
             base.folder,
             quantize="nf4" if quantize == "nf4" else None,
             dtype=choose_dtype(dtype, device),
             device=device,
-            quant_skip=tuple(quant_skip),
+            quant_skip=quant_skip,
             overrides=_rope_overrides(base.folder, rope_scaling),
             progress=True,
         )
         notes = []
         if loaded.left_out:
             notes.append(f"not loaded: {', '.join(loaded.left_out[:4])}")
-        has_tokenizer = (source.folder / "tokenizer.json").exists()
-        tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
         spec, params = loaded.spec, loaded.params
         if rope_scaling is not None:
             spec = _extended(spec)
@@ -293,10 +296,17 @@ def _rope_overrides(folder: Path, rope_scaling: dict[str, Any] | None) -> dict[s
     config = Config.from_folder(folder)
     given = dict(rope_scaling)
     for name in ("rope_theta", "partial_rotary_factor"):
-        kept = (config.get("rope_parameters") or {}).get(name, config.get(name))
+        kept = _mapping(config, "rope_parameters").get(name, config.get(name))
         if kept is not None:
             given.setdefault(name, kept)
     return {"rope_parameters": given, "rope_scaling": None, "rope_theta": None}
+
+
+def _mapping(config: Config, name: str) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} is {value!r:.60}, expected an object", file=config.name_or_path)
+    return value
 
 
 def _extended(spec: ModelSpec) -> ModelSpec:
