@@ -78,10 +78,10 @@ def embedded_options() -> Options:
         model=embedded.MODEL,
         data=str(embedded.train_rows()),
         eval_data=str(embedded.held_out_rows()),
-        batch_size=16,
+        batch_size=8,
         accumulation=1,
-        learning_rate=4e-3,
-        epochs=6,
+        learning_rate=3e-3,
+        epochs=1.5,
         recompute=False,
     )
 
