@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import purelm
-from purelm import sft, train_state
+from purelm import sft, train_state, training
 from purelm.errors import ArgumentError, CheckpointError, PurelmError, SaveError
 from purelm.sft_options import Options
 
@@ -29,17 +29,17 @@ def final_state() -> Iterator[dict[str, torch.Tensor]]:
     """Collects what a run would save as its state, at every step; the last one stays."""
     seen: dict[str, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
-        original = sft.training.train_step
+        original = training.train_step
 
         def watched(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(model, optimizer, *args, **kwargs)
-            for name, p in sft.training.trained(model).items():
+            for name, p in training.trained(model).items():
                 seen[name] = p.detach().clone()
                 for key, value in optimizer.state[p].items():
                     seen[f"{key}.{name}"] = value.clone()
             return result
 
-        patch.setattr(sft.training, "train_step", watched)
+        patch.setattr(training, "train_step", watched)
         yield seen
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from purelm import chat, embedded, sft
+from purelm import chat, embedded, sft, training
 from purelm.errors import ArgumentError, DataError, SaveError, TrainingError
 from purelm.sft_options import Options, embedded_options
 
@@ -167,15 +167,15 @@ def test_an_output_that_cannot_be_written(folder: Path, data: Path, tmp_path: Pa
 def test_a_step_that_diverges_is_named(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sft.training.train_step
+    original = training.train_step
 
     def poisoned(model: Any, *args: Any, step: int, **kwargs: Any) -> Any:
         if step == 3:
             with torch.no_grad():
-                next(iter(sft.training.trained(model).values())).fill_(math.inf)
+                next(iter(training.trained(model).values())).fill_(math.inf)
         return original(model, *args, step=step, **kwargs)
 
-    monkeypatch.setattr(sft.training, "train_step", poisoned)
+    monkeypatch.setattr(training, "train_step", poisoned)
     with pytest.raises(TrainingError, match="step 4"):
         sft.run(options(folder, data, tmp_path, eval_data=None), say=lambda line: None)
 
