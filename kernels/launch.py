@@ -17,7 +17,6 @@ The file must say `from __future__ import annotations`, so that `tl.constexpr` i
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import types
@@ -36,7 +35,10 @@ else:
     # its place.
     language = types.SimpleNamespace(__name__="triton.language")
 
-_interpreted = contextvars.ContextVar("_interpreted", default=False)
+# A plain module value, so that torch.compile can see it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Device types whose tensors take the launch.
+_launching = {"cuda"}
 
 
 class Kernel:
@@ -90,20 +92,18 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 @contextlib.contextmanager
-def interpreting() -> Iterator[None]:
-    """Inside, CPU tensors run the launches too; the process must have TRITON_INTERPRET=1 (a
-    test's way in).
+def interpreting(on: bool = True) -> Iterator[None]:
+    """Inside, CPU tensors run the launches too: a test's way in.
+
+    The process must have had TRITON_INTERPRET=1 from before triton was imported.
     """
-    token = _interpreted.set(True)
+    before = set(_launching)
+    (_launching.add if on else _launching.discard)("cpu")
     try:
         yield
     finally:
-        _interpreted.reset(token)
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+        _launching.clear()
+        _launching.update(before)
 
 
 def on_gpu(*tensors: Tensor | None) -> bool:
@@ -119,9 +119,7 @@ def on_gpu(*tensors: Tensor | None) -> bool:
         raise KernelError(f"tensors on different devices ({found}): move them to one")
     if any(t.dtype == torch.float64 for t in given):
         return False
-    if devices and next(iter(devices)).type == "cuda":
-        return has_triton()
-    return _interpreted.get()
+    return HAS_TRITON and any(device.type in _launching for device in devices)
 
 
 def operator(

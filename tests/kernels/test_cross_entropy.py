@@ -50,9 +50,8 @@ def test_loss_and_gradients(
 ):
     hidden, weight, labels = drawn(n, vocabulary, dim, seed, dtype)
     options = {"softcap": softcap, "scale": scale}
-    token = launch._interpreted.set(on)
-    ours = run(linear_cross_entropy, hidden, weight, labels, chunk=chunk, **options)
-    launch._interpreted.reset(token)
+    with launch.interpreting(on):
+        ours = run(linear_cross_entropy, hidden, weight, labels, chunk=chunk, **options)
 
     def in_pieces(hidden, weight, labels, **options):
         # A product of one row is another routine of the BLAS, with other errors than that of
@@ -115,10 +114,8 @@ def test_label_outside_the_vocabulary(interpreted):
     hidden, weight, labels = drawn(6, 30, 8, 1, torch.float32)
     labels[2] = 30
     assert linear_cross_entropy(hidden, weight, labels).isnan()
-    token = launch._interpreted.set(False)
-    with pytest.raises(KernelError, match="label 30 in row 2"):
+    with launch.interpreting(False), pytest.raises(KernelError, match="label 30 in row 2"):
         linear_cross_entropy(hidden, weight, labels)
-    launch._interpreted.reset(token)
 
 
 def test_order_of_programs_does_not_matter(interpreted):
