@@ -1,6 +1,6 @@
 """Makes the model that comes with purelm: a Llama of 0.9M parameters, from random weights.
 
-    python examples/make_tiny_model.py OUT        # about ten minutes on one CPU core
+    python examples/make_tiny_model.py OUT        # ten to twenty minutes on one CPU core
 
 It writes OUT/tiny (config, weights, tokenizer) and OUT/instructions (train.jsonl, heldout.jsonl),
 and prints the figures that MODEL_CARD.md quotes. The text is that of tiny_corpus.py; the training
