@@ -23,7 +23,8 @@ def main(name: str, data: str, output: str = "qlora-out", steps: int = 60, batch
     model.print_trainable_parameters()
 
     # Only the assistant's words are learned: the other labels are -100.
-    rows = encode(read_rows(data), tokenizer, max_length=512).rows
+    raw = read_rows(data)
+    rows = encode(raw, tokenizer, max_length=512).rows
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +41,7 @@ def main(name: str, data: str, output: str = "qlora-out", steps: int = 60, batch
             print(f"step {step + 1}/{steps}  loss {losses[-1]:.3f}")
 
     FastLanguageModel.for_inference(model)
-    question = [{"role": "user", "content": "Who are you?"}]
+    question = raw[0].value["messages"][:1]
     prompt = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt"
     )

@@ -82,6 +82,7 @@ def embedded_options() -> Options:
         accumulation=1,
         learning_rate=3e-3,
         epochs=1.5,
+        eval_every=25,
         recompute=False,
     )
 

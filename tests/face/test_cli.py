@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,13 +16,6 @@ from purelm.convert.registry import FAMILIES
 
 # The package that the tests run on, from whatever folder a command is started in.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
-
-
-def purelm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "purelm", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options
-    )
 
 
 @pytest.mark.parametrize(
@@ -166,8 +158,12 @@ def test_sft_then_chat(
     assert answers["adapter"] == answers["merged"] != answers["random"]
     first, second = answers["adapter"].splitlines()
     assert first == second and first.strip()
-    piped = purelm(*chat, input=typed, cwd=tmp_path)
-    assert piped.returncode == 0 and piped.stdout == answers["merged"], piped.stderr
+    # Bytes that are no UTF-8 are a question like any other.
+    command = [sys.executable, "-m", "purelm", *chat]
+    raw = b"\xff\xfe?\n/reset\n" + typed.encode()
+    piped = subprocess.run(command, input=raw, capture_output=True, timeout=120, env=ENVIRONMENT)
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout.decode().endswith(answers["merged"])
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
