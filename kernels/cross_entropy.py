@@ -166,7 +166,7 @@ def _row_kernel(
     for i_start in range(0, vocabulary, BLOCK):
         o = i_start + tl.arange(0, BLOCK)
         b_z = tl.load(p_row + o, mask=o < vocabulary, other=float("-inf")).to(tl.float32)
-        b_z = _cap(b_z * SCALE, SOFTCAP)
+        b_z, _ = _cap(b_z * SCALE, SOFTCAP)
         b_z = tl.where(o < vocabulary, b_z, float("-inf"))
         b_new = tl.maximum(b_max, b_z)
         # A lane that has met no logit yet keeps its sum at zero: exp(-inf - -inf) would be NaN.
@@ -176,24 +176,24 @@ def _row_kernel(
     b_top = tl.max(b_max, axis=0)
     b_total = tl.sum(b_sum * tl.exp(b_max - b_top), axis=0)
     b_own = tl.load(p_row + i_label, mask=m_label, other=float("nan")).to(tl.float32)
-    b_loss = tl.log(b_total) - (_cap(b_own * SCALE, SOFTCAP) - b_top)
+    b_own, _ = _cap(b_own * SCALE, SOFTCAP)
+    b_loss = tl.log(b_total) - (b_own - b_top)
     tl.store(p_loss + i_row, tl.where(counts, b_loss, 0.0))
     if GRADIENT:
         for i_start in range(0, vocabulary, BLOCK):
             o = i_start + tl.arange(0, BLOCK)
             mask = o < vocabulary
             b_z = tl.load(p_row + o, mask=mask, other=0.0).to(tl.float32)
-            b_z = _cap(b_z * SCALE, SOFTCAP)
+            b_z, b_slope = _cap(b_z * SCALE, SOFTCAP)
             b_d = tl.exp(b_z - b_top) / b_total - tl.where(o == i_label, 1.0, 0.0)
-            if SOFTCAP > 0.0:
-                b_t = b_z / SOFTCAP
-                b_d = b_d * (1.0 - b_t * b_t)
-            b_d = tl.where(counts, b_d * SCALE, 0.0)
+            b_d = tl.where(counts, b_d * b_slope * SCALE, 0.0)
             tl.store(p_row + o, b_d.to(p_logits.dtype.element_ty), mask=mask)
 
 
 @jit
 def _cap(b_z, SOFTCAP: tl.constexpr):
+    """cap * tanh(z / cap) and its slope 1 - tanh^2; without a cap z and 1."""
+    b_slope = 1.0
     if SOFTCAP > 0.0:
         b_x = b_z / SOFTCAP
         # tanh from an exponential that cannot overflow; near zero, where that cancels, from its
@@ -204,7 +204,8 @@ def _cap(b_z, SOFTCAP: tl.constexpr):
         b_2 = b_x * b_x
         b_series = -0.3333333333333333 + b_2 * (0.13333333333333333 - b_2 * 0.05396825396825397)
         b_z = SOFTCAP * tl.where(b_2 < 0.01, b_x + b_x * b_2 * b_series, b_far)
-    return b_z
+        b_slope = 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+    return b_z, b_slope
 
 
 def _row_step(
@@ -245,8 +246,9 @@ def row_step_reference(
 ) -> Tensor:
     """Plain torch for the row step."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
-    if softcap is not None:
-        z = torch.tanh(z / softcap) * softcap
+    tanh = None if softcap is None else torch.tanh(z / softcap)
+    if softcap is not None and tanh is not None:
+        z = tanh * softcap
     # Not through log_softmax: exp(z - max) / sum keeps more digits than exp(z - lse).
     top = z.amax(-1, keepdim=True)
     powers = torch.exp(z - top)
@@ -257,8 +259,8 @@ def row_step_reference(
     if gradient:
         d = powers.div_(total)
         d.scatter_add_(1, place, d.new_full(place.shape, -1.0))
-        if softcap is not None:
-            d *= 1.0 - (z / softcap).square()
+        if tanh is not None:
+            d *= 1.0 - tanh.square()
         logits.copy_(torch.where(counts[:, None], d * scale, 0.0))
     return losses
 
