@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, InputError
+from ..errors import ArgumentError
 from ..nn import decoder, loss, tree
-from ..nn import layout as layouts
-from ..nn.layout import Layout
 from ..nn.lora import LoRA, relative
 from ..nn.residuals import KEEP, RECOMPUTE, Policy
 from ..nn.spec import ModelSpec
 from ..quant.nf4 import NF4
-from . import report
+from . import batch, report
 from .arguments import choose_residuals
 from .config import Config
 from .output import CausalLMOutput
@@ -39,6 +37,9 @@ class Origin:
     checkpoint: Checkpoint
     quantize: str | None
     notes: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self  # nothing in it changes, and it names modules, which cannot be copied
 
 
 class CausalLM(nn.Module):
@@ -194,17 +195,26 @@ class CausalLM(nn.Module):
 
         Positions come from `attention_mask` (ones for real tokens, padding on either side), from
         `cu_seqlens` [documents + 1] (one packed row), or from `position_ids` (a document begins
-        where they are 0). num_items_in_batch: what the summed loss is divided by (default: the
-        labels that count). use_cache and return_dict are accepted and change nothing.
+        where they are 0), beside which a mask still says what is padding. num_items_in_batch:
+        what the summed loss is divided by (default: the labels that count). use_cache and
+        return_dict are accepted and change nothing.
 
         Raises InputError for ids outside of the vocabulary, rows longer than the context, and
         labels of which none counts.
         """
-        if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
-            found = None if input_ids is None else tuple(input_ids.shape)
-            raise InputError(f"input_ids has shape {found}, expected [batch, length] with tokens")
-        layout = self._layout(input_ids, attention_mask, position_ids, cu_seqlens)
-        self._check_ids(input_ids)
+        batch.check_ids(input_ids, self.spec)
+        assert input_ids is not None
+        layout = batch.layout_of(
+            input_ids,
+            self.spec,
+            self.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+        )
+        if labels is not None:
+            labels = labels.to(self.device)
+            batch.check_labels(labels, layout, self.spec, num_items_in_batch)
         input_ids = input_ids.to(self.device)
         params = self.computed_params()
         x = decoder.hidden(
@@ -218,67 +228,11 @@ class CausalLM(nn.Module):
         )
         total = None
         if labels is not None:
-            total = self._loss(params, x, labels, layout, num_items_in_batch)
+            count = num_items_in_batch
+            if isinstance(count, torch.Tensor):
+                count = count.to(self.device)
+            total = loss.next_token(params, self.spec, x, labels, layout=layout, count=count)
         return CausalLMOutput(total, x, lambda hidden: decoder.logits(params, self.spec, hidden))
-
-    def _loss(
-        self,
-        params: tree.Tree,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        layout: Layout,
-        count: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        if labels.shape != x.shape[:2]:
-            raise InputError(
-                f"labels have shape {tuple(labels.shape)}, input_ids {tuple(x.shape[:2])}"
-            )
-        if not labels.is_cuda and not bool((labels[:, 1:] != loss.IGNORE).any()):
-            raise InputError("every label is -100: this batch has nothing to learn from")
-        if isinstance(count, torch.Tensor):
-            count = count.to(x.device)
-        return loss.next_token(
-            params, self.spec, x, labels.to(x.device), layout=layout, count=count
-        )
-
-    def _layout(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> Layout:
-        b, s = input_ids.shape
-        longest = s
-        if cu_seqlens is not None:
-            if b != 1:
-                raise InputError(f"cu_seqlens needs one packed row, found a batch of {b}")
-            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-            layout = layouts.from_cu_seqlens(cu_seqlens.to(self.device), s, longest)
-        elif position_ids is not None:
-            layout = layouts.from_positions(position_ids.to(self.device).expand(b, s))
-            longest = int(position_ids.max()) + 1
-        elif attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise InputError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(b, s)}"
-                )
-            layout = layouts.from_mask(attention_mask, self.device)
-        else:
-            layout = layouts.dense(b, s, device=self.device)
-        if longest > self.spec.max_positions:
-            raise InputError(
-                f"a row of {longest} tokens is longer than the model's context of "
-                f"{self.spec.max_positions}; shorten it or load with a longer rope_scaling"
-            )
-        return layout
-
-    def _check_ids(self, ids: torch.Tensor) -> None:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.spec.vocab:
-            raise InputError(
-                f"input_ids lie in {low}..{high}, the vocabulary is 0..{self.spec.vocab - 1}"
-            )
 
     def computed_params(self) -> tree.Tree:
         """`params` as a pass computes with them: fp32 trained copies in the model's dtype."""
@@ -399,10 +353,11 @@ class CausalLM(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What is trained: adapters and trained copies, or all under full fine-tuning."""
         full = super().state_dict(*args, **kwargs)
+        # A parent module passes its own dict, in which others' entries must stay.
         prefix = kwargs.get("prefix", "")
-        trained = {prefix + name for name, p in self.named_parameters() if p.requires_grad}
-        for name in [name for name in full if name not in trained]:
-            del full[name]
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                full.pop(prefix + name, None)
         return full
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

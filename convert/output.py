@@ -42,6 +42,18 @@ class CausalLMOutput:
     def __contains__(self, name: object) -> bool:
         return name in self.keys()
 
+    def values(self) -> list[Any]:
+        """What stands behind `keys`."""
+        return [self[name] for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """`keys` and `values` in pairs."""
+        return [(name, self[name]) for name in self.keys()]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """`values` as a tuple: (loss, logits), or (logits,)."""
+        return tuple(self.values())
+
     def get(self, name: str, default: Any = None) -> Any:
         """The value behind one of `keys`, else `default`."""
         return self[name] if name in self.keys() else default
