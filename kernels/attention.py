@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
+from .launch import apply
 
 aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ def attention(
 ) -> Tensor:
     """[b, s, h, d], differentiable; under torch.vmap the plain-torch reference runs."""
     cu_seqlens, longest = documents or (None, 0)
-    out: Tensor = _Attention.apply(q, k, v, scale, cu_seqlens, longest)[0]  # type: ignore[no-untyped-call]
+    out: Tensor = apply(_Attention, q, k, v, scale, cu_seqlens, longest)[0]
     return out
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .launch import jit, on_gpu, once, operator
+from .launch import jit, on_gpu, once, operator, ops
 from .launch import language as tl
 
 CHUNK_BYTES = 1 << 29  # of logits in one chunk
@@ -104,9 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         hidden: Tensor, weight: Tensor, labels: Tensor, options: Any, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, dhidden, dweight = torch.ops.purelm.linear_cross_entropy(
-            hidden, weight, labels, *options, *wanted
-        )
+        loss, dhidden, dweight = ops.linear_cross_entropy(hidden, weight, labels, *options, *wanted)
         return loss, dhidden, dweight
 
     @staticmethod
@@ -129,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight, hidden, weight, labels = ctx.saved_tensors
         wanted = tuple(ctx.needs_input_grad[:2])
         if ctx.kept:
-            op = torch.ops.purelm.linear_cross_entropy
+            op = ops.linear_cross_entropy
             _, dhidden, dweight = once(op, hidden, weight, labels, *ctx.options, *wanted)
         return (
             dhidden * dloss.to(dhidden.dtype) if wanted[0] else None,

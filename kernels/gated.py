@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .launch import ceil_div, jit, on_gpu, once, operator
+from .launch import apply, ceil_div, jit, on_gpu, once, operator, ops
 from .launch import language as tl
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -39,7 +39,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         )
     if not on_gpu(gate, up):
         return gated_reference(gate, up, activation)
-    h: Tensor = _Gated.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    h: Tensor = apply(_Gated, gate, up, activation)
     return h
 
 
@@ -58,7 +58,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        h: Tensor = torch.ops.purelm.gated(gate, up, activation)
+        h: Tensor = ops.gated(gate, up, activation)
         return h
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        return *once(torch.ops.purelm.gated_backward, dh, gate, up, ctx.activation), None
+        return *once(ops.gated_backward, dh, gate, up, ctx.activation), None
 
 
 @jit

@@ -41,6 +41,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 _launching = {"cuda"}
 
 
+# The launches by name: `ops.rms_norm(...)`. Filled by `operator`.
+ops = types.SimpleNamespace()
+
+
 class Kernel:
     """A Triton kernel or device function, made from its Python function at the first launch.
 
@@ -130,7 +134,7 @@ def operator(
     mutates: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Wrap a launch as `torch.ops.purelm.<name>`, given its schema as `name(Tensor x, ...) ->
-    Tensor`.
+    Tensor`, and as `ops.<name>`, which is how the library calls it.
 
     `fake` makes outputs of the right shape. Under vmap an op with `rows` runs once: the arguments
     at these positions take any leading dims, and a batch is one more; if another argument is
@@ -144,8 +148,14 @@ def operator(
             f"purelm::{name}", function, mutates_args=mutates, schema=f"({rest}"
         )
         op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return op(*args) if _watched() else function(*args)
+
+        setattr(ops, name, call)
         if mutates:
-            return op
+            return call
 
         def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
             one_launch = rows is not None and all(
@@ -179,9 +189,28 @@ def operator(
             return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
 
         op.register_vmap(batched)
-        return op
+        return call
 
     return wrap
+
+
+def _watched() -> bool:
+    """Whether a transform, a tracer or a dispatch mode must see the op rather than its launch.
+
+    Where nothing does, the op's own machinery costs several times the launch.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, or its forward alone where no graph is built, which costs a third."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+    return function.forward(*args)
 
 
 def once(op: Callable[..., Any], *args: Any) -> Any:
@@ -202,7 +231,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.name = str(inputs[0])
+        ctx.name = inputs[0].__name__
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from . import codebook
-from .launch import ceil_div, on_gpu
+from .launch import ceil_div, on_gpu, ops
 from .nf4_launch import GROUP, TINY
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -48,7 +48,7 @@ def quantize(w: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
         raise KernelError(f"a tensor of shape {tuple(w.shape)} has nothing to quantize")
     flat = w.detach().contiguous().view(-1)
     if on_gpu(flat):
-        packed, absmax = torch.ops.purelm.nf4_quantize(flat, block)
+        packed, absmax = ops.nf4_quantize(flat, block)
         return packed, absmax
     return quantize_reference(flat, block)
 
@@ -61,7 +61,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     offset = absmax.mean()
     if on_gpu(absmax):
-        codes, scale = torch.ops.purelm.nf4_quantize_absmax(absmax.contiguous(), offset)
+        codes, scale = ops.nf4_quantize_absmax(absmax.contiguous(), offset)
         return codes, scale, offset
     return *quantize_absmax_reference(absmax, offset), offset
 
@@ -98,9 +98,9 @@ def dequantize(
     parts = (packed, absmax, absmax_scale, absmax_offset)
     if dtype != torch.float64 and on_gpu(*parts, out):
         if out is not None:
-            torch.ops.purelm.nf4_dequantize_into(*parts, out, block)
+            ops.nf4_dequantize_into(*parts, out, block)
             return out
-        values: Tensor = torch.ops.purelm.nf4_dequantize(*parts, count, block, dtype)
+        values: Tensor = ops.nf4_dequantize(*parts, count, block, dtype)
         return values
     values = dequantize_reference(*parts, count, block, dtype)
     if out is not None:

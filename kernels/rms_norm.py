@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .launch import ceil_div, jit, on_gpu, once, operator, power_of_two
+from .launch import apply, ceil_div, jit, on_gpu, once, operator, ops, power_of_two
 from .launch import language as tl
 
 MAX_WIDTH = 65536
@@ -52,7 +52,7 @@ def rms_norm(
         return rms_norm_reference(x, weight, eps, offset=offset, cast_first=cast_first)
     if x.shape[-1] > MAX_WIDTH:
         raise KernelError(f"rows of {x.shape[-1]} values: the kernel takes up to {MAX_WIDTH}")
-    y: Tensor = _RMSNorm.apply(x, weight, eps, offset, cast_first)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_RMSNorm, x, weight, eps, offset, cast_first)[0]
     return y
 
 
@@ -78,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
     ) -> tuple[Tensor, Tensor]:
-        y, rstd = torch.ops.purelm.rms_norm(x, weight, eps, offset, cast_first)
+        y, rstd = ops.rms_norm(x, weight, eps, offset, cast_first)
         return y, rstd
 
     @staticmethod
@@ -91,10 +91,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, rstd = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            op = torch.ops.purelm.rms_norm_backward
+            op = ops.rms_norm_backward
             dx, dweight = once(op, dy, x, weight, rstd, ctx.offset, ctx.cast_first)
         else:
-            op = torch.ops.purelm.rms_norm_dx
+            op = ops.rms_norm_dx
             dx, dweight = once(op, dy, x, weight, rstd, ctx.offset, ctx.cast_first), None
         return dx, dweight, None, None, None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .launch import jit, on_gpu, once, operator, power_of_two
+from .launch import apply, jit, on_gpu, once, operator, ops, power_of_two
 from .launch import language as tl
 
 
@@ -35,7 +35,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
     _check(x, cos, sin)
     if not on_gpu(x, cos, sin):
         return rope_reference(x, cos, sin, interleaved=interleaved)
-    y: Tensor = _Rope.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_Rope, x, cos, sin, interleaved)
     return y
 
 
@@ -52,7 +52,7 @@ def rope_qk(
             rope_reference(q, cos, sin, interleaved=interleaved),
             rope_reference(k, cos, sin, interleaved=interleaved),
         )
-    turned: tuple[Tensor, Tensor] = _RopeQK.apply(q, k, cos, sin, interleaved)  # type: ignore[no-untyped-call]
+    turned: tuple[Tensor, Tensor] = apply(_RopeQK, q, k, cos, sin, interleaved)
     return turned
 
 
@@ -90,7 +90,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        y: Tensor = torch.ops.purelm.rope(x, cos, sin, interleaved, False)
+        y: Tensor = ops.rope(x, cos, sin, interleaved, False)
         return y
 
     @staticmethod
@@ -101,7 +101,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        dx = once(torch.ops.purelm.rope, dy, cos, sin, ctx.interleaved, True)
+        dx = once(ops.rope, dy, cos, sin, ctx.interleaved, True)
         return dx, None, None, None
 
 
@@ -112,7 +112,7 @@ class _RopeQK(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        q, k = torch.ops.purelm.rope_qk(q, k, cos, sin, interleaved, False)
+        q, k = ops.rope_qk(q, k, cos, sin, interleaved, False)
         return q, k
 
     @staticmethod
@@ -123,7 +123,7 @@ class _RopeQK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        dq, dk = once(torch.ops.purelm.rope_qk, dq, dk, cos, sin, ctx.interleaved, True)
+        dq, dk = once(ops.rope_qk, dq, dk, cos, sin, ctx.interleaved, True)
         return dq, dk, None, None, None
 
 

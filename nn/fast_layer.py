@@ -5,7 +5,7 @@ The arithmetic is `decoder.layer`'s. What autograd would keep is spelled out her
 Frozen params only; what this does not cover runs through `decoder.layer` and autograd.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
@@ -16,6 +16,7 @@ from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope_qk
 from . import rope, tree
 from .linear import Grads, Wanted, linear, project, pull
+from .lora import LoRA
 from .offload import Offload
 from .residuals import Policy
 from .spec import AttentionSpec, LayerSpec, NormSpec
@@ -48,8 +49,9 @@ class Layer:
         self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table
     ) -> torch.Tensor:
         """x [b, s, e] -> [b, s, e], differentiable in x and the adapters."""
-        flat, structure = _pytree.tree_flatten((p, adapters, table))
-        out: torch.Tensor = _Run.apply(self, structure, x, *flat)  # type: ignore[no-untyped-call]
+        bound = _Bound(self, p, _cast(adapters, x.dtype), table, dict(tree.items(adapters)))
+        trained = [t for leaf in bound.leaves.values() for t in (leaf.a, leaf.b)]
+        out: torch.Tensor = _Run.apply(bound, x, *trained)  # type: ignore[no-untyped-call]
         return out
 
     # The pieces, each a function of what it reads.
@@ -201,14 +203,32 @@ class _Puller:
         self, part: str, names: Any, x: torch.Tensor, dys: tuple[torch.Tensor, ...], step: int
     ) -> torch.Tensor:
         projections, found = _picked(self.p[part], self.adapters, part, names)
-        wanted = [
-            Wanted(a=f is not None and f.a.requires_grad, b=f is not None and f.b.requires_grad)
-            for f in found
-        ]
+        wanted = [Wanted(a=f is not None, b=f is not None) for f in found]
         dx, grads = pull(x, projections, found, _plus(self.seed, step), dys, wanted)
         self.grads.update({(part, n): g for n, g in zip(names, grads, strict=True)})
         assert dx is not None
         return dx
+
+
+class _Bound(NamedTuple):
+    """A layer with its tensors; `adapters` in the computing dtype, `leaves` as they are trained."""
+
+    layer: Layer
+    p: tree.Tree
+    adapters: tree.Tree
+    table: rope.Table
+    leaves: dict[str, LoRA]
+
+
+def _cast(adapters: tree.Tree, dtype: torch.dtype) -> tree.Tree:
+    """The adapters as the products read them: once a pass, not once a product."""
+
+    def cast(leaf: LoRA) -> LoRA:
+        b = leaf.b if leaf.scale == 1.0 else leaf.b * leaf.scale
+        return LoRA(leaf.a.to(dtype), b.to(dtype), 1.0, leaf.dropout)
+
+    with torch.no_grad():
+        return tree.map(cast, adapters)
 
 
 def _picked(p: tree.Tree, adapters: tree.Tree, part: str, names: Any) -> tuple[Any, Any]:
@@ -223,38 +243,38 @@ class _Run(torch.autograd.Function):
     """Ties a `Layer` into autograd; kept residuals go through save_for_backward."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, structure: Any, x: torch.Tensor, *flat: Any) -> Any:
-        p, adapters, table = _pytree.tree_unflatten(list(flat), structure)
+    def forward(ctx: Any, bound: _Bound, x: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
+        layer, p, adapters, table, _ = bound
         y, residuals = layer.forward(x, p, adapters, table)
         kept = {name: r for name, r in residuals.items() if layer.fate(name) == "keep"}
         parked = {name: r for name, r in residuals.items() if layer.fate(name) == "offload"}
         if parked and layer.offload is not None:
             layer.offload.park(layer.index, parked)
-        leaves, ctx.kept_structure = _pytree.tree_flatten(kept)
-        ctx.layer, ctx.structure = layer, structure
-        all_leaves = [*leaves, *flat]
-        ctx.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in all_leaves]
-        ctx.static = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in all_leaves]
-        ctx.num_kept = len(leaves)
-        ctx.save_for_backward(*(leaf for leaf in all_leaves if isinstance(leaf, torch.Tensor)))
+        leaves, ctx.structure = _pytree.tree_flatten(kept)
+        ctx.bound = bound
+        ctx.static = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        # What is trained is saved for autograd's check that nobody changed it in between.
+        kept_tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        ctx.num_kept = len(kept_tensors)
+        ctx.save_for_backward(*kept_tensors, *trained)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (dy,) = grads
-        saved = iter(ctx.saved_tensors)
-        every = [next(saved) if t else s for t, s in zip(ctx.is_tensor, ctx.static, strict=True)]
-        flat = every[ctx.num_kept :]
-        layer: Layer = ctx.layer
-        residuals = _pytree.tree_unflatten(every[: ctx.num_kept], ctx.kept_structure)
-        p, adapters, table = _pytree.tree_unflatten(flat, ctx.structure)
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        layer, p, adapters, table, trained = ctx.bound
+        saved = iter(ctx.saved_tensors[: ctx.num_kept])
+        leaves = [next(saved) if static is None else static for static in ctx.static]
+        residuals = _pytree.tree_unflatten(leaves, ctx.structure)
         if layer.offload is not None:
             residuals.update(layer.offload.fetch(layer.index) or {})
-        dx, found = layer.backward(dy, residuals, p, adapters, table)
-        out: list[torch.Tensor | None] = [None] * len(flat)
-        _, places, _ = _pytree.tree_unflatten(list(range(len(flat))), ctx.structure)
-        for (part, name), grad in found.items():
-            at = tree.get(places, part, name)
-            if at is not None:
-                out[at.a], out[at.b] = grad.a, grad.b
-        return None, None, dx, *out
+        del saved, leaves
+        dx, found = layer.backward(grads[0], residuals, p, adapters, table)
+        out: list[torch.Tensor | None] = []
+        for path, leaf in trained.items():
+            part, _, name = path.partition(".")
+            grad = found[part, name]
+            a, b = grad.a, grad.b
+            assert a is not None and b is not None
+            b = b.to(leaf.b.dtype)
+            out += [a.to(leaf.a.dtype), b if leaf.scale == 1.0 else b * leaf.scale]
+        return None, dx, *out

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
+from ..kernels.launch import apply
 from ..quant.linear import linear as base_linear
 from ..quant.linear import weight_of
 from .lora import LoRA
@@ -36,10 +37,10 @@ def project(
     `seed` drives the adapters' dropout (None: no dropout): the same seed drops the same features,
     so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and adapters.
     """
-    if torch.is_inference_mode_enabled():
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return tuple(_in_place(x, projections, adapters, seed)[: len(projections)])
     flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))
-    outputs = _Project.apply(structure, seed, x, *flat)  # type: ignore[no-untyped-call]
+    outputs = apply(_Project, structure, seed, x, *flat)
     return tuple(outputs[: len(projections)])
 
 
@@ -64,7 +65,7 @@ def _reference(
         y = base_linear(x, p["weight"], p.get("bias"))
         if adapter is not None:
             low = _drop(x, adapter, seed, i) @ adapter.a.to(x.dtype).mT
-            y = y + low @ (adapter.b * adapter.scale).to(x.dtype).mT
+            y = y + low @ _scaled(adapter, x.dtype).mT
             lows.append(low)
         outputs.append(y)
     return outputs + lows
@@ -80,6 +81,12 @@ def _dropout_mask(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return kept.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+
+
+def _scaled(adapter: LoRA, dtype: torch.dtype) -> torch.Tensor:
+    """scale * b [out, r] in `dtype`."""
+    b = adapter.b if adapter.scale == 1.0 else adapter.b * adapter.scale
+    return b.to(dtype)
 
 
 def _plus(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -102,7 +109,7 @@ def _in_place(
         y = base_linear(x2, p["weight"], p.get("bias"))
         if adapter is not None:
             low = _drop(x2, adapter, seed, i) @ adapter.a.to(x.dtype).mT
-            y.addmm_(low, (adapter.b * adapter.scale).to(x.dtype).mT)
+            y.addmm_(low, _scaled(adapter, x.dtype).mT)
             lows.append(low)
         outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
     return outputs + lows
@@ -163,12 +170,12 @@ def pull(
         )
         if adapter is not None:
             dropped = seed is not None and adapter.dropout > 0.0
-            a, b = adapter.a.to(x.dtype), (adapter.b * adapter.scale).to(x.dtype)
+            a, b = adapter.a.to(x.dtype), _scaled(adapter, x.dtype)
             dlow = dy @ b
             if want.b:
                 low = _drop(x2, adapter, seed, i) @ a.mT if lows is None else lows[adapted]
-                db = (dy.mT @ low).to(adapter.b.dtype) * adapter.scale
-                grad = grad._replace(b=db)
+                db = (dy.mT @ low).to(adapter.b.dtype)
+                grad = grad._replace(b=db if adapter.scale == 1.0 else db * adapter.scale)
             if want.a:
                 da = dlow.mT @ _drop(x2, adapter, seed, i)
                 grad = grad._replace(a=da.to(adapter.a.dtype))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..kernels import nf4 as kernel
+from ..kernels.launch import apply
 from .nf4 import NF4, dequantize
 
 
@@ -39,7 +40,8 @@ def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
             f"input {list(x.shape)} and an NF4 weight {list(leaf.shape)}: "
             "expected [..., in] and [out, in]"
         )
-    y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = apply(
+        _FrozenLinear,
         x,
         leaf.packed,
         leaf.absmax,
