@@ -26,6 +26,7 @@ from .config import Config
 from .end_ids import end_ids
 from .hub import Source, resolve
 from .load import Loaded, load_folder
+from .registry import family_of
 from .tokenizer import Tokenizer
 from .tokenizer_repair import repair
 
@@ -128,6 +129,8 @@ class FastLanguageModel:
         source = resolve(model_name, revision=revision, subfolder=subfolder, **hub)
         adapter = adapter_file.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
+        # What costs little is checked before weights are read.
+        family_of(Config.from_folder(base.folder).fields, base.folder / "config.json")
         has_tokenizer = (source.folder / "tokenizer.json").exists()
         tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
         loaded = load_folder(
@@ -303,9 +306,9 @@ def _rope_overrides(folder: Path, rope_scaling: dict[str, Any] | None) -> dict[s
 
 
 def _mapping(config: Config, name: str) -> dict[str, Any]:
-    value = config.get(name) or {}
+    value, file = config.get(name) or {}, Path(config.name_or_path) / "config.json"
     if not isinstance(value, dict):
-        raise ConfigError(f"{name} is {value!r:.60}, expected an object", file=config.name_or_path)
+        raise ConfigError(f"{name} is {value!r:.60}, expected an object", file=file)
     return value
 
 
