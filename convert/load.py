@@ -18,6 +18,7 @@ from .config import Config
 from .hub import resolve
 from .registry import Family, family_of
 from .shards import Checkpoint, TensorInfo, open_checkpoint, read
+from .staging import Stager
 
 Quantize = Literal["nf4"] | None
 
@@ -223,17 +224,16 @@ def _read_all(
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
     leaves: dict[str, Any] = {}
     total = sum(info.nbytes for info in chosen.values())
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="loading",
-        disable=None if progress else True,
-        leave=False,
-    ) as bar:
+    shown = None if progress else True  # None: where there is a terminal
+    with (
+        Stager(device) as stager,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="loading", disable=shown, leave=False
+        ) as bar,
+    ):
         for path, info in chosen.items():
             skip = any(text in info.name for text in quant_skip)
-            dense = _finite(read(info).to(device).to(dtype), info)
+            dense = _finite(stager.read(info).to(dtype), info)
             four_bits = quantize == "nf4" and want[path].quantize and not skip
             leaves[path] = nf4_quantize(dense, name=info.name) if four_bits else dense
             bar.update(info.nbytes)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -235,7 +236,8 @@ def read(info: TensorInfo, *, out: torch.Tensor | None = None) -> torch.Tensor:
             tensor=info.name,
         )
     data = out.reshape(-1).view(torch.uint8)
-    _read_data(info, data.numpy().data)
+    with opened(info) as file:
+        read_at(file, info, 0, data)
     if info.dtype == torch.bool and info.nbytes and int(data.max()) > 1:
         raise CheckpointError(
             "a BOOL tensor holds bytes other than 0 and 1", file=info.file, tensor=info.name
@@ -258,7 +260,9 @@ def read_into(info: TensorInfo, buffer: torch.Tensor) -> torch.Tensor:
     return read(info, out=buffer[: info.nbytes].view(info.dtype).view(info.shape))
 
 
-def _read_data(info: TensorInfo, view: memoryview) -> None:
+@contextmanager
+def opened(info: TensorInfo) -> Iterator[BinaryIO]:
+    """The file of `info`, open for reading and still the one that was described."""
     file, size = open_regular(info.file)
     with file:
         stamp = FileStamp(size, os.fstat(file.fileno()).st_mtime_ns)
@@ -269,13 +273,18 @@ def _read_data(info: TensorInfo, view: memoryview) -> None:
                 file=info.file,
                 tensor=info.name,
             )
-        try:
-            file.seek(info.offset)
-            _fill(view, file, info.file)
-        except OSError as problem:
-            raise CheckpointError(
-                f"the file cannot be read: {problem.strerror}", file=info.file, tensor=info.name
-            ) from problem
+        yield file
+
+
+def read_at(file: BinaryIO, info: TensorInfo, begin: int, out: torch.Tensor) -> None:
+    """Fill `out`, uint8 on the CPU, with the tensor's bytes from `begin` on; `file` as `opened`."""
+    try:
+        file.seek(info.offset + begin)
+        _fill(out.numpy().data, file, info.file)
+    except OSError as problem:
+        raise CheckpointError(
+            f"the file cannot be read: {problem.strerror}", file=info.file, tensor=info.name
+        ) from problem
 
 
 def _fill(view: memoryview, file: Any, path: Path) -> None:
