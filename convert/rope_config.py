@@ -41,11 +41,12 @@ def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -
     raw = _merged(fields)
     kind_name = raw.pop("rope_type", raw.pop("type", "default"))
     raw.pop("type", None)
-    if kind_name not in _KINDS:
+    if not isinstance(kind_name, str) or kind_name not in _KINDS:
         raise fields.error(f"rope type {kind_name!r} is not known; known are {', '.join(_KINDS)}")
     inner = Fields(raw, fields.file)
     base = inner.number("rope_theta", theta)
-    dim = int(head_dim * inner.number("partial_rotary_factor", 1.0))
+    width = head_dim * inner.number("partial_rotary_factor", 1.0)
+    dim = int(min(width, head_dim + 1))  # a longer one may be infinite
     if dim % 2 or not 0 < dim <= head_dim:
         raise fields.error(f"rotary width {dim} of head width {head_dim} is not usable")
     if kind_name == "default":

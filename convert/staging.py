@@ -1,8 +1,7 @@
-"""Tensors from files onto a GPU: read in parallel into pinned buffers, copied while others are read."""
+"""Tensors from files onto a GPU: read in parallel into pinned buffers, copied as they fill."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 import torch
 
@@ -29,12 +28,7 @@ class Stager:
     def __enter__(self) -> "Stager":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *problem: object) -> None:
         if self.device.type == "cuda":
             self._pool.shutdown(cancel_futures=True)
             # The buffers must not be freed, nor a half-copied tensor used, before copies are done.
