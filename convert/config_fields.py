@@ -68,8 +68,9 @@ class Fields:
         if type(value) is not int or value < low:
             raise self.error(f"{name} is {value!r}, expected an integer of at least {low}")
         # A spec is made per layer, before any file could show that there are not so many.
-        if name == "num_hidden_layers" and value > 10_000:
-            raise self.error(f"{name} is {value}, expected at most 10000")
+        high = 10_000 if name == "num_hidden_layers" else 2**31 - 1
+        if value > high:
+            raise self.error(f"{name} is {value!s:.40}, expected at most {high}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED, *, above: float = 0.0) -> float:
