@@ -66,7 +66,7 @@ class Fields:
         """An integer of at least `low`."""
         value = self.take(name, default)
         if type(value) is not int or value < low:
-            raise self.error(f"{name} is {value!r}, expected an integer of at least {low}")
+            raise self.error(f"{name} is {value!r:.200}, expected an integer of at least {low}")
         # A spec is made per layer, before any file could show that there are not so many.
         high = 10_000 if name == "num_hidden_layers" else 2**31 - 1
         if value > high:
@@ -78,21 +78,21 @@ class Fields:
         value = self.take(name, default)
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         if not plain or not above < value <= sys.float_info.max:
-            raise self.error(f"{name} is {value!r}, expected a number above {above:g}")
+            raise self.error(f"{name} is {value!r:.200}, expected a number above {above:g}")
         return float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """A boolean."""
         value = self.take(name, default)
         if type(value) is not bool:
-            raise self.error(f"{name} is {value!r}, expected true or false")
+            raise self.error(f"{name} is {value!r:.200}, expected true or false")
         return value
 
     def choice(self, name: str, choices: Mapping[str, T], default: Any = _REQUIRED) -> T:
         """The meaning of one of the texts in `choices`."""
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
-            raise self.error(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+            raise self.error(f"{name} is {value!r:.200}, expected one of {', '.join(choices)}")
         return choices[value]
 
     def texts(self, name: str, length: int, choices: tuple[str, ...]) -> list[str] | None:
@@ -114,9 +114,11 @@ class Fields:
                 continue
             if name in _OFF and value in _OFF[name]:
                 continue
-            unknown.append(f"{name}={value!r:.60}")
+            unknown.append(f"{name:.60}={value!r:.60}")
         if unknown:
+            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+            shown = ", ".join(sorted(unknown)[:8]) + more
             raise self.error(
-                f"no part of the model covers the config field(s) {', '.join(sorted(unknown))}; "
+                f"no part of the model covers the config field(s) {shown}; "
                 "loading without them could change what the model computes"
             )

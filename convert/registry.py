@@ -50,7 +50,7 @@ def family_of(config: Mapping[str, Any], file: object = None) -> Family:
         raise ConfigError("the config has no model_type, so the architecture is unknown", file=file)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"model_type {model_type!r} is not supported; known are {', '.join(FAMILIES)}",
+            f"model_type {model_type!r:.200} is not supported; known are {', '.join(FAMILIES)}",
             file=file,
         )
     return FAMILIES[model_type]

@@ -158,6 +158,14 @@ def test_wrong_values(name: str, value: Any, match: str) -> None:
         family_of(fields, "here/config.json").spec(fields, "here/config.json")
 
 
+def test_messages_stay_short() -> None:
+    many = {f"field_{i}" + "x" * 1000: ["x" * 1000] for i in range(1000)}
+    for more in (many, {"hidden_act": "x" * 10**6}, {"hidden_size": ["x" * 10**6]}):
+        with pytest.raises(ConfigError) as caught:
+            spec_of(fields_of("llama") | more)
+        assert len(str(caught.value)) < 2000
+
+
 def test_families_are_named() -> None:
     for model_type in (None, "lama", 3, ["llama"], {}):
         with pytest.raises(ConfigError) as caught:
