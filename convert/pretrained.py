@@ -358,6 +358,10 @@ def _repaired(
     for change in repair(tokenizer, vocab_rows=spec.vocab, eos_ids=eos_ids):
         if change.rows:
             spec, params = _resized(spec, params, config, spec.vocab + change.rows)
+            notes.append(
+                f"{change.field} was {change.before!r}; no token can serve, so embedding and head "
+                f"grew to {spec.vocab} rows"
+            )
             return _repaired(tokenizer, eos_ids, spec, params, config, notes)
         notes.append(f"{change.field}: {change.before!r} -> {change.after!r}, {change.why}")
     return spec, params

@@ -6,12 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import corpus
 import folders
 import numpy
 import pytest
 import torch
 import transformers
 from bridged import ids, same_logits, spread_trained
+from safetensors.torch import save_file
 
 import purelm
 from purelm import FastLanguageModel
@@ -439,3 +441,54 @@ def test_the_config_is_the_files_own(folder: Path) -> None:
     model, _ = load(folder)
     assert model.config == Config.from_folder(folder)
     assert purelm.__version__
+
+
+def test_a_pad_token_where_no_row_is_spare(tmp_path: Path) -> None:
+    """It gets a row of its own, the report says so, and what is saved has it too."""
+    corpus.good(tmp_path / "model")
+    rows = corpus.CONFIG["vocab_size"] - 1
+    found = corpus.tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        found[name] = found[name][:rows].clone()
+    save_file(found, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model/config.json").write_text(json.dumps(corpus.CONFIG | {"vocab_size": rows}))
+    path = tmp_path / "model/tokenizer.json"
+    path.write_text(path.read_text().replace("<pad>", "<own>"))
+    path = tmp_path / "model/tokenizer_config.json"
+    path.write_text(path.read_text().replace("<pad>", "</s>"))
+    model, left = load(tmp_path / "model", fix_tokenizer=False)
+    assert model.spec.vocab == len(left) == rows and left.pad_token == "</s>"
+    model, tokenizer = load(tmp_path / "model")
+    assert tokenizer.pad_token_id == rows == len(tokenizer) - 1
+    assert model.spec.vocab == model.config.vocab_size == rows + 1
+    assert "pad_token was '</s>'" in model.report() and "260 rows" in model.report()
+    tokens = torch.tensor([[3, rows]])
+    model.save_pretrained_merged(tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        same_logits(model(tokens).logits, theirs(tokens).logits)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert again.pad_token_id == rows and again.pad_token != again.eos_token
+
+
+def test_full_finetuning_trains_all_in_16_bits(folder: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(str(folder), full_finetuning=True)
+    assert all(p.requires_grad and p.dtype == model.dtype for p in model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.warns(UserWarning, match="full_finetuning"):
+        assert FastLanguageModel.get_peft_model(model) is model
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.state_dict().keys() == set(names)
+
+
+def test_settings_belong_to_a_model(folder: Path) -> None:
+    """Not to the process: loading a second one changes nothing about the first."""
+    plain, _ = load(folder)
+    want = plain(ids()).logits
+    scaled, _ = load(folder, rope_scaling=SCALINGS["linear"], use_gradient_checkpointing=False)
+    assert torch.equal(plain(ids()).logits, want) and plain.spec.max_positions == 64
+    assert not torch.equal(scaled(ids()).logits, want)
+    assert plain.is_gradient_checkpointing and not scaled.is_gradient_checkpointing
+    assert plain.config.rope_parameters != scaled.config.rope_parameters
