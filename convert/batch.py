@@ -34,7 +34,9 @@ def check_labels(labels: torch.Tensor, layout: Layout, spec: ModelSpec, count: A
         )
     if labels.dtype not in _INTEGERS:
         raise InputError(f"labels are {labels.dtype}, expected int64 or int32")
-    target = loss.shift(labels, layout)
+    # Read where the labels live: on the CPU that waits for no GPU.
+    near = labels.device == layout.positions.device
+    target = loss.shift(labels, layout if near else None)
     counted = target != loss.IGNORE
     ends = torch.where(counted, target, 0).aminmax()
     found, low, high = torch.stack([counted.sum(), *ends]).tolist()

@@ -213,8 +213,8 @@ class CausalLM(nn.Module):
             cu_seqlens=cu_seqlens,
         )
         if labels is not None:
-            labels = labels.to(self.device)
             batch.check_labels(labels, layout, self.spec, num_items_in_batch)
+            labels = labels.to(self.device)
         input_ids = input_ids.to(self.device)
         params = self.computed_params()
         x = decoder.hidden(
