@@ -1,4 +1,4 @@
-"""Every family against transformers' own class: fp32, tiny random weights, each config switch thrown."""
+"""Every family against transformers' own class: fp32, tiny weights, each config switch thrown."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 from purelm.convert.load import Loaded, load_folder
 from purelm.nn import decoder, layout, loss, tree
 from purelm.quant.nf4 import NF4, dequantize
