@@ -238,6 +238,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, ctx.scale, cu_seqlens, ctx.longest = inputs
         out, lse, *rest = output
         ctx.mark_non_differentiable(*(x for x in (lse, *rest) if isinstance(x, Tensor)))
+        # Some of a backend's own are numbers, some None.
+        ctx.is_tensor = [isinstance(x, Tensor) for x in rest]
         ctx.static = [None if isinstance(x, Tensor) else x for x in rest]
         ctx.save_for_backward(
             q, k, v, out, lse, cu_seqlens, *(x for x in rest if isinstance(x, Tensor))
@@ -247,7 +249,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
         q, k, v, out, lse, cu_seqlens, *kept = ctx.saved_tensors
         tensors = iter(kept)
-        rest = tuple(next(tensors) if x is None else x for x in ctx.static)
+        pairs = zip(ctx.is_tensor, ctx.static, strict=True)
+        rest = tuple([next(tensors) if is_tensor else x for is_tensor, x in pairs])
         documents = None if cu_seqlens is None else Documents(cu_seqlens, ctx.longest)
         if torch._C._are_functorch_transforms_active() and not rest:
             # The forward was the reference or keeps nothing of its own; fused ones cannot batch.

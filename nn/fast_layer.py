@@ -252,6 +252,8 @@ class _Run(torch.autograd.Function):
             layer.offload.park(layer.index, parked)
         leaves, ctx.structure = _pytree.tree_flatten(kept)
         ctx.bound = bound
+        # Attention backends keep tensors, numbers and None.
+        ctx.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         ctx.static = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         # What is trained is saved for autograd's check that nobody changed it in between.
         kept_tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -263,7 +265,8 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         layer, p, adapters, table, trained = ctx.bound
         saved = iter(ctx.saved_tensors[: ctx.num_kept])
-        leaves = [next(saved) if static is None else static for static in ctx.static]
+        pairs = zip(ctx.is_tensor, ctx.static, strict=True)
+        leaves = [next(saved) if is_tensor else static for is_tensor, static in pairs]
         residuals = _pytree.tree_unflatten(leaves, ctx.structure)
         if layer.offload is not None:
             residuals.update(layer.offload.fetch(layer.index) or {})

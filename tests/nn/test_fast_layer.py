@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from purelm.nn import decoder, layout, lora, loss, params, rope, tree
+from purelm.kernels import attention
+from purelm.nn import decoder, fast_layer, layout, lora, loss, params, rope, tree
 from purelm.nn.fast_layer import Layer
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy, bytes_per_token
 from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
@@ -153,3 +154,29 @@ def test_bytes_per_token() -> None:
     assert set(sizes) == set(residuals)
     for name, value in residuals.items():
         assert tree.nbytes(value) == sizes[name] * 18, name
+
+
+def test_backends_that_keep_numbers_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's forward returns absent tensors and lengths beside its seeds; all come back."""
+    real_forward, real_backward = attention.attention_forward, attention.attention_backward
+    rest = (None, 7, torch.arange(3), None)
+    seen = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return real_forward(*args, **kwargs)._replace(rest=rest)
+
+    def backward(dout: Any, q: Any, k: Any, v: Any, saved: Any, **kwargs: Any) -> Any:
+        seen.append(saved.rest)
+        return real_backward(dout, q, k, v, saved._replace(rest=()), **kwargs)
+
+    built = build(KINDS[0], torch.float32)
+    want = [run(built, policy, None)[1] for policy in (None, KEEP)]
+    for module in (attention, fast_layer):
+        monkeypatch.setattr(module, "attention_forward", forward)
+        monkeypatch.setattr(module, "attention_backward", backward)
+    for policy, grads in zip((None, KEEP), want, strict=True):
+        got = run(built, policy, None)[1]
+        assert all(torch.equal(a, b) for a, b in zip(got, grads, strict=True))
+    assert len(seen) == 6
+    for kept in seen:
+        assert kept[:2] == rest[:2] and torch.equal(kept[2], rest[2]) and kept[3] is None
