@@ -1,4 +1,6 @@
-"""Optional real models, tokenizers and data that stand beside a checkout; tests skip without them."""
+"""Optional real models, tokenizers and data that stand beside a checkout; tests skip without
+them.
+"""
 
 from pathlib import Path
 

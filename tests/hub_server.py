@@ -1,13 +1,15 @@
 """A stand-in for the hub's HTTP API on this machine, enough for huggingface_hub to download from.
 
-    with Hub({"owner/name": {"main": folder, "v1": older}}, gated={"owner/name": "hf_good"}) as hub:
+    with Hub({"owner/name": {"main": folder, "v1": older}}, gated={"owner/name": "hf_good"}) as
+    hub:
         resolve("owner/name", endpoint=hub.endpoint, cache_dir=..., token="hf_good")
         subprocess.run([...], env=os.environ | hub.environment(cache))
 
 huggingface_hub reads HF_ENDPOINT when it is imported: give `endpoint`, run another process with
 `environment`, or use `patched(monkeypatch, cache)`. No xet headers are sent, so that every byte
-comes over plain HTTP. As on the hub, a gated repository shows its listing to everybody and refuses
-its files: 401 without a token, 403 with another's. A private one answers 401 to everything.
+comes over plain HTTP. As on the hub, a gated repository shows its listing to everybody and
+refuses its files: 401 without a token, 403 with another's. A private one answers 401 to
+everything.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class Request:
 class Hub:
     """Repositories as {id: {branch, tag or sha: folder}}, served while the `with` block runs.
 
-    `faults` maps a file's name to what happens to its next GETs, one entry each: an int is a status
-    to answer, "cut" ends the body halfway, "flip" changes a bit. `listed` adds paths to every
-    listing (hostile ones too), served as empty files.
+    `faults` maps a file's name to what happens to its next GETs, one entry each: an int is a
+    status to answer, "cut" ends the body halfway, "flip" changes a bit. `listed` adds paths to
+    every listing (hostile ones too), served as empty files.
     """
 
     repos: Mapping[str, Mapping[str, Path]]

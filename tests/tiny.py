@@ -1,4 +1,6 @@
-"""Tiny random models in transformers' own classes, saved as HF folders: the oracle of parity tests."""
+"""Tiny random models in transformers' own classes, saved as HF folders: the oracle of parity
+tests.
+"""
 
 from pathlib import Path
 from typing import Any
