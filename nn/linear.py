@@ -103,16 +103,37 @@ def _in_place(
     seed: int | None,
 ) -> list[torch.Tensor]:
     """As `_reference`, the low-rank terms added to the products where they stand."""
-    outputs, lows = [], []
+    outputs = []
     x2 = x.reshape(-1, x.shape[-1])
-    for i, (p, adapter) in enumerate(zip(projections, adapters, strict=True)):
+    lows = _low_ranks(x2, adapters, seed)
+    remaining = iter(lows)
+    for p, adapter in zip(projections, adapters, strict=True):
         y = base_linear(x2, p["weight"], p.get("bias"))
         if adapter is not None:
-            low = _drop(x2, adapter, seed, i) @ adapter.a.to(x.dtype).mT
-            y.addmm_(low, _scaled(adapter, x.dtype).mT)
-            lows.append(low)
+            y.addmm_(next(remaining), _scaled(adapter, x.dtype).mT)
         outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
     return outputs + lows
+
+
+def _low_ranks(
+    x2: torch.Tensor, adapters: Sequence[LoRA | None], seed: int | None
+) -> list[torch.Tensor]:
+    """x A^T [t, r] of every adapted projection; one read of x for all where none drops."""
+    found = [(i, adapter) for i, adapter in enumerate(adapters) if adapter is not None]
+    if not found or _drops(adapters, seed):
+        return [_drop(x2, adapter, seed, i) @ adapter.a.to(x2.dtype).mT for i, adapter in found]
+    every = x2 @ _stacked_a(adapters, x2.dtype).mT
+    return list(every.split([adapter.rank for _, adapter in found], dim=1))
+
+
+def _drops(adapters: Sequence[LoRA | None], seed: int | None) -> bool:
+    return seed is not None and any(a is not None and a.dropout > 0.0 for a in adapters)
+
+
+def _stacked_a(adapters: Sequence[LoRA | None], dtype: torch.dtype) -> torch.Tensor:
+    """The A of all adapters, one below the other: [sum of r, in]."""
+    found = [adapter.a.to(dtype) for adapter in adapters if adapter is not None]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _sum_rows(dy: torch.Tensor) -> torch.Tensor:
@@ -154,12 +175,10 @@ def pull(
     lows: the low-rank activations of the adapted projections, computed again where not given.
     """
     x2 = x.reshape(-1, x.shape[-1])
+    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dx: torch.Tensor | None = None
-    found, adapted = [], 0
-    for i, (p, adapter, dy, want) in enumerate(
-        zip(projections, adapters, dys, wanted, strict=True)
-    ):
-        dy = dy.reshape(-1, dy.shape[-1])
+    found = []
+    for p, dy, want in zip(projections, flat, wanted, strict=True):
         if need_x:
             weight = weight_of(p["weight"], x.dtype)
             dx = dy @ weight if dx is None else _plus(dx, dy, weight)
@@ -168,24 +187,49 @@ def pull(
             weight=(dy.mT @ x2).to(p["weight"].dtype) if want.weight else None,
             bias=_sum_rows(dy).to(p["bias"].dtype) if want.bias else None,
         )
-        if adapter is not None:
-            dropped = seed is not None and adapter.dropout > 0.0
-            a, b = adapter.a.to(x.dtype), _scaled(adapter, x.dtype)
-            dlow = dy @ b
-            if want.b:
-                low = _drop(x2, adapter, seed, i) @ a.mT if lows is None else lows[adapted]
-                db = (dy.mT @ low).to(adapter.b.dtype)
-                grad = grad._replace(b=db if adapter.scale == 1.0 else db * adapter.scale)
-            if want.a:
-                da = dlow.mT @ _drop(x2, adapter, seed, i)
-                grad = grad._replace(a=da.to(adapter.a.dtype))
-            if dx is not None and dropped and seed is not None:
-                dx = dx + (dlow @ a) * _dropout_mask(x2, adapter.dropout, seed + i)
-            elif dx is not None:
-                dx = _plus(dx, dlow, a)
-            adapted += 1
         found.append(grad)
+    if any(adapter is not None for adapter in adapters):
+        dx = _pull_adapters(x2, adapters, seed, flat, wanted, lows, dx, found)
     return None if dx is None else dx.view(x.shape), found
+
+
+def _pull_adapters(
+    x2: torch.Tensor,
+    adapters: Sequence[LoRA | None],
+    seed: int | None,
+    dys: Sequence[torch.Tensor],
+    wanted: Sequence[Wanted],
+    lows: Sequence[torch.Tensor] | None,
+    dx: torch.Tensor | None,
+    found: list[Grads],
+) -> torch.Tensor | None:
+    """The adapters' part of `pull`: adds to dx, puts a's and b's gradients into `found`."""
+    adapted = [(i, adapter) for i, adapter in enumerate(adapters) if adapter is not None]
+    dlows = [dys[i] @ _scaled(adapter, x2.dtype) for i, adapter in adapted]
+    if lows is None and any(wanted[i].b for i, _ in adapted):
+        lows = _low_ranks(x2, adapters, seed)
+    if _drops(adapters, seed):
+        das = [
+            dlow.mT @ _drop(x2, adapter, seed, i)
+            for (i, adapter), dlow in zip(adapted, dlows, strict=True)
+        ]
+        for (i, adapter), dlow in zip(adapted, dlows, strict=True):
+            if dx is not None:
+                dx = dx + _drop(dlow @ adapter.a.to(x2.dtype), adapter, seed, i)
+    else:
+        # One product for all of them: these matrices are thin, and each pass over x or dx counts.
+        every = dlows[0] if len(dlows) == 1 else torch.cat(dlows, dim=1)
+        das = list((every.mT @ x2).split([adapter.rank for _, adapter in adapted]))
+        if dx is not None:
+            dx = _plus(dx, every, _stacked_a(adapters, x2.dtype))
+    for at, (i, adapter) in enumerate(adapted):
+        if wanted[i].a:
+            found[i] = found[i]._replace(a=das[at].to(adapter.a.dtype))
+        if wanted[i].b:
+            assert lows is not None
+            db = (dys[i].mT @ lows[at]).to(adapter.b.dtype)
+            found[i] = found[i]._replace(b=db if adapter.scale == 1.0 else db * adapter.scale)
+    return dx
 
 
 class _Project(torch.autograd.Function):
