@@ -19,7 +19,7 @@ from ..nn import tree
 from ..nn.lora import LoRA
 from ..nn.params import param_specs
 from ..nn.spec import ModelSpec
-from . import atomic
+from . import atomic, rope_override
 from .adapter_config import CONFIG, parse, read_config
 from .adapter_fit import fitted, name_targets
 from .lora_config import PeftConfig
@@ -30,7 +30,7 @@ from .shards import TensorInfo, open_checkpoint, read
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
-__all__ = ["read_adapter", "read_config", "save_adapter", "write_adapter"]
+__all__ = ["read_adapter", "read_config", "read_rope_scaling", "save_adapter", "write_adapter"]
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
@@ -51,6 +51,8 @@ def save_adapter(model: "CausalLM", folder: str | Path, tokenizer: Any = None) -
         )
     origin = model.origin
     stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
+    if origin.rope_scaling is not None:
+        stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)
     write_adapter(
         folder,
         model.adapters,
@@ -158,6 +160,16 @@ def read_adapter(
         have = {names.module_to_hf(path) for path in pairs}
         config = name_targets(config, have, spec, names)
     return tree.from_items(adapters), tree.from_items(copies), config
+
+
+def read_rope_scaling(folder: Path) -> dict[str, Any] | None:
+    """The `rope_scaling` that the adapter's base was loaded with, if purelm wrote one down."""
+    try:
+        text = open_checkpoint(folder, stem=STEM).metadata.get("purelm.rope_scaling")
+    except CheckpointError as problem:
+        raise AdapterError(str(problem)) from problem
+    file = folder / f"{STEM}.safetensors"
+    return None if text is None else rope_override.from_text(text, file)
 
 
 def _sorted_out(

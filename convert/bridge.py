@@ -37,6 +37,7 @@ class Origin:
     checkpoint: Checkpoint
     quantize: str | None
     notes: tuple[str, ...] = ()
+    rope_scaling: dict[str, Any] | None = None  # as it was asked for; the config has it too
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         return self  # nothing in it changes, and it names modules, which cannot be copied
@@ -163,6 +164,7 @@ class CausalLM(nn.Module):
                     leaf.shape,
                     leaf.dtype,
                     leaf.block,
+                    leaf.kind,
                 )
             value = nn.Parameter(leaf, requires_grad=trained(path))
             node.register_parameter(prefix + name, value)

@@ -9,7 +9,7 @@ from ..nn.spec import (
     NormSpec,
 )
 from .config_fields import Fields
-from .rope_config import rope_spec
+from .rope_config import context, rope_spec
 
 # HF's names of activations (`ACT2FN`) and what they compute.
 ACTIVATIONS: dict[str, Activation] = {
@@ -74,7 +74,7 @@ def dense_spec(
         dim=dim,
         layers=tuple(layer(w) for w in windows or (None,) * depth),
         norm=norm,
-        max_positions=positions,
+        max_positions=context(rope, positions),
         tied=fields.flag("tie_word_embeddings", False),
         init_std=fields.number("initializer_range", 0.02, above=-1.0),
     )

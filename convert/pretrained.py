@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ import torch
 
 from ..errors import ArgumentError, ConfigError
 from ..nn import tree
-from ..nn.spec import ModelSpec
-from ..quant.nf4 import NF4
-from . import adapter_file, peft_config
+from . import adapter_file, peft_config, rope_override
 from .arguments import (
     DEFAULT_4BIT,
     choose_device,
@@ -26,11 +23,10 @@ from .config import Config
 from .end_ids import end_ids
 from .hub import Source, resolve
 from .load import Loaded, load_folder
+from .lora_config import DEFAULT_TARGETS
 from .registry import family_of
+from .resize import resized, with_pad_token
 from .tokenizer import Tokenizer
-from .tokenizer_repair import repair
-
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class FastLanguageModel:
@@ -130,7 +126,12 @@ class FastLanguageModel:
         adapter = adapter_file.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
-        family_of(Config.from_folder(base.folder).fields, base.folder / "config.json")
+        family = family_of(Config.from_folder(base.folder).fields, base.folder / "config.json")
+        notes = []
+        if adapter is not None and rope_scaling is None:
+            rope_scaling = adapter_file.read_rope_scaling(source.folder)
+            if rope_scaling is not None:
+                notes.append(f"rope_scaling: {rope_scaling}, with which the adapter was trained")
         has_tokenizer = (source.folder / "tokenizer.json").exists()
         tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
         loaded = load_folder(
@@ -139,17 +140,14 @@ class FastLanguageModel:
             dtype=choose_dtype(dtype, device),
             device=device,
             quant_skip=quant_skip,
-            overrides=_rope_overrides(base.folder, rope_scaling),
+            overrides=rope_override.overrides(base.folder, family, rope_scaling),
             progress=True,
         )
-        notes = []
         if loaded.left_out:
             notes.append(f"not loaded: {', '.join(loaded.left_out[:4])}")
         spec, params = loaded.spec, loaded.params
-        if rope_scaling is not None:
-            spec = _extended(spec)
         if resize_model_vocab is not None:
-            spec, params = _resized(spec, params, loaded.config, resize_model_vocab)
+            spec, params = resized(spec, params, loaded.config, resize_model_vocab)
         if max_seq_length is not None and max_seq_length > spec.max_positions:
             notes.append(
                 f"max_seq_length {max_seq_length} is more than the model's context of "
@@ -158,13 +156,13 @@ class FastLanguageModel:
         generation_config = _generation_config(base.folder, loaded.config)
         if fix_tokenizer:
             eos_ids = end_ids(None, generation_config, loaded.config, tokenizer)
-            spec, params = _repaired(tokenizer, eos_ids, spec, params, loaded.config, notes)
+            spec, params = with_pad_token(tokenizer, eos_ids, spec, params, loaded.config, notes)
         model = CausalLM(
             spec,
             params,
             config=loaded.config,
             generation_config=generation_config,
-            origin=_origin(base, loaded, quantize, notes),
+            origin=_origin(base, loaded, quantize, notes, rope_scaling),
             dtype=choose_dtype(dtype, device),
             max_seq_length=max_seq_length or spec.max_positions,
             train_all=full_finetuning,
@@ -187,7 +185,7 @@ class FastLanguageModel:
     def get_peft_model(
         model: CausalLM,
         r: int = 16,
-        target_modules: list[str] | tuple[str, ...] | str = TARGET_MODULES,
+        target_modules: list[str] | tuple[str, ...] | str = DEFAULT_TARGETS,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -278,7 +276,13 @@ def _base(
     return resolve(name, revision=adapter.get("revision"), subfolder=None, **hub)
 
 
-def _origin(base: Source, loaded: Loaded, quantize: str | None, notes: list[str]) -> Origin:
+def _origin(
+    base: Source,
+    loaded: Loaded,
+    quantize: str | None,
+    notes: list[str],
+    rope_scaling: dict[str, Any] | None,
+) -> Origin:
     return Origin(
         name=base.name,
         revision=base.revision,
@@ -287,56 +291,8 @@ def _origin(base: Source, loaded: Loaded, quantize: str | None, notes: list[str]
         checkpoint=loaded.checkpoint,
         quantize=quantize,
         notes=tuple(notes),
+        rope_scaling=rope_scaling,
     )
-
-
-def _rope_overrides(folder: Path, rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Config fields that put `rope_scaling` in place of what the checkpoint has."""
-    if rope_scaling is None:
-        return {}
-    if not isinstance(rope_scaling, dict):
-        raise ArgumentError(f"rope_scaling is {rope_scaling!r}, expected a dict")
-    config = Config.from_folder(folder)
-    given = dict(rope_scaling)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        kept = _mapping(config, "rope_parameters").get(name, config.get(name))
-        if kept is not None:
-            given.setdefault(name, kept)
-    return {"rope_parameters": given, "rope_scaling": None, "rope_theta": None}
-
-
-def _mapping(config: Config, name: str) -> dict[str, Any]:
-    value, file = config.get(name) or {}, Path(config.name_or_path) / "config.json"
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} is {value!r:.60}, expected an object", file=file)
-    return value
-
-
-def _extended(spec: ModelSpec) -> ModelSpec:
-    """With the context that an explicitly asked rope scaling gives it."""
-    rope = spec.layers[0].attention.rope
-    reach = int((rope.original_positions or spec.max_positions) * rope.factor)
-    return replace(spec, max_positions=max(spec.max_positions, reach))
-
-
-def _resized(
-    spec: ModelSpec, params: tree.Tree, config: Config, rows: int
-) -> tuple[ModelSpec, tree.Tree]:
-    """With `rows` rows in the embedding and the head; new ones are the mean of the old."""
-    if type(rows) is not int or rows < spec.vocab:
-        raise ArgumentError(
-            f"resize_model_vocab is {rows!r}, expected an integer of at least {spec.vocab}, the "
-            "rows there are: none is thrown away"
-        )
-
-    def grow(path: str, leaf: Any) -> Any:
-        if path not in ("embed.weight", "head.weight") or isinstance(leaf, NF4):
-            return leaf
-        mean = leaf.float().mean(0, keepdim=True).to(leaf.dtype)
-        return torch.cat([leaf, mean.expand(rows - spec.vocab, -1)])
-
-    config.vocab_size = rows
-    return replace(spec, vocab=rows), tree.map_with_path(grow, params)
 
 
 def _generation_config(folder: Path, config: Config) -> Config:
@@ -344,27 +300,6 @@ def _generation_config(folder: Path, config: Config) -> Config:
         return Config.from_folder(folder, "generation_config.json")
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
     return Config({name: config.get(name) for name in kept if config.get(name) is not None})
-
-
-def _repaired(
-    tokenizer: Tokenizer,
-    eos_ids: list[int],
-    spec: ModelSpec,
-    params: tree.Tree,
-    config: Config,
-    notes: list[str],
-) -> tuple[ModelSpec, tree.Tree]:
-    """Give the tokenizer a pad token that ends nothing, with a row of its own if need be."""
-    for change in repair(tokenizer, vocab_rows=spec.vocab, eos_ids=eos_ids):
-        if change.rows:
-            spec, params = _resized(spec, params, config, spec.vocab + change.rows)
-            notes.append(
-                f"{change.field} was {change.before!r}; no token can serve, so embedding and head "
-                f"grew to {spec.vocab} rows"
-            )
-            return _repaired(tokenizer, eos_ids, spec, params, config, notes)
-        notes.append(f"{change.field}: {change.before!r} -> {change.after!r}, {change.why}")
-    return spec, params
 
 
 def _placed(leaves: tree.Tree, device: torch.device) -> tree.Tree:

@@ -85,6 +85,11 @@ def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -
     )
 
 
+def context(rope: RopeSpec, max_positions: int) -> int:
+    """The positions a model takes: "dynamic" begins to act where those of its config end."""
+    return int(max_positions * rope.factor) if rope.kind == "dynamic" else max_positions
+
+
 def _merged(fields: Fields) -> dict[str, Any]:
     """One dict out of the old and the new fields; a contradiction between them is an error."""
     new = fields.take("rope_parameters", {})

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from . import rows, train_state, training
 from .convert.arguments import choose_device
 from .convert.bridge import CausalLM
-from .convert.pretrained import TARGET_MODULES, FastLanguageModel
+from .convert.lora_config import DEFAULT_TARGETS
+from .convert.pretrained import FastLanguageModel
 from .convert.tokenizer import Tokenizer
 from .errors import ArgumentError
 from .row_files import RawRow, read_rows
@@ -121,7 +122,7 @@ def _load(options: Options) -> tuple[CausalLM, Tokenizer]:
 def _adapted(options: Options, model: CausalLM) -> CausalLM:
     if options.precision == "full":
         return model.for_training(options.recompute)
-    targets = TARGET_MODULES if options.target_modules is None else options.target_modules
+    targets = DEFAULT_TARGETS if options.target_modules is None else options.target_modules
     return FastLanguageModel.get_peft_model(
         model,
         r=options.rank,

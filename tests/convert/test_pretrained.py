@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import pytest
 import torch
 import transformers
 from bridged import ids, same_logits, spread_trained
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import purelm
 from purelm import FastLanguageModel
 from purelm.convert.arguments import DEFAULT_4BIT
 from purelm.convert.config import Config
-from purelm.errors import ArgumentError, ConfigError, InputError, SourceError
+from purelm.errors import AdapterError, ArgumentError, ConfigError, InputError, SourceError
 from purelm.nn import tree
 from purelm.quant.nf4 import NF4
 
@@ -275,14 +276,72 @@ def test_rope_scaling(folder: Path, kind: str) -> None:
         model(ids(3, 1, 129))
 
 
-def test_a_scaled_model_is_saved_as_scaled(folder: Path, tmp_path: Path) -> None:
-    model, _ = load(folder, rope_scaling=SCALINGS["linear"])
+SPARSE = {
+    **SCALINGS,
+    "llama3": {k: v for k, v in SCALINGS["llama3"].items() if not k.startswith("original")},
+    "yarn": {"type": "yarn", "factor": 2.0},
+    "yarn_without_factor": {"rope_type": "yarn", "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("old_style", [False, True])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_a_scaled_model_is_saved_as_scaled(
+    folder: Path, tmp_path: Path, kind: str, old_style: bool
+) -> None:
+    """The merged folder alone gives the same context and logits, here and in transformers."""
+    if old_style:
+        folder = shutil.copytree(folder, tmp_path / "old")
+        fields = json.loads((folder / "config.json").read_text())
+        fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
+        (folder / "config.json").write_text(json.dumps(fields))
+    model, _ = load(folder, rope_scaling=SPARSE[kind])
+    context, tokens = model.spec.max_positions, ids(3, 1, 60)
+    tokens = torch.cat([tokens] * 5, 1)[:, :context]
     model.save_pretrained_merged(tmp_path / "merged")
+    again, _ = load(tmp_path / "merged")
+    assert again.spec == model.spec
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", attn_implementation="eager"
     )
+    limit = theirs.config.max_position_embeddings
+    assert limit == (64 if kind == "dynamic" else context)
     with torch.no_grad():
-        same_logits(model(ids()).logits, theirs(ids()).logits)
+        want = model(tokens).logits
+        assert torch.equal(again(tokens).logits, want)
+        same_logits(want, theirs(tokens).logits)
+    raw = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert isinstance(raw["rope_scaling" if old_style else "rope_parameters"], dict)
+    assert raw.get("rope_parameters" if old_style else "rope_scaling") is None
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_an_adapter_keeps_the_scaling_it_was_trained_with(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    model, _ = load(folder, rope_scaling=SPARSE[kind])
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    spread_trained(model)
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = load(tmp_path / "adapter")
+    assert again.spec == model.spec and again.config == model.config
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+    assert "with which the adapter was trained" in again.report()
+    again.save_pretrained(tmp_path / "second")
+    assert load(tmp_path / "second")[0].spec == model.spec
+    asked, _ = load(tmp_path / "adapter", rope_scaling={"rope_type": "linear", "factor": 3.0})
+    assert asked.spec.max_positions == 192
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"rope_type": "spiral"}', '{"factor": 1e999}'])
+def test_a_bad_scaling_in_an_adapter(folder: Path, tmp_path: Path, text: str) -> None:
+    model = FastLanguageModel.get_peft_model(load(folder)[0], r=4)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "purelm.rope_scaling": text})
+    with pytest.raises((AdapterError, ConfigError), match="rope"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

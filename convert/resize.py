@@ -1,0 +1,58 @@
+"""More rows for a vocabulary: asked for, or needed by a pad token that ends nothing."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from ..nn import tree
+from ..nn.spec import ModelSpec
+from ..quant.nf4 import NF4
+from .config import Config
+from .tokenizer import Tokenizer
+from .tokenizer_repair import repair
+
+
+def resized(
+    spec: ModelSpec, params: tree.Tree, config: Config, rows: int
+) -> tuple[ModelSpec, tree.Tree]:
+    """With `rows` rows in the embedding and the head, which `config` is told too.
+
+    New rows are the mean of the old. Raises ArgumentError for fewer rows than there are.
+    """
+    if type(rows) is not int or rows < spec.vocab:
+        raise ArgumentError(
+            f"resize_model_vocab is {rows!r}, expected an integer of at least {spec.vocab}, the "
+            "rows there are: none is thrown away"
+        )
+
+    def grow(path: str, leaf: Any) -> Any:
+        if path not in ("embed.weight", "head.weight") or isinstance(leaf, NF4):
+            return leaf
+        mean = leaf.float().mean(0, keepdim=True).to(leaf.dtype)
+        return torch.cat([leaf, mean.expand(rows - spec.vocab, -1)])
+
+    config.vocab_size = rows
+    return replace(spec, vocab=rows), tree.map_with_path(grow, params)
+
+
+def with_pad_token(
+    tokenizer: Tokenizer,
+    eos_ids: list[int],
+    spec: ModelSpec,
+    params: tree.Tree,
+    config: Config,
+    notes: list[str],
+) -> tuple[ModelSpec, tree.Tree]:
+    """Give the tokenizer a pad token that ends nothing, with a row of its own if need be."""
+    for change in repair(tokenizer, vocab_rows=spec.vocab, eos_ids=eos_ids):
+        if change.rows:
+            spec, params = resized(spec, params, config, spec.vocab + change.rows)
+            notes.append(
+                f"{change.field} was {change.before!r}; no token can serve, so embedding and head "
+                f"grew to {spec.vocab} rows"
+            )
+            return with_pad_token(tokenizer, eos_ids, spec, params, config, notes)
+        notes.append(f"{change.field}: {change.before!r} -> {change.after!r}, {change.why}")
+    return spec, params
