@@ -94,8 +94,9 @@ def apply(
 ) -> "CausalLM":
     """Put fresh adapters on `model`: `arguments` are those of `configure`.
 
-    A model that already wears adapters of this very configuration keeps them. Raises ArgumentError
-    for another configuration, and what `configure` and `plan` raise.
+    A model that already wears adapters which these arguments would give keeps them, trained or
+    reloaded as they are. Raises ArgumentError for other adapters, and what `configure` and `plan`
+    raise.
     """
     names = model.origin.family.names
     config, notes = configure(
@@ -105,33 +106,22 @@ def apply(
         revision=model.origin.revision,
         **arguments,
     )
+    found = plan(config, model.spec, names)
     worn = model.peft_config.get("default")
     if worn is None:
-        found = plan(config, model.spec, names)
         begun = adapter_start.begin(config, found, model.params, names, random_state)
         model.set_adapters(begun.adapters, begun.trained, begun.start)
         model.peft_config = {"default": config}
         model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
-    elif _comparable(worn) != _comparable(config):
+    elif (plan(worn, model.spec, names), worn.lora_dropout) != (found, config.lora_dropout):
+        # What the settings mean is compared: a reloaded adapter's may be worded another way.
         raise ArgumentError(
             "the model already wears adapters with other settings; load it again without them, "
-            f"or give the settings they have: {_comparable(worn).to_dict()}"
+            f"or give the settings they have: {worn.to_dict()}"
         )
     model.residuals = residuals
     model.train()
     return model
-
-
-def _comparable(config: PeftConfig) -> PeftConfig:
-    targets = config.target_modules
-    return replace(
-        config,
-        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        init_lora_weights=True,
-        base_model_name_or_path=None,
-        revision=None,
-        inference_mode=False,
-    )
 
 
 def _targets(

@@ -1,10 +1,12 @@
 """LoRA arguments and adapter files against peft: its files here, ours there, equal logits."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bridged
+import folders
 import peft
 import pytest
 import tiny
@@ -12,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from purelm import FastLanguageModel
 from purelm.convert import adapter_file, peft_config
 from purelm.convert.bridge import CausalLM
 from purelm.convert.peft_config import DEFAULT_TARGETS
@@ -308,6 +311,39 @@ def test_adapters_are_never_thrown_away(tmp_path: Path) -> None:
     assert model.training and all(torch.equal(x, y) for x, y in pairs)
     with pytest.raises(ArgumentError, match="already wears adapters"):
         peft_config.apply(model, r=8)
+
+
+AGAIN: list[dict[str, Any]] = [
+    {},
+    {"target_modules": r".*\.(q|v)_proj"},
+    {"target_modules": ["v_proj", "q_proj"], "layers_to_transform": [1]},
+    {"finetune_last_n_layers": 2, "use_rslora": True, "lora_alpha": 7},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}, "lora_dropout": 0.25},
+    {"target_modules": ["q_proj", "lm_head"], "bias": "lora_only", "modules_to_save": ["norm"]},
+    {"init_lora_weights": "gaussian", "bias": "all"},
+]
+
+
+@pytest.mark.parametrize("given", AGAIN, ids=str)
+def test_a_reloaded_adapter_goes_on(given: dict[str, Any], tmp_path: Path) -> None:
+    """The same get_peft_model keeps what was trained; another one throws nothing away."""
+    folder = tmp_path / "base"
+    folders.whole(folder, "qwen2")
+    load = partial(FastLanguageModel.from_pretrained, dtype="float32", load_in_16bit=True)
+    model = FastLanguageModel.get_peft_model(load(str(folder))[0], r=4, **given)
+    bridged.spread_trained(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = load(str(tmp_path / "adapter"))
+    kept = {name: p.clone() for name, p in again.named_parameters()}
+    FastLanguageModel.get_peft_model(again, r=4, **given)
+    assert again.training and again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(p, kept[name]) for name, p in again.named_parameters())
+    for other in ({"r": 3}, {"lora_alpha": 5}, {"lora_dropout": 0.5}, {"bias": "none"}):
+        changed = {"r": 4, **given, **other}
+        if changed == {"r": 4, **given} or other == {"bias": "none"} and "bias" not in given:
+            continue
+        with pytest.raises(ArgumentError, match="already wears adapters"):
+            FastLanguageModel.get_peft_model(again, **changed)
 
 
 def test_what_is_trained_is_what_was_asked(tmp_path: Path) -> None:
