@@ -1,8 +1,10 @@
-"""The value tables of the quantized formats: NF4's sixteen levels, the signed 8-bit dynamic map.
+"""The value tables of the quantized formats: sixteen levels each of NF4 and FP4, the signed 8-bit
+dynamic map.
 
-NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314), appendix E. Dynamic map: Dettmers et al., "8-bit
-Optimizers via Block-wise Quantization" (arXiv 2110.02861). Both equal bitsandbytes' tables bit
-for bit.
+NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314), appendix E. FP4, bitsandbytes' own: a sign bit,
+then by code the magnitudes 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4. Dynamic map: Dettmers et al.,
+"8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861). All equal bitsandbytes' tables
+bit for bit.
 """
 
 from __future__ import annotations
@@ -32,6 +34,40 @@ NF4_LEVELS = (
 )
 
 
+# By code; the literals are those that round to bitsandbytes' fp32 values.
+_FP4_MAGNITUDES = (
+    0.0,
+    0.0052083334885537624,
+    0.6666666865348816,
+    1.0,
+    0.3333333432674408,
+    0.5,
+    0.1666666716337204,
+    0.25,
+)
+FP4_LEVELS = (*_FP4_MAGNITUDES, 0.0, *(-value for value in _FP4_MAGNITUDES[1:]))
+
+# The values by code of each 4-bit kind.
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+# The code of each value in ascending order; of FP4's two zeros code 0 is the lower.
+ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+
+
+def levels_of(kind: str, device: torch.device | None = None) -> Tensor:
+    """The sixteen values of a 4-bit kind by code, fp32."""
+    return torch.tensor(LEVELS[kind], dtype=torch.float32, device=device)
+
+
+def order_of(kind: str, device: torch.device | None = None) -> Tensor:
+    """The code of each value of a 4-bit kind in ascending order, uint8."""
+    return torch.tensor(ORDER[kind], dtype=torch.uint8, device=device)
+
+
+def thresholds_of(kind: str, device: torch.device | None = None) -> Tensor:
+    """The fifteen midpoints between a 4-bit kind's neighbouring values, fp32, ascending."""
+    return midpoints(levels_of(kind, device)[order_of(kind, device).int()])
+
+
 def nf4_levels(device: torch.device | None = None) -> Tensor:
     """The sixteen NF4 values, fp32, ascending."""
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
@@ -58,12 +94,17 @@ def midpoints(levels: Tensor) -> Tensor:
 
 
 @functools.cache
-def device_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(NF4 levels, NF4 midpoints, dynamic map, its midpoints) on a device, made once for the
-    launches there.
+def device_tables(device: torch.device, kind: str = "nf4") -> tuple[Tensor, ...]:
+    """(levels by code, midpoints, dynamic map, its midpoints, codes in ascending order) on a
+    device, made once for the launches there.
     """
     with torch.inference_mode(False), torch.no_grad():
-        nf4, dynamic = nf4_levels(), dynamic_map()
-        tables = [nf4, midpoints(nf4), dynamic, midpoints(dynamic)]
-        a, b, c, d = (table.to(device) for table in tables)
-    return a, b, c, d
+        dynamic = dynamic_map()
+        tables = [
+            levels_of(kind),
+            thresholds_of(kind),
+            dynamic,
+            midpoints(dynamic),
+            order_of(kind),
+        ]
+        return tuple(table.to(device) for table in tables)

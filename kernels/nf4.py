@@ -1,14 +1,15 @@
-"""NF4: blocks of weights to 4-bit codes and back, with plain or double-quantized block maxima.
+"""NF4 and FP4: blocks of weights to 4-bit codes and back, plain or double-quantized block maxima.
 
 Layout: the weights in storage order, block after block; code 2i in the high nibble of byte i,
 code 2i+1 in the low one; one fp32 absmax a block, the last block may be short. Double
 quantization (arXiv 2305.14314, section 3) stores absmax minus its mean as 8-bit codes of the
 dynamic map, in groups of 256 with one fp32 scale each.
 
-The rule, byte for byte bitsandbytes' on the CPU: code = the number of level midpoints below `w *
-(1 / absmax)`, with `w / absmax` in a short last block and absmax no smaller than 1e-38 in either.
-Dequantized: level * absmax in fp32, then one rounding to the output dtype. absmax of a
-double-quantized weight: map[code] * scale, rounded, + offset, rounded.
+The rule, byte for byte bitsandbytes' on the CPU: the number of level midpoints below `w * (1 /
+absmax)` is the code (in FP4, the rank of its value among the sixteen in ascending order), with `w /
+absmax` in a short last block and absmax no smaller than 1e-38 in either. Dequantized: level * absmax
+in fp32, then one rounding to the output dtype. absmax of a double-quantized weight: map[code] *
+scale, rounded, + offset, rounded.
 
 The references here define the format; the Triton launches are in nf4_launch.py.
 """
@@ -34,7 +35,12 @@ def check_block(block: int) -> None:
         raise KernelError(f"block size {block}: expected one of {', '.join(map(str, BLOCKS))}")
 
 
-def quantize(w: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+def check_kind(kind: str) -> None:
+    if kind not in codebook.LEVELS:
+        raise KernelError(f"4-bit kind {kind!r}: expected one of {', '.join(codebook.LEVELS)}")
+
+
+def quantize(w: Tensor, block: int = 64, kind: str = "nf4") -> tuple[Tensor, Tensor]:
     """(packed uint8 [ceil(n/2)], absmax fp32 [ceil(n/block)]) of the n values of `w` in C order.
 
     `w` is bf16, fp16, fp32 (or fp64, taken as fp32). A block with a NaN or an infinity gets a
@@ -42,15 +48,16 @@ def quantize(w: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     in the code of zero. Raises KernelError.
     """
     check_block(block)
+    check_kind(kind)
     if not w.is_floating_point() or w.dtype not in (*FLOATS, torch.float64):
         raise KernelError(f"dtype {w.dtype}: NF4 quantizes bfloat16, float16, float32 or float64")
     if w.numel() == 0:
         raise KernelError(f"a tensor of shape {tuple(w.shape)} has nothing to quantize")
     flat = w.detach().contiguous().view(-1)
     if on_gpu(flat):
-        packed, absmax = ops.nf4_quantize(flat, block)
+        packed, absmax = ops.nf4_quantize(flat, block, kind)
         return packed, absmax
-    return quantize_reference(flat, block)
+    return quantize_reference(flat, block, kind)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +82,7 @@ def dequantize(
     block: int,
     dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
+    kind: str = "nf4",
 ) -> Tensor:
     """The `count` values, flat, as `dtype`; absmax is fp32 codes' maxima, or uint8 with its scale
     and offset.
@@ -83,6 +91,7 @@ def dequantize(
     KernelError when the parts do not fit each other.
     """
     check_block(block)
+    check_kind(kind)
     _check_parts(packed, absmax, absmax_scale, absmax_offset, count, block)
     if out is not None:
         if out.numel() != count or not out.is_contiguous():
@@ -98,11 +107,11 @@ def dequantize(
     parts = (packed, absmax, absmax_scale, absmax_offset)
     if dtype != torch.float64 and on_gpu(*parts, out):
         if out is not None:
-            ops.nf4_dequantize_into(*parts, out, block)
+            ops.nf4_dequantize_into(*parts, out, block, kind)
             return out
-        values: Tensor = ops.nf4_dequantize(*parts, count, block, dtype)
+        values: Tensor = ops.nf4_dequantize(*parts, count, block, dtype, kind)
         return values
-    values = dequantize_reference(*parts, count, block, dtype)
+    values = dequantize_reference(*parts, count, block, dtype, kind)
     if out is not None:
         out.view(-1).copy_(values)
         return out
@@ -144,9 +153,10 @@ def _check_parts(
         raise KernelError("packed and absmax: expected contiguous tensors")
 
 
-def quantize_reference(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_reference(flat: Tensor, block: int, kind: str = "nf4") -> tuple[Tensor, Tensor]:
     """Plain torch for `quantize`, a few million weights at a time."""
-    thresholds = codebook.midpoints(codebook.nf4_levels(flat.device))
+    thresholds = codebook.thresholds_of(kind, flat.device)
+    order = None if kind == "nf4" else codebook.order_of(kind, flat.device)
     packed, absmax = [], []
     for start in range(0, flat.numel(), REFERENCE_CHUNK):
         piece = flat[start : start + REFERENCE_CHUNK].float()
@@ -163,6 +173,8 @@ def quantize_reference(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
         if piece.numel() % 2:
             scaled.append(piece.new_zeros(1))
         codes = _count_below(torch.cat(scaled), thresholds)
+        if order is not None:
+            codes = order[codes.int()]
         packed.append((codes[0::2] << 4) | codes[1::2])
     return torch.cat(packed), torch.cat(absmax)
 
@@ -210,9 +222,10 @@ def dequantize_reference(
     count: int,
     block: int,
     dtype: torch.dtype,
+    kind: str = "nf4",
 ) -> Tensor:
     """Plain torch for `dequantize`."""
-    levels = codebook.nf4_levels(packed.device)
+    levels = codebook.levels_of(kind, packed.device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
     most = block_absmax(absmax, absmax_scale, absmax_offset)
     pieces: list[Tensor] = []

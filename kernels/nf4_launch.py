@@ -68,6 +68,7 @@ def _quantize_kernel(
     p_packed,
     p_absmax,
     p_mid,
+    p_order,
     count,
     blocks,
     BLOCK: tl.constexpr,
@@ -92,7 +93,10 @@ def _quantize_kernel(
         b_most = tl.broadcast_to(b_safe[:, None], (ROWS, BLOCK))
         b_x = tl.where(m_short[:, None], tl.div_rn(b_w, b_most), b_x)
         b_absmax = tl.where(m_short & (b_absmax < b_tiny), b_tiny, b_absmax)
-    b_code = _nf4_code(b_x, p_mid).to(tl.uint8)
+    b_code = _nf4_code(b_x, p_mid)
+    if p_order is not None:
+        b_code = tl.load(p_order + b_code)
+    b_code = b_code.to(tl.uint8)
     b_first, b_second = tl.split(tl.reshape(b_code, (ROWS, BLOCK // 2, 2)))
     o_byte = o_block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     m_byte = o_byte < (count + 1) // 2
@@ -167,24 +171,26 @@ def _dequantize_kernel(
 
 
 @operator(
-    "nf4_quantize(Tensor flat, int block) -> (Tensor, Tensor)",
-    fake=lambda flat, block: (
+    'nf4_quantize(Tensor flat, int block, str kind="nf4") -> (Tensor, Tensor)',
+    fake=lambda flat, block, kind="nf4": (
         flat.new_empty((flat.shape[0] + 1) // 2, dtype=torch.uint8),
         flat.new_empty((flat.shape[0] + block - 1) // block, dtype=torch.float32),
     ),
 )
-def _launch_quantize(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _launch_quantize(flat: Tensor, block: int, kind: str = "nf4") -> tuple[Tensor, Tensor]:
     count = flat.numel()
     blocks = ceil_div(count, block)
     packed = flat.new_empty(ceil_div(count, 2), dtype=torch.uint8)
     absmax = flat.new_empty(blocks, dtype=torch.float32)
     config = quantize_config(block)
+    tables = codebook.device_tables(flat.device, kind)
     _quantize_kernel(
         (ceil_div(blocks, config.rows),),
         flat.contiguous(),
         packed,
         absmax,
-        codebook.device_tables(flat.device)[1],
+        tables[1],
+        None if kind == "nf4" else tables[4],
         count,
         blocks,
         BLOCK=block,
@@ -230,8 +236,9 @@ def _fill(
     absmax_offset: Tensor | None,
     out: Tensor,
     block: int,
+    kind: str,
 ) -> None:
-    levels, _, dynamic, _ = codebook.device_tables(packed.device)
+    levels, _, dynamic, _, _ = codebook.device_tables(packed.device, kind)
     config = dequantize_config(block)
     width = min(block, UNIT)
     _dequantize_kernel(
@@ -256,8 +263,8 @@ def _fill(
 
 @operator(
     "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset,"
-    " int count, int block, ScalarType dtype) -> Tensor",
-    fake=lambda packed, absmax, scale, offset, count, block, dtype: packed.new_empty(
+    ' int count, int block, ScalarType dtype, str kind="nf4") -> Tensor',
+    fake=lambda packed, absmax, scale, offset, count, block, dtype, kind="nf4": packed.new_empty(
         count, dtype=dtype
     ),
 )
@@ -269,15 +276,16 @@ def _launch_dequantize(
     count: int,
     block: int,
     dtype: torch.dtype,
+    kind: str = "nf4",
 ) -> Tensor:
     out = packed.new_empty(count, dtype=dtype)
-    _fill(packed, absmax, absmax_scale, absmax_offset, out, block)
+    _fill(packed, absmax, absmax_scale, absmax_offset, out, block, kind)
     return out
 
 
 @operator(
     "nf4_dequantize_into(Tensor packed, Tensor absmax, Tensor? absmax_scale,"
-    " Tensor? absmax_offset, Tensor(a!) out, int block) -> ()",
+    ' Tensor? absmax_offset, Tensor(a!) out, int block, str kind="nf4") -> ()',
     fake=lambda *_: None,
     mutates=("out",),
 )
@@ -288,5 +296,6 @@ def _launch_dequantize_into(
     absmax_offset: Tensor | None,
     out: Tensor,
     block: int,
+    kind: str = "nf4",
 ) -> None:
-    _fill(packed, absmax, absmax_scale, absmax_offset, out, block)
+    _fill(packed, absmax, absmax_scale, absmax_offset, out, block, kind)

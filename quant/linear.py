@@ -49,6 +49,7 @@ def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
         leaf.absmax_offset,
         tuple(leaf.shape),
         leaf.block,
+        leaf.kind,
     )
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -57,9 +58,10 @@ def _dense(
     parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     shape: tuple[int, int],
     block: int,
+    kind: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    return kernel.dequantize(*parts, shape[0] * shape[1], block, dtype).view(shape)
+    return kernel.dequantize(*parts, shape[0] * shape[1], block, dtype, kind=kind).view(shape)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -74,19 +76,24 @@ class _FrozenLinear(torch.autograd.Function):
         absmax_offset: Tensor | None,
         shape: tuple[int, int],
         block: int,
+        kind: str,
     ) -> Tensor:
-        weight = _dense((packed, absmax, absmax_scale, absmax_offset), shape, block, x.dtype)
+        weight = _dense((packed, absmax, absmax_scale, absmax_offset), shape, block, kind, x.dtype)
         return torch.nn.functional.linear(x, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, packed, absmax, absmax_scale, absmax_offset, ctx.shape, ctx.block = inputs
+        _, packed, absmax, absmax_scale, absmax_offset, ctx.shape, ctx.block, ctx.kind = inputs
         ctx.save_for_backward(packed, absmax, absmax_scale, absmax_offset)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         packed, absmax, absmax_scale, absmax_offset = ctx.saved_tensors
         weight = _dense(
-            (packed, absmax, absmax_scale, absmax_offset), ctx.shape, ctx.block, grad.dtype
+            (packed, absmax, absmax_scale, absmax_offset),
+            ctx.shape,
+            ctx.block,
+            ctx.kind,
+            grad.dtype,
         )
-        return (grad @ weight, None, None, None, None, None, None)
+        return (grad @ weight, None, None, None, None, None, None, None)

@@ -1,4 +1,6 @@
-"""The NF4 leaf: a frozen weight in 4 bits with everything needed to read it back."""
+"""The NF4 leaf: a frozen weight in 4 bits (NF4, or FP4 as a kind of it) with everything needed to
+read it back.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class NF4:
 
     packed uint8 [ceil(n/2)], first code in the high nibble; absmax fp32 [ceil(n/block)], or under
     double quantization uint8 of that length with absmax_scale fp32 [ceil(blocks/256)] and
-    absmax_offset fp32 []. `dtype` is what it dequantizes to by default. A torch pytree node whose
-    leaves are its tensors.
+    absmax_offset fp32 []. `dtype` is what it dequantizes to by default. `kind` names the
+    sixteen values: "nf4" or "fp4". A torch pytree node whose leaves are its tensors.
     """
 
     packed: Tensor
@@ -31,6 +33,7 @@ class NF4:
     shape: torch.Size
     dtype: torch.dtype
     block: int
+    kind: str = "nf4"
 
     @property
     def device(self) -> torch.device:
@@ -57,8 +60,8 @@ class NF4:
         )
 
 
-def _static(leaf: NF4) -> tuple[torch.Size, torch.dtype, int]:
-    return leaf.shape, leaf.dtype, leaf.block
+def _static(leaf: NF4) -> tuple[torch.Size, torch.dtype, int, str]:
+    return leaf.shape, leaf.dtype, leaf.block, leaf.kind
 
 
 def _split(leaf: NF4) -> tuple[list[Any], Any]:
@@ -74,24 +77,32 @@ def _join(parts: Any, static: Any) -> NF4:
 pytree.register_pytree_node(NF4, _split, _join, serialized_type_name="purelm.NF4")
 
 
-def quantize(w: Tensor, *, block: int = 64, double: bool = True, name: str | None = None) -> NF4:
-    """`w` (bf16, fp16 or fp32, any shape) in NF4, its maxima double-quantized by default.
+def quantize(
+    w: Tensor,
+    *,
+    block: int = 64,
+    double: bool = True,
+    name: str | None = None,
+    kind: str = "nf4",
+) -> NF4:
+    """`w` (bf16, fp16 or fp32, any shape) in NF4 or FP4, its maxima double-quantized by default.
 
     Bytes are bitsandbytes' CPU path's (and on a GPU the same but for the order of one mean).
     Raises KernelError for another dtype or block size, and for NaN or infinite weights, naming
     `name` and their count.
     """
-    packed, absmax = kernel.quantize(w, block)
+    packed, absmax = kernel.quantize(w, block, kind)
     if not bool(torch.isfinite(absmax).all()):
         count = int((~torch.isfinite(w)).sum())
         raise KernelError(
             f"tensor {name!r} {list(w.shape)}: {count} of {w.numel()} values are NaN or infinite; "
-            "NF4 needs finite weights, so load it without quantization or repair the checkpoint"
+            f"{kind.upper()} needs finite weights, so load it without quantization or repair the "
+            "checkpoint"
         )
     scale = offset = None
     if double:
         absmax, scale, offset = kernel.quantize_absmax(absmax)
-    return NF4(packed, absmax, scale, offset, w.shape, w.dtype, block)
+    return NF4(packed, absmax, scale, offset, w.shape, w.dtype, block, kind)
 
 
 def dequantize(leaf: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -111,6 +122,7 @@ def dequantize(leaf: NF4, dtype: torch.dtype | None = None, out: Tensor | None =
         leaf.block,
         dtype or leaf.dtype,
         out,
+        leaf.kind,
     )
     return flat.view(leaf.shape)
 

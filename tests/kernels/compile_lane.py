@@ -48,9 +48,15 @@ def nf4_cases(every: bool) -> Iterator[Case]:
             yield Case(
                 f"nf4_quantize block={block} {dtype}",
                 nf4_launch._quantize_kernel,
-                (dtype, U8, F32, F32, count, count // block),
+                (dtype, U8, F32, F32, None, count, count // block),
                 {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
             )
+        yield Case(
+            f"fp4_quantize block={block}",
+            nf4_launch._quantize_kernel,
+            (BF16, U8, F32, F32, U8, count, count // block),
+            {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
+        )
         config = nf4_launch.dequantize_config(block)
         for dtype, double in itertools.product((F32, F16, BF16), (False, True)):
             absmax = (U8, F32, F32) if double else (F32, None, None)

@@ -1,4 +1,4 @@
-"""NF4 launches equal the reference bit for bit, and the reference equals bitsandbytes' CPU path."""
+"""NF4 and FP4 launches equal the reference bit for bit."""
 
 import pytest
 import shim
@@ -15,6 +15,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = st.sampled_from([32, 64, 128, 1024, 4096])
 COUNTS = st.one_of(st.integers(1, 600), st.sampled_from([1023, 1024, 1025, 4095, 4096, 4097, 8193]))
 SEEDS = st.integers(0, 2**31)
+KINDS = st.sampled_from(["nf4", "fp4"])
 
 
 def weights(count: int, seed: int, dtype: torch.dtype, kind: str = "normal") -> torch.Tensor:
@@ -45,11 +46,12 @@ def quantized(w: torch.Tensor, block: int, double: bool):
     seed=SEEDS,
     dtype=st.sampled_from(FLOATS),
     kind=st.sampled_from(["normal", "zeros", "spike", "denormal"]),
+    levels=KINDS,
 )
-def test_quantize(count, block, seed, dtype, kind):
+def test_quantize(count, block, seed, dtype, kind, levels):
     w = weights(count, seed, dtype, kind)
-    packed, absmax = nf4.quantize(w, block)
-    want_packed, want_absmax = nf4.quantize_reference(w, block)
+    packed, absmax = nf4.quantize(w, block, levels)
+    want_packed, want_absmax = nf4.quantize_reference(w, block, levels)
     assert torch.equal(packed, want_packed)
     assert torch.equal(absmax, want_absmax)
 
@@ -70,29 +72,32 @@ def test_quantize_absmax(count, seed, scale):
     dtype=st.sampled_from(FLOATS),
     double=st.booleans(),
     into=st.booleans(),
+    kind=KINDS,
 )
-def test_dequantize(count, block, seed, dtype, double, into):
+def test_dequantize(count, block, seed, dtype, double, into, kind):
     parts = quantized(weights(count, seed, torch.float32), block, double)
     out = torch.full((count,), float("nan"), dtype=dtype) if into else None
-    got = nf4.dequantize(*parts, count, block, dtype, out)
+    got = nf4.dequantize(*parts, count, block, dtype, out, kind)
     assert got.dtype == dtype and (out is None or got is out)
-    assert torch.equal(got, nf4.dequantize_reference(*parts, count, block, dtype))
+    assert torch.equal(got, nf4.dequantize_reference(*parts, count, block, dtype, kind))
 
 
-def test_every_byte_at_every_place():
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_byte_at_every_place(kind):
     packed = torch.arange(256, dtype=torch.uint8).repeat(32)
     absmax = torch.linspace(1e-3, 10, packed.numel() * 2 // 64)
     for dtype in FLOATS:
-        got = nf4.dequantize(packed, absmax, None, None, packed.numel() * 2, 64, dtype)
-        levels = torch.tensor(nf4.codebook.NF4_LEVELS)
+        got = nf4.dequantize(packed, absmax, None, None, packed.numel() * 2, 64, dtype, kind=kind)
+        levels = torch.tensor(nf4.codebook.LEVELS[kind])
         codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1, 64).int()
         assert torch.equal(got.view(-1, 64), (levels[codes] * absmax[:, None]).to(dtype))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3e-5, 811.0, 1e-30])
-def test_near_thresholds(scale):
+def test_near_thresholds(scale, kind):
     """At four floats either side of each threshold the launch and the reference agree."""
-    mids = nf4.codebook.midpoints(nf4.codebook.nf4_levels()) * scale
+    mids = nf4.codebook.thresholds_of(kind) * scale
     near = [mids]
     for direction in (float("inf"), float("-inf")):
         at = mids
@@ -102,8 +107,8 @@ def test_near_thresholds(scale):
     values = torch.cat(near)
     rows = torch.nn.functional.pad(values.view(-1, 15), (1, 16))
     rows[:, 0] = scale
-    packed, absmax = nf4.quantize(rows, 32)
-    want = nf4.quantize_reference(rows.reshape(-1), 32)
+    packed, absmax = nf4.quantize(rows, 32, kind)
+    want = nf4.quantize_reference(rows.reshape(-1), 32, kind)
     assert torch.equal(packed, want[0]) and torch.equal(absmax, want[1])
 
 
@@ -128,6 +133,8 @@ def test_order_of_programs_does_not_matter():
 def test_block_sizes_that_are_refused(block):
     with pytest.raises(KernelError, match=f"block size {block}"):
         nf4.quantize(torch.ones(64), block)
+    with pytest.raises(KernelError, match="kind 'int4': expected one of nf4, fp4"):
+        nf4.quantize(torch.ones(64), 64, "int4")
 
 
 def test_parts_that_do_not_fit():

@@ -12,9 +12,10 @@ FLOATS = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4)])
-def test_nf4_equals_its_dense_weight(dtype, double, shape):
-    leaf = quantize(torch.randn(12, 40), double=double)
+def test_nf4_equals_its_dense_weight(dtype, double, shape, kind):
+    leaf = quantize(torch.randn(12, 40), double=double, kind=kind)
     bias = torch.randn(12)
     x = torch.randn(*shape, 40).to(dtype).requires_grad_()
     y = linear(x, leaf, bias)

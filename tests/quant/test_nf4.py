@@ -1,4 +1,4 @@
-"""NF4 leaves: bitsandbytes' bytes, its error table, pytree behaviour, typed errors."""
+"""NF4 and FP4 leaves: bitsandbytes' bytes, its error table, pytree behaviour, typed errors."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from purelm.quant.nf4 import NF4, dequantize, nbytes, quantize
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+KINDS = st.sampled_from(["nf4", "fp4"])
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,10 @@ def bnb():
         yield functional
 
 
-def same_as_bnb(bnb, w, block, double):
-    leaf = quantize(w, block=block, double=double)
+def same_as_bnb(bnb, w, block, double, levels):
+    leaf = quantize(w, block=block, double=double, kind=levels)
     packed, state = bnb.quantize_4bit(
-        w, blocksize=block, quant_type="nf4", compress_statistics=double
+        w, blocksize=block, quant_type=levels, compress_statistics=double
     )
     assert torch.equal(leaf.packed, packed.flatten())
     assert torch.equal(leaf.absmax, state.absmax)
@@ -37,6 +38,7 @@ def same_as_bnb(bnb, w, block, double):
 def test_tables(bnb):
     assert torch.equal(codebook.dynamic_map(), bnb.create_dynamic_map())
     assert torch.equal(codebook.nf4_levels(), bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(codebook.levels_of("fp4"), bnb.get_4bit_type("fp4", device="cpu"))
 
 
 @given(
@@ -48,8 +50,9 @@ def test_tables(bnb):
     double=st.booleans(),
     kind=st.sampled_from(["normal", "heavy", "zeros", "denormal", "spike", "tiny"]),
     seed=st.integers(0, 2**31),
+    levels=KINDS,
 )
-def test_bytes_of_bitsandbytes(bnb, shape, block, dtype, double, kind, seed):
+def test_bytes_of_bitsandbytes(bnb, shape, block, dtype, double, kind, seed, levels):
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(shape, generator=g)
     if kind == "heavy":
@@ -63,7 +66,7 @@ def test_bytes_of_bitsandbytes(bnb, shape, block, dtype, double, kind, seed):
         w.view(-1)[seed % w.numel()] = 1e4
     elif kind == "tiny":
         w = w * 1e-3
-    leaf, packed, state = same_as_bnb(bnb, w.to(dtype), block, double)
+    leaf, packed, state = same_as_bnb(bnb, w.to(dtype), block, double, levels)
     if len(shape) == 2 and shape[1] < block:
         # Its vectorised CPU path reads the wrong maximum where a row is shorter than a block.
         return
@@ -71,9 +74,10 @@ def test_bytes_of_bitsandbytes(bnb, shape, block, dtype, double, kind, seed):
     assert torch.equal(dequantize(leaf), want)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3e-5, 811.0, 1e-30])
-def test_bytes_near_thresholds(bnb, scale):
-    mids = codebook.midpoints(codebook.nf4_levels()) * scale
+def test_bytes_near_thresholds(bnb, scale, kind):
+    mids = codebook.thresholds_of(kind) * scale
     near = [mids]
     for direction in (float("inf"), float("-inf")):
         at = mids
@@ -82,7 +86,7 @@ def test_bytes_near_thresholds(bnb, scale):
             near.append(at)
     rows = torch.nn.functional.pad(torch.stack(near), (1, 48))
     rows[:, 0] = scale
-    same_as_bnb(bnb, rows, 64, False)
+    same_as_bnb(bnb, rows, 64, False, kind)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -136,6 +140,16 @@ def test_round_trip_is_idempotent_and_bounded(count, block, dtype, seed):
     # Half the widest gap between levels, times the block's maximum.
     bound = leaf.absmax.repeat_interleave(block)[:count] * ((1.0 - 0.6961928) / 2 + 1e-6)
     assert bool(((back - w.float()).abs() <= bound).all())
+
+
+def test_kind_goes_with_the_leaf():
+    w = torch.randn(6, 10)
+    leaf = quantize(w, kind="fp4")
+    parts, structure = torch.utils._pytree.tree_flatten(leaf)
+    assert torch.utils._pytree.tree_unflatten(parts, structure).kind == "fp4"
+    assert leaf.to("cpu").kind == "fp4" and quantize(w).kind == "nf4"
+    assert structure != torch.utils._pytree.tree_structure(quantize(w))
+    assert not torch.equal(dequantize(leaf), dequantize(quantize(w)))
 
 
 def test_leaf_is_a_pytree_node():
