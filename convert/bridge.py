@@ -164,6 +164,7 @@ class CausalLM(nn.Module):
                     leaf.shape,
                     leaf.dtype,
                     leaf.block,
+                    leaf.kind,
                 )
             value = nn.Parameter(leaf, requires_grad=trained(path))
             node.register_parameter(prefix + name, value)

@@ -6,10 +6,10 @@ quantization (arXiv 2305.14314, section 3) stores absmax minus its mean as 8-bit
 dynamic map, in groups of 256 with one fp32 scale each.
 
 The rule, byte for byte bitsandbytes' on the CPU: the number of level midpoints below `w * (1 /
-absmax)` is the code (in FP4, the rank of its value among the sixteen in ascending order), with `w /
-absmax` in a short last block and absmax no smaller than 1e-38 in either. Dequantized: level * absmax
-in fp32, then one rounding to the output dtype. absmax of a double-quantized weight: map[code] *
-scale, rounded, + offset, rounded.
+absmax)` is the code (in FP4, the rank of its value among the sixteen in ascending order), with
+`w / absmax` in a short last block and absmax no smaller than 1e-38 in either. Dequantized: level *
+absmax in fp32, then one rounding to the output dtype. absmax of a double-quantized weight:
+map[code] * scale, rounded, + offset, rounded.
 
 The references here define the format; the Triton launches are in nf4_launch.py.
 """
