@@ -24,7 +24,7 @@ HARMLESS = frozenset(
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens tf_legacy_loss
+    suppress_tokens begin_suppress_tokens tf_legacy_loss cache_implementation
     """.split()
 )
 
@@ -35,7 +35,11 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "hidden_dropout_prob": (0, None),
     "embd_pdrop": (0, None),
     "resid_pdrop": (0, None),
+    "residual_dropout": (0, None),
+    "embedding_dropout": (0, None),
     "rope_interleaved": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "attn_logit_softcapping": (None,),
 }
 
 
@@ -80,6 +84,20 @@ class Fields:
         if not plain or not above < value <= sys.float_info.max:
             raise self.error(f"{name} is {value!r:.200}, expected a number above {above:g}")
         return float(value)
+
+    def integer_or_null(self, name: str, default: int | None) -> int | None:
+        """A positive integer, or null; `default` only where the field is absent."""
+        self.taken.add(name)
+        if self.raw.get(name, default) is None:
+            return None
+        return self.integer(name, default)
+
+    def number_or_null(self, name: str, default: float | None) -> float | None:
+        """A positive number, or null; `default` only where the field is absent."""
+        self.taken.add(name)
+        if self.raw.get(name, default) is None:
+            return None
+        return self.number(name, default)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """A boolean."""

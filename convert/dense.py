@@ -1,5 +1,8 @@
 """The fields that dense decoders have in common, read into a `ModelSpec`."""
 
+from dataclasses import replace
+from typing import Any
+
 from ..nn.spec import (
     Activation,
     AttentionSpec,
@@ -7,6 +10,7 @@ from ..nn.spec import (
     MLPSpec,
     ModelSpec,
     NormSpec,
+    RopeSpec,
 )
 from .config_fields import Fields
 from .rope_config import context, rope_spec
@@ -28,13 +32,23 @@ def dense_spec(
     head_dim: int | None = None,
     kv_heads: int | None = None,
     max_positions: int = 2048,
+    theta: float = 10000.0,
+    tied: bool = False,
     qkv_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
-    qk_norm: bool = False,
+    norm: NormSpec | None = None,
+    qk_norm: NormSpec | bool = False,
+    activation: Activation | None = None,
+    scale: float | None = None,
     windows: tuple[int | None, ...] | None = None,
+    ropes: tuple[RopeSpec | None, ...] | None = None,
 ) -> ModelSpec:
-    """A pre-norm decoder in Llama's vocabulary; the keywords are the family's own defaults."""
+    """A pre-norm decoder in Llama's vocabulary; the keywords are the family's own defaults.
+
+    norm, activation, scale: in place of what rms_norm_eps, hidden_act and the head width say.
+    qk_norm: True for one like `norm`. windows, ropes: one a layer.
+    """
     dim = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     depth = fields.integer("num_hidden_layers")
@@ -43,41 +57,82 @@ def dense_spec(
         raise fields.error(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}"
         )
-    width = fields.integer("head_dim", head_dim or dim // heads)
-    if not fields.has("head_dim") and head_dim is None and dim % heads:
-        raise fields.error(f"hidden_size {dim} is no multiple of num_attention_heads {heads}")
+    width = head_width(fields, head_dim)
     positions = fields.integer("max_position_embeddings", max_positions)
-    norm = NormSpec(eps=fields.number("rms_norm_eps", 1e-6))
-    rope = rope_spec(fields, width, positions, theta=10000.0)
+    norm = norm or NormSpec(eps=fields.number("rms_norm_eps", 1e-6))
+    ropes = ropes or (rope_spec(fields, width, positions, theta),) * depth
+    windows = windows or (None,) * depth
     mlp = MLPSpec(
         dim=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
+        activation=fields.choice("hidden_act", ACTIVATIONS, "silu")
+        if activation is None
+        else activation,
         bias=mlp_bias,
     )
 
-    def layer(window: int | None) -> LayerSpec:
+    def layer(window: int | None, rope: RopeSpec | None) -> LayerSpec:
         attention = AttentionSpec(
             heads=heads,
             kv_heads=kv,
             head_dim=width,
-            scale=width**-0.5,
+            scale=width**-0.5 if scale is None else scale,
             rope=rope,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
-            qk_norm=norm if qk_norm else None,
+            qk_norm=(norm if qk_norm else None) if isinstance(qk_norm, bool) else qk_norm,
             window=window,
         )
         return LayerSpec(norm=norm, attention=attention, mlp=mlp)
 
+    reach = [context(rope, positions) for rope in ropes if rope is not None]
     return ModelSpec(
         vocab=fields.integer("vocab_size"),
         dim=dim,
-        layers=tuple(layer(w) for w in windows or (None,) * depth),
+        layers=tuple(map(layer, windows, ropes)),
         norm=norm,
-        max_positions=context(rope, positions),
-        tied=fields.flag("tie_word_embeddings", False),
+        max_positions=max(reach, default=positions),
+        tied=fields.flag("tie_word_embeddings", tied),
         init_std=fields.number("initializer_range", 0.02, above=-1.0),
     )
+
+
+def head_width(fields: Fields, default: int | None = None) -> int:
+    """`head_dim`, which is the model's width over its heads where nothing else is said."""
+    dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if not fields.has("head_dim") and default is None and dim % heads:
+        raise fields.error(f"hidden_size {dim} is no multiple of num_attention_heads {heads}")
+    return fields.integer("head_dim", default or dim // heads)
+
+
+def with_layers(spec: ModelSpec, **changes: Any) -> ModelSpec:
+    """The spec with these fields in every layer."""
+    return replace(spec, layers=tuple(replace(layer, **changes) for layer in spec.layers))
+
+
+def with_attention(spec: ModelSpec, **changes: Any) -> ModelSpec:
+    """The spec with these fields in every layer's attention."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        return replace(layer, attention=replace(layer.attention, **changes))
+
+    return replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def layer_types(fields: Fields, every: int) -> list[str]:
+    """`layer_types`; where there are none, each `every`-th layer is full and the others slide."""
+    depth = fields.integer("num_hidden_layers")
+    types = fields.texts("layer_types", depth, ("full_attention", "sliding_attention"))
+    if types is None:
+        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
+    return types
+
+
+def typed_windows(fields: Fields, types: list[str], default: int) -> tuple[int | None, ...]:
+    """Each layer's window: `sliding_window` where its type says so."""
+    window = fields.integer_or_null("sliding_window", default)
+    if window is None and "sliding_attention" in types:
+        raise fields.error("sliding_window is null, and layer_types has sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def sliding_windows(fields: Fields) -> tuple[int | None, ...]:

@@ -23,6 +23,12 @@ QK_NORMS = {
     "layers.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
     "layers.*.attn.k_norm": "model.layers.*.self_attn.k_norm",
 }
+# A norm before and one after each branch; Gemma 2's names.
+SANDWICH_NORMS = {
+    "layers.*.attn_post_norm": "model.layers.*.post_attention_layernorm",
+    "layers.*.mlp_norm": "model.layers.*.pre_feedforward_layernorm",
+    "layers.*.mlp_post_norm": "model.layers.*.post_feedforward_layernorm",
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class Names:
 
 
 def names(*tables: dict[str, str]) -> Names:
-    """The table with all these rows."""
-    return Names(tuple(row for table in tables for row in table.items()))
+    """The table with all these rows; a later one replaces an earlier one of the same module."""
+    return Names(tuple({ours: hf for table in tables for ours, hf in table.items()}.items()))
 
 
 def _translate(table: dict[str, str], path: str) -> str:

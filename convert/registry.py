@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..nn.spec import ModelSpec
 from .config_fields import Fields
-from .families import llama, mistral, qwen2, qwen3
+from .families import gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3
 from .names import Names
 
 
@@ -39,6 +39,9 @@ FAMILIES = {
         Family("mistral", mistral, "MistralForCausalLM"),
         Family("qwen2", qwen2, "Qwen2ForCausalLM"),
         Family("qwen3", qwen3, "Qwen3ForCausalLM"),
+        Family("gemma", gemma, "GemmaForCausalLM"),
+        Family("gemma2", gemma2, "Gemma2ForCausalLM"),
+        Family("gemma3_text", gemma3_text, "Gemma3ForCausalLM"),
     )
 }
 

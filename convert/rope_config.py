@@ -85,6 +85,35 @@ def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -
     )
 
 
+def typed_ropes(
+    fields: Fields, head_dim: int, max_positions: int, thetas: dict[str, float]
+) -> dict[str, RopeSpec]:
+    """A rotary embedding for each type of layer in `thetas`, its default base.
+
+    `rope_parameters` has an object for each; the old fields are `rope_theta` and `rope_scaling`
+    for full_attention and `rope_local_base_freq` for sliding_attention (Gemma 3).
+    """
+    given = fields.take("rope_parameters", {})
+    if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        raise fields.error(f"rope_parameters is {given!r:.200}, expected an object per layer type")
+    if unknown := sorted(given.keys() - thetas):
+        raise fields.error(f"rope_parameters has {unknown}, expected {', '.join(thetas)}")
+    if not given:
+        old = {"rope_scaling": fields.take("rope_scaling", {})}
+        bases = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+        found = {kind: fields.take(name, thetas[kind]) for kind, name in bases.items()}
+        inner = {
+            kind: {"rope_theta": base, **(old if kind == "full_attention" else {})}
+            for kind, base in found.items()
+        }
+    else:
+        inner = {kind: {"rope_parameters": given.get(kind, {})} for kind in thetas}
+    return {
+        kind: rope_spec(Fields(inner[kind], fields.file), head_dim, max_positions, theta)
+        for kind, theta in thetas.items()
+    }
+
+
 def context(rope: RopeSpec, max_positions: int) -> int:
     """The positions a model takes: "dynamic" begins to act where those of its config end."""
     return int(max_positions * rope.factor) if rope.kind == "dynamic" else max_positions

@@ -1,12 +1,40 @@
-"""Causal attention over grouped heads, and which keys a query may see."""
+"""Causal attention over grouped heads: q and k prepared, and which keys a query may see."""
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels.attention import Documents, attention
+from ..kernels.rope import rope_qk
+from . import tree
 from .layout import Layout
+from .norm import norm
+from .rope import Table
+from .spec import AttentionSpec, NormSpec
 
 Visible = torch.Tensor | Documents | None
+
+
+def rotated(
+    q: torch.Tensor, k: torch.Tensor, p: tree.Tree, spec: AttentionSpec, table: Table | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw q [b, s, h, d] and k [b, s, k, d], normalised and rotated where the spec says so."""
+    if spec.qk_norm is not None:
+        q = _head_norm(q, p["q_norm"], spec, spec.qk_norm)
+        k = _head_norm(k, p["k_norm"], spec, spec.qk_norm)
+    if spec.rope is None or table is None:
+        return q, k
+    turned: tuple[torch.Tensor, torch.Tensor] = rope_qk(
+        q, k, *table, interleaved=spec.rope.interleaved
+    )
+    return turned
+
+
+def _head_norm(
+    x: torch.Tensor, p: dict[str, torch.Tensor], spec: AttentionSpec, how: NormSpec
+) -> torch.Tensor:
+    if spec.qk_norm_over == "width":
+        return norm(x.flatten(-2), p, how).view(x.shape)
+    return norm(x, p, how)
 
 
 def visible(
@@ -38,12 +66,21 @@ def visible(
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seen: Visible
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seen: Visible,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v for q [b, s, h, d], k and v [b, S, k, d] -> [b, s, h, d].
 
     Statistics in fp32. Without `seen`, S is s or s is 1: every query sees all keys up to its own.
+    With a soft cap the scores are written out, [b, h, s, S] in fp32: no fused backend has one.
     """
+    if softcap is not None:
+        return _capped(q, k, v, scale, seen, softcap)
     if isinstance(seen, Documents) or (seen is None and q.shape[1] > 1):
         return attention(q, k, v, scale=scale, documents=seen)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -55,3 +92,30 @@ def attend(
         q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
+
+
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Visible, softcap: float
+) -> torch.Tensor:
+    """`attend` with scores softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, sec. 2)."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_mask(seen, q.shape[1], k.shape[1], q.device), float("-inf"))
+    # A row of padding may see nothing: zeros instead of NaN.
+    weights = scores.softmax(-1).nan_to_num(0.0).to(q.dtype)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def _mask(seen: Visible, s: int, total: int, device: torch.device) -> torch.Tensor:
+    """`seen` written out, broadcastable to [b, h, s, S]."""
+    if isinstance(seen, torch.Tensor):
+        return seen
+    index = torch.arange(total, device=device)
+    mask = index[None, :] <= index[total - s :, None]
+    if isinstance(seen, Documents):
+        document = torch.bucketize(index, seen.cu_seqlens[1:].long(), right=True)
+        mask = mask & (document[None, :] == document[:, None])
+    return mask

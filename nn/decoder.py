@@ -10,27 +10,21 @@ import torch.nn.functional as F
 
 from ..kernels.attention import Documents
 from ..kernels.gated import gated
-from ..kernels.rms_norm import rms_norm
-from ..kernels.rope import rope_qk
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import rope, tree
-from .attention import Visible, attend, visible
+from .attention import Visible, attend, rotated, visible
 from .cache import Cache
 from .fast_layer import Layer as FastLayer
 from .layout import Layout, dense
 from .linear import linear, project
+from .norm import add, norm
 from .offload import Offload
 from .remat import remat
 from .residuals import Policy
-from .spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec
+from .spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec
 
 Buffers = tuple[torch.Tensor, torch.Tensor, int]
-
-
-def norm(x: torch.Tensor, p: dict[str, torch.Tensor], spec: NormSpec) -> torch.Tensor:
-    """RMSNorm over the last axis."""
-    return rms_norm(x, p["weight"], spec.eps, offset=spec.offset, cast_first=spec.cast_first)
 
 
 def attention(
@@ -38,7 +32,7 @@ def attention(
     p: tree.Tree,
     adapters: tree.Tree,
     spec: AttentionSpec,
-    table: rope.Table,
+    table: rope.Table | None,
     seen: Visible,
     buffers: Buffers | None = None,
     seed: int | None = None,
@@ -50,13 +44,11 @@ def attention(
     q = q.view(b, s, spec.heads, spec.head_dim)
     k = k.view(b, s, spec.kv_heads, spec.head_dim)
     v = v.view(b, s, spec.kv_heads, spec.head_dim)
-    if spec.qk_norm is not None:
-        q, k = norm(q, p["q_norm"], spec.qk_norm), norm(k, p["k_norm"], spec.qk_norm)
-    q, k = rope_qk(q, k, *table)
+    q, k = rotated(q, k, p, spec, table)
     if buffers is not None:
         keys, values, at = buffers
         k, v = kv.write(keys, k, at), kv.write(values, v, at)
-    out = attend(q, k, v, scale=spec.scale, seen=seen).reshape(b, s, -1)
+    out = attend(q, k, v, scale=spec.scale, seen=seen, softcap=spec.softcap).reshape(b, s, -1)
     return linear(out, p["o"], get("o"), _next(seed, 3))
 
 
@@ -74,7 +66,7 @@ def layer(
     x: torch.Tensor,
     p: tree.Tree,
     adapters: tree.Tree,
-    table: rope.Table,
+    table: rope.Table | None,
     seen: Visible,
     *,
     spec: LayerSpec,
@@ -83,12 +75,15 @@ def layer(
 ) -> torch.Tensor:
     """One decoder layer: x [b, s, e] -> [b, s, e]."""
     adapters = adapters or {}
-    inner = norm(x, p["attn_norm"], spec.norm)
-    x = x + attention(
+    inner = norm(x, p["attn_norm"], spec.norm) if spec.pre_norm else x
+    branch = attention(
         inner, p["attn"], adapters.get("attn"), spec.attention, table, seen, buffers, seed
     )
-    inner = norm(x, p["mlp_norm"], spec.norm)
-    return x + mlp(inner, p["mlp"], adapters.get("mlp"), spec, seed)
+    mid = add(x, branch, p.get("attn_post_norm"), spec)
+    if not spec.parallel:
+        inner = norm(mid, p["mlp_norm"], spec.norm) if spec.pre_norm else mid
+    branch = mlp(inner, p["mlp"], adapters.get("mlp"), spec, seed)
+    return add(mid, branch, p.get("mlp_post_norm"), spec)
 
 
 def hidden(
@@ -131,6 +126,15 @@ def extend(
     return out, grown
 
 
+def embed(params: tree.Tree, spec: ModelSpec, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [b, s] -> their scaled embeddings [b, s, e]."""
+    x = F.embedding(tokens, params["embed"]["weight"])
+    if spec.embed_scale == 1.0:
+        return x
+    rounded = torch.tensor(spec.embed_scale, dtype=x.dtype).item()
+    return x * (rounded if spec.embed_scale_rounded else spec.embed_scale)
+
+
 def _run(
     params: tree.Tree,
     spec: ModelSpec,
@@ -141,13 +145,14 @@ def _run(
     residuals: Policy | None,
     seed: int | None,
 ) -> tuple[torch.Tensor, Cache | None]:
-    x = F.embedding(tokens, params["embed"]["weight"])
+    x = embed(params, spec, tokens)
     start, segments = 0, layout.segments
     if cache is not None:
         start = cache.length
         cache = kv.note(cache, layout)
         segments = None if cache.segments is None else cache.segments[:, : cache.length]
-    tables = {r: rope.table(r, layout.positions) for r in spec.ropes()}
+    tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
+    tables.update({r: rope.table(r, layout.positions) for r in spec.ropes()})
     windows = {layer_spec.attention.window for layer_spec in spec.layers}
     seen = {w: visible(layout, segments, start, w) for w in windows}
     policy = residuals if torch.is_grad_enabled() else None
@@ -160,7 +165,7 @@ def _run(
             x = layer(*args, seen[a.window], spec=layer_spec, buffers=buffers)
         elif policy is None:
             x = layer(*args, seen[a.window], spec=layer_spec, seed=layer_seed)
-        elif covers(p, seen[a.window]):
+        elif covers(p, seen[a.window]) and uncovered(layer_spec) is None:
             documents = cast("Documents | None", seen[a.window])
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
             fast = FastLayer(i, layer_spec, documents, policy, offload, layer_seed, last)
@@ -177,6 +182,13 @@ def covers(p: tree.Tree, seen: Visible) -> bool:
     return not any(t.requires_grad for t in tree.tensors(p))
 
 
+def uncovered(spec: LayerSpec) -> str | None:
+    """What of a layer `fast_layer` has no code for; None where it has all."""
+    if spec.attention.softcap is not None:
+        return "soft-capped scores"
+    return None
+
+
 def _again(spec: LayerSpec, seed: int | None) -> Any:
     """The layer through autograd, run a second time in backward."""
     return remat(lambda *args: layer(*args, spec=spec, seed=seed))
@@ -188,8 +200,14 @@ def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:
 
 
 def logits(params: tree.Tree, spec: ModelSpec, x: torch.Tensor) -> torch.Tensor:
-    """Hidden states [..., e] -> logits [..., v]."""
-    return base_linear(x, head_weight(params, spec))
+    """Hidden states [..., e] -> logits [..., v], scaled and capped (in fp32, rounded once)."""
+    out = base_linear(x, head_weight(params, spec))
+    if spec.logit_scale == 1.0 and spec.logit_softcap is None:
+        return out
+    wide = out.to(torch.promote_types(out.dtype, torch.float32)) * spec.logit_scale
+    if spec.logit_softcap is not None:
+        wide = torch.tanh(wide / spec.logit_softcap) * spec.logit_softcap
+    return wide.to(x.dtype)
 
 
 def forward(

@@ -12,14 +12,17 @@ from torch.utils import _pytree
 
 from ..kernels.attention import Documents, Saved, attention_backward, attention_forward
 from ..kernels.gated import gated
-from ..kernels.rms_norm import rms_norm
-from ..kernels.rope import rope_qk
 from . import rope, tree
+from .attention import rotated
 from .linear import Grads, Wanted, linear, project, pull
 from .lora import LoRA
+from .norm import add, norm
 from .offload import Offload
 from .residuals import Policy
-from .spec import AttentionSpec, LayerSpec, NormSpec
+from .spec import AttentionSpec, LayerSpec
+
+# What o and down make, of which a layer with norms after its branches needs the values.
+BRANCHES = ("attn_branch", "mlp_branch")
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -42,11 +45,11 @@ class Layer:
         self.stays = stays  # on the device, whatever the policy sends away
 
     def fate(self, name: str) -> str:
-        fate: str = getattr(self.policy, name)
+        fate: str = getattr(self.policy, "mid" if name in BRANCHES else name)
         return "keep" if fate == "offload" and self.stays else fate
 
     def run(
-        self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table
+        self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table | None
     ) -> torch.Tensor:
         """x [b, s, e] -> [b, s, e], differentiable in x and the adapters."""
         bound = _Bound(self, p, _cast(adapters, x.dtype), table, dict(tree.items(adapters)))
@@ -56,16 +59,29 @@ class Layer:
 
     # The pieces, each a function of what it reads.
 
-    def _norm(
-        self, x: torch.Tensor, p: dict[str, torch.Tensor], spec: NormSpec | None = None
-    ) -> torch.Tensor:
-        spec = spec or self.spec.norm
-        return rms_norm(x, p["weight"], spec.eps, offset=spec.offset, cast_first=spec.cast_first)
+    def _attn_in(self, x: torch.Tensor, p: tree.Tree) -> torch.Tensor:
+        return norm(x, p["attn_norm"], self.spec.norm) if self.spec.pre_norm else x
+
+    def _mlp_in(self, mid: torch.Tensor, p: tree.Tree) -> torch.Tensor:
+        if self.spec.parallel:
+            return self._attn_in(mid, p)
+        return norm(mid, p["mlp_norm"], self.spec.norm) if self.spec.pre_norm else mid
+
+    def _branch_backward(self, dy: torch.Tensor, branch: Any, p: Any) -> torch.Tensor:
+        """From the gradient of `add(x, branch, p, spec)` to that of `branch`."""
+        dy = dy if self.spec.residual_scale == 1.0 else dy * self.spec.residual_scale
+        if p is None:
+            return dy
+        with torch.enable_grad():
+            branch = branch.detach().requires_grad_()
+            normed = norm(branch, p, self.spec.norm)
+        found: torch.Tensor = torch.autograd.grad(normed, branch, dy)[0]
+        return found
 
     def _qkv(self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> Heads:
         """The raw heads of layer input x, before q/k norm and rotation."""
         a: AttentionSpec = self.spec.attention
-        inner = self._norm(x, p["attn_norm"])
+        inner = self._attn_in(x, p)
         q, k, v = project(inner, *_picked(p["attn"], adapters, "attn", "qkv"), self.seed)
         b, s, _ = x.shape
         return (
@@ -74,44 +90,39 @@ class Layer:
             v.view(b, s, a.kv_heads, a.head_dim),
         )
 
-    def _rotated(
-        self, q: torch.Tensor, k: torch.Tensor, p: tree.Tree, table: rope.Table
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        qk_norm = self.spec.attention.qk_norm
-        if qk_norm is not None:
-            q = self._norm(q, p["attn"]["q_norm"], qk_norm)
-            k = self._norm(k, p["attn"]["k_norm"], qk_norm)
-        rotated: tuple[torch.Tensor, torch.Tensor] = rope_qk(q, k, *table)
-        return rotated
-
-    def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table) -> Saved:
+    def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table | None) -> Saved:
         q, k, v = heads
-        q, k = self._rotated(q, k, p, table)
+        q, k = rotated(q, k, p["attn"], self.spec.attention, table)
         scale = self.spec.attention.scale
         return attention_forward(q, k, v, scale=scale, documents=self.documents)
 
     def _gate_up(self, mid: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> list[torch.Tensor]:
-        inner = self._norm(mid, p["mlp_norm"])
+        inner = self._mlp_in(mid, p)
         picked = _picked(p["mlp"], adapters, "mlp", ("gate", "up"))
         return list(project(inner, *picked, _plus(self.seed, 4)))
 
     # The two directions.
 
     def forward(
-        self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table
+        self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """The output and every residual by name."""
         heads = self._qkv(x, p, adapters)
         saved = self._attend(heads, p, table)
         out = saved.out.reshape(*x.shape[:2], -1)
-        mid = x + linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), _plus(self.seed, 3))
-        gate, up = self._gate_up(mid, p, adapters)
+        o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), _plus(self.seed, 3))
+        mid = add(x, o, p.get("attn_post_norm"), self.spec)
+        gate, up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
         hidden = gated(gate, up, self.spec.mlp.activation)
         down = linear(
             hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), _plus(self.seed, 6)
         )
-        residuals = {"x": x, "qkv": heads, "out": saved, "mid": mid, "gate_up": [gate, up]}
-        return mid + down, residuals
+        residuals = {"x": x, "qkv": heads, "out": saved, "gate_up": [gate, up]}
+        if not self.spec.parallel:
+            residuals["mid"] = mid
+        if self.spec.post_norm:
+            residuals.update(attn_branch=o, mlp_branch=down)
+        return add(mid, down, p.get("mlp_post_norm"), self.spec), residuals
 
     def backward(
         self,
@@ -119,12 +130,13 @@ class Layer:
         residuals: dict[str, Any],
         p: tree.Tree,
         adapters: tree.Tree,
-        table: rope.Table,
+        table: rope.Table | None,
     ) -> tuple[torch.Tensor, dict[tuple[str, str], Grads]]:
         """dx and each adapter's gradients; residuals that are not there are computed again."""
         grads: dict[tuple[str, str], Grads] = {}
-        dmid = self._mlp_backward(dy, residuals, p, adapters, grads)
-        dx = self._attention_backward(dmid, residuals, p, adapters, table, grads)
+        dmid = dy + self._mlp_backward(dy, residuals, p, adapters, grads)
+        dbranch = dy if self.spec.parallel else dmid
+        dx = dmid + self._attention_backward(dbranch, residuals, p, adapters, table, grads)
         return dx, grads
 
     def _mlp_backward(
@@ -136,9 +148,11 @@ class Layer:
         grads: dict[tuple[str, str], Grads],
     ) -> torch.Tensor:
         pulled = _Puller(p, adapters, grads, self.seed)
+        dy = self._branch_backward(dy, residuals.pop("mlp_branch", None), p.get("mlp_post_norm"))
         with torch.enable_grad():
-            mid = residuals.pop("mid").detach().requires_grad_()
-            inner = self._norm(mid, p["mlp_norm"])
+            mid = residuals["x"] if self.spec.parallel else residuals.pop("mid")
+            mid = mid.detach().requires_grad_()
+            inner = self._mlp_in(mid, p)
         if "gate_up" not in residuals:
             picked = _picked(p["mlp"], adapters, "mlp", ("gate", "up"))
             residuals["gate_up"] = project(inner.detach(), *picked, _plus(self.seed, 4))
@@ -151,7 +165,7 @@ class Layer:
         dinner = pulled("mlp", ("gate", "up"), inner.detach(), (dgate, dup), 4)
         del dgate, dup
         dmid: torch.Tensor = torch.autograd.grad(inner, mid, dinner)[0]
-        return dy + dmid
+        return dmid
 
     def _attention_backward(
         self,
@@ -159,18 +173,20 @@ class Layer:
         residuals: dict[str, Any],
         p: tree.Tree,
         adapters: tree.Tree,
-        table: rope.Table,
+        table: rope.Table | None,
         grads: dict[tuple[str, str], Grads],
     ) -> torch.Tensor:
         pulled = _Puller(p, adapters, grads, self.seed)
+        post = p.get("attn_post_norm")
+        dmid = self._branch_backward(dmid, residuals.pop("attn_branch", None), post)
         with torch.enable_grad():
             x = residuals.pop("x").detach().requires_grad_()
-            inner = self._norm(x, p["attn_norm"])
+            inner = self._attn_in(x, p)
         if "qkv" not in residuals:
             residuals["qkv"] = self._qkv(x.detach(), p, adapters)
         with torch.enable_grad():
             raw_q, raw_k, v = (t.detach().requires_grad_() for t in residuals.pop("qkv"))
-            q, k = self._rotated(raw_q, raw_k, p, table)
+            q, k = rotated(raw_q, raw_k, p["attn"], self.spec.attention, table)
         scale = self.spec.attention.scale
         heads = (q.detach(), k.detach(), v.detach())
         saved = residuals.pop("out", None)
@@ -184,7 +200,7 @@ class Layer:
         dys = tuple(t.reshape(*x.shape[:2], -1) for t in (draw_q, draw_k, dv))
         dinner = pulled("attn", ("q", "k", "v"), inner.detach(), dys, 0)
         dx: torch.Tensor = torch.autograd.grad(inner, x, dinner)[0]
-        return dmid + dx
+        return dx
 
 
 class _Puller:
@@ -216,7 +232,7 @@ class _Bound(NamedTuple):
     layer: Layer
     p: tree.Tree
     adapters: tree.Tree
-    table: rope.Table
+    table: rope.Table | None
     leaves: dict[str, LoRA]
 
 

@@ -39,7 +39,13 @@ def next_token(
     """
     target = shift(labels, layout).reshape(-1)
     weight = weight_of(head_weight(params, spec), x.dtype)
-    total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, target)
+    total = linear_cross_entropy(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        target,
+        softcap=spec.logit_softcap,
+        scale=spec.logit_scale,
+    )
     return total / ((target != IGNORE).sum() if count is None else count)
 
 

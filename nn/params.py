@@ -11,7 +11,7 @@ import torch
 from ..errors import CheckpointError
 from ..quant.nf4 import NF4
 from . import tree
-from .spec import LayerSpec, ModelSpec, NormSpec
+from .spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
     out: dict[str, Any] = {
         "embed": {"weight": ParamSpec((spec.vocab, spec.dim), "ve")},
         "layers": [_layer(layer, spec.dim) for layer in spec.layers],
-        "norm": _norm(spec.norm, spec.dim, "e"),
+        "norm": _norm(spec.norm, (spec.dim,), "e"),
     }
     if not spec.tied:
         out["head"] = {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
@@ -46,18 +46,21 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
         "o": _linear(e, q, "eq", a.out_bias),
     }
     if a.qk_norm is not None:
-        attn["q_norm"] = _norm(a.qk_norm, a.head_dim, "d")
-        attn["k_norm"] = _norm(a.qk_norm, a.head_dim, "d")
-    return {
-        "attn_norm": _norm(layer.norm, e, "e"),
-        "attn": attn,
-        "mlp_norm": _norm(layer.norm, e, "e"),
-        "mlp": {
-            "gate": _linear(f, e, "fe", layer.mlp.bias),
-            "up": _linear(f, e, "fe", layer.mlp.bias),
-            "down": _linear(e, f, "ef", layer.mlp.bias),
-        },
+        attn["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
+        attn["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
+    mlp = {
+        "gate": _linear(f, e, "fe", layer.mlp.bias),
+        "up": _linear(f, e, "fe", layer.mlp.bias),
+        "down": _linear(e, f, "ef", layer.mlp.bias),
     }
+    here = {
+        "attn_norm": layer.pre_norm,
+        "attn_post_norm": layer.post_norm,
+        "mlp_norm": layer.pre_norm and not layer.parallel,
+        "mlp_post_norm": layer.post_norm,
+    }
+    norms = {name: _norm(layer.norm, (e,), "e") for name, wanted in here.items() if wanted}
+    return {**norms, "attn": attn, "mlp": mlp}
 
 
 def _linear(out: int, inp: int, axes: str, bias: bool) -> dict[str, ParamSpec]:
@@ -67,9 +70,20 @@ def _linear(out: int, inp: int, axes: str, bias: bool) -> dict[str, ParamSpec]:
     return made
 
 
-def _norm(norm: NormSpec, dim: int, axis: str) -> dict[str, ParamSpec]:
+def _norm(norm: NormSpec, shape: tuple[int, ...], axes: str) -> dict[str, ParamSpec]:
     # With an offset of 1 the stored weight is the difference from 1.
-    return {"weight": ParamSpec((dim,), axis, init="zeros" if norm.offset else "ones")}
+    made = {"weight": ParamSpec(shape, axes, init="zeros" if norm.offset else "ones")}
+    if norm.bias:
+        made["bias"] = ParamSpec(shape, axes, init="zeros")
+    return made
+
+
+def _qk_norm(norm: NormSpec, a: AttentionSpec, heads: int, axis: str) -> dict[str, ParamSpec]:
+    if a.qk_norm_over == "head":
+        return _norm(norm, (a.head_dim,), "d")
+    if a.qk_norm_over == "heads":
+        return _norm(norm, (heads, a.head_dim), axis + "d")
+    return _norm(norm, (heads * a.head_dim,), axis)
 
 
 def init(

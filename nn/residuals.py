@@ -2,7 +2,8 @@
 
 A backward needs a layer's input x, the raw q, k and v, the attention output with its log-sum-exp,
 the middle residual, and gate and up; each is kept, sent to the host and brought back, or
-recomputed. Nothing runs the output projections (o, down) again: their results are not needed.
+recomputed. Nothing runs the output projections (o, down) again: their results are not needed, or,
+where a norm follows them, share the fate of the middle residual.
 """
 
 from dataclasses import dataclass
@@ -43,6 +44,6 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
         "x": dim * itemsize,
         "qkv": (q + 2 * kv) * itemsize,
         "out": q * itemsize + a.heads * 4,
-        "mid": dim * itemsize,
+        "mid": ((not spec.parallel) + 2 * spec.post_norm) * dim * itemsize,
         "gate_up": 2 * spec.mlp.dim * itemsize,
     }

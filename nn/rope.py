@@ -14,20 +14,31 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
-    """cos and sin [b, s, dim] in fp32 for positions [b, s]; both halves are equal."""
+    """cos and sin [b, s, dim] in fp32 for positions [b, s], each angle at both of its features."""
     inv_freq = inverse_frequencies(rope, positions)
     angles = positions[..., None].float() * inv_freq
-    angles = torch.cat([angles, angles], dim=-1)
+    if rope.interleaved:
+        angles = angles.repeat_interleave(2, dim=-1)
+    else:
+        angles = torch.cat([angles, angles], dim=-1)
     factor = attention_factor(rope)
     return angles.cos() * factor, angles.sin() * factor
 
 
 def attention_factor(rope: RopeSpec) -> float:
-    """What cos and sin are multiplied with (YaRN, arXiv 2309.00071, eq. 22)."""
-    if rope.kind != "yarn":
+    """What cos and sin are multiplied with (YaRN, arXiv 2309.00071, eq. 22; LongRoPE,
+    arXiv 2402.13753, sec. 3.4)."""
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        grown = rope.factor > 1
+        return (
+            math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions))
+            if grown
+            else 1.0
+        )
     if rope.mscale and rope.mscale_all_dim:
         return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
     return _mscale(rope.factor, 1.0)
@@ -38,11 +49,16 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def inverse_frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor:
-    """[dim / 2] in fp32, on the device of `positions`, whose values only "dynamic" reads."""
+    """[dim / 2] in fp32, on the device of `positions`; "dynamic" and "longrope" read the
+    longest of them."""
     exponents = torch.arange(0, rope.dim, 2, device=positions.device).float() / rope.dim
     if rope.kind == "dynamic":
         return 1.0 / (_dynamic_base(rope, positions) ** exponents)
     powers = rope.theta**exponents
+    if rope.kind == "longrope":
+        long, short = (powers.new_tensor(f) for f in (rope.long_factors, rope.short_factors))
+        grown = positions.max() >= rope.original_positions
+        return 1.0 / (torch.where(grown, long, short) * powers)
     plain = 1.0 / powers
     if rope.kind == "linear":
         return plain / rope.factor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +19,25 @@ class NormSpec:
     """RMSNorm: x / sqrt(mean(x^2) + eps) * (weight + offset), statistics in fp32.
 
     `cast_first`: cast to the input's dtype before the product with the weight (Llama); else the
-    product is fp32 too (Gemma).
+    product is fp32 too (Gemma). `kind` "layer" is LayerNorm: the mean is subtracted first, all of
+    it is fp32, and a `bias` may be added; offset and cast_first mean nothing there.
     """
 
     eps: float
     offset: float = 0.0
     cast_first: bool = True
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
     """Rotary position embedding over the first `dim` features of a head (arXiv 2104.09864).
 
-    `kind` and the scaling fields follow transformers' `modeling_rope_utils`.
+    `kind` and the scaling fields follow transformers' `modeling_rope_utils`. `interleaved`: feature
+    2i is turned with 2i + 1 (GPT-J, Cohere), else i with i + dim / 2. "longrope" divides the
+    frequencies by `long_factors` once a row is longer than `original_positions`, else by
+    `short_factors`.
     """
 
     dim: int
@@ -47,24 +53,32 @@ class RopeSpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    interleaved: bool = False
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Grouped-query attention.
 
-    `window`: key j is visible from query i when 0 <= i - j < window (None: no limit).
+    `window`: key j is visible from query i when 0 <= i - j < window (None: no limit). `rope` None:
+    no positions at all. `softcap` c: scores are c * tanh(score / c). `qk_norm` acts on each "head"
+    with one weight [d] for all, on each of the "heads" with its own (weight [h, d]), or over the
+    whole "width" of the projection (weight [h * d]), by `qk_norm_over`.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
-    rope: RopeSpec
+    rope: RopeSpec | None
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: NormSpec | None = None
     window: int | None = None
+    softcap: float | None = None
+    qk_norm_over: Literal["head", "heads", "width"] = "head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +92,30 @@ class MLPSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `pre_norm`: each branch's input is normalised; `post_norm`: its output is, before it is added.
+    `parallel`: attention and MLP read the same normalised x, and both are added to x.
+    `residual_scale` multiplies what a branch adds.
+    """
 
     norm: NormSpec
     attention: AttentionSpec
     mlp: MLPSpec
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel: bool = False
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder: embedding, layers, final norm, head (the embedding's matrix if `tied`)."""
+    """A decoder: embedding, layers, final norm, head (the embedding's matrix if `tied`).
+
+    Embeddings are multiplied with `embed_scale`, which is rounded to their dtype first where
+    `embed_scale_rounded`. Logits are multiplied with `logit_scale`, then capped at c =
+    `logit_softcap`: c * tanh(logit / c).
+    """
 
     vocab: int
     dim: int
@@ -96,7 +124,12 @@ class ModelSpec:
     max_positions: int
     tied: bool = False
     init_std: float = 0.02
+    embed_scale: float = 1.0
+    embed_scale_rounded: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def ropes(self) -> Iterator[RopeSpec]:
         """The distinct rotary embeddings, in the order of their first layer."""
-        yield from dict.fromkeys(layer.attention.rope for layer in self.layers)
+        ropes = (layer.attention.rope for layer in self.layers)
+        yield from dict.fromkeys(rope for rope in ropes if rope is not None)

@@ -17,13 +17,23 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-_KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# Family: the name of its classes in transformers, and what its tiny model needs beside SIZES.
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "gemma": ("Gemma", {"head_dim": 12, "pad_token_id": None}),
+    "gemma2": ("Gemma2", {"head_dim": 12, "pad_token_id": None, "sliding_window": 8}),
+    "gemma3_text": ("Gemma3", {"head_dim": 12, "pad_token_id": None, "sliding_window": 8}),
+}
 
 
 def config(family: str, **fields: Any) -> Any:
     """transformers' config of a family, tiny unless `fields` say otherwise."""
-    extra = {"head_dim": 12} if family == "qwen3" else {}
-    return getattr(transformers, f"{_KINDS[family]}Config")(**{**SIZES, **extra, **fields})
+    kind, extra = _KINDS[family]
+    suffix = "TextConfig" if family.endswith("_text") else "Config"
+    return getattr(transformers, kind + suffix)(**{**SIZES, **extra, **fields})
 
 
 def spread(model: Any, seed: int = 0) -> None:
@@ -43,7 +53,7 @@ def hf_model(family: str, *, seed: int = 0, **fields: Any) -> Any:
     """transformers' model in fp32 with spread weights, eager attention, in eval mode."""
     made = config(family, **fields)
     made._attn_implementation = "eager"
-    cls = getattr(transformers, f"{_KINDS[family]}ForCausalLM")
+    cls = getattr(transformers, f"{_KINDS[family][0]}ForCausalLM")
     model = cls(made).float().eval()
     spread(model, seed)
     model.tie_weights()

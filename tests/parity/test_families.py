@@ -7,60 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from family_cases import CASES, FAMILIES, LLAMA3
 
 from purelm.convert.load import Loaded, load_folder
-from purelm.nn import decoder, layout, loss, tree
+from purelm.nn import cache as kv
+from purelm.nn import decoder, layout, lora, loss, tree
+from purelm.nn.residuals import RECOMPUTE
 from purelm.quant.nf4 import NF4, dequantize
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LAYERS = ["full_attention", "sliding_attention", "sliding_attention"]
-
-# (family, the switches of its config that this case throws)
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}),
-    ("llama", {"tie_word_embeddings": True}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
-    ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
-    ("llama", {"hidden_act": "gelu", "rope_parameters": {"rope_theta": 777.0}}),
-    ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    ("llama", {"rope_parameters": LLAMA3}),
-    ("llama", {"rope_parameters": YARN}),
-    ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0, "attention_factor": 1.3}}),
-    ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
-    ("llama", {"rope_parameters": {**YARN, "truncate": False}}),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
-    (
-        "llama",
-        {
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            "max_position_embeddings": 20,
-        },
-    ),
-    ("mistral", {}),
-    ("mistral", {"sliding_window": 7}),
-    ("mistral", {"sliding_window": None, "head_dim": 16}),
-    ("qwen2", {}),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "layer_types": LAYERS}),
-    ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
-    ("qwen3", {}),
-    ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
-]
 
 
 def name(case: tuple[str, dict[str, Any]]) -> str:
@@ -145,7 +98,7 @@ def test_packed_rows(family: str, switches: dict[str, Any], tmp_path: Path) -> N
     assert torch.equal(decoder.forward(loaded.params, loaded.spec, row, layout=by_position), ours)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_nf4(family: str, tmp_path: Path) -> None:
     """Quantized matrices are bitsandbytes', and logits are transformers' on what they stand for."""
     from bitsandbytes import functional as bnb
@@ -172,6 +125,47 @@ def test_nf4(family: str, tmp_path: Path) -> None:
     assert quantized == 7 * 3
     ids = tokens()
     assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [7, 20], ids=["short", "long"])
+def test_recomputed_layers(family: str, length: int, tmp_path: Path) -> None:
+    """Adapters get the gradients of plain autograd, whichever path runs the layers again."""
+    _, loaded = load_both(family, {}, tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    adapters = lora.init(loaded.spec, rank=3, generator=generator)
+    for leaf in tree.leaves(adapters):
+        leaf.b.normal_(generator=generator)
+    leaves = [t.requires_grad_() for t in tree.tensors(adapters)]
+    ids = tokens(4, 2, length)
+
+    def grads(policy: Any) -> Any:
+        given = {"adapters": adapters, "residuals": policy}
+        return torch.autograd.grad(loss.loss(loaded.params, loaded.spec, ids, ids, **given), leaves)
+
+    for ours, want in zip(grads(RECOMPUTE), grads(None), strict=True):
+        assert (ours - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_token_at_a_time(family: str, tmp_path: Path) -> None:
+    """The cache changes nothing, behind left padding too."""
+    _, loaded = load_both(family, {}, tmp_path)
+    ids, mask = tokens(5, 2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :3] = 0
+    full = layout.from_mask(mask)
+    assert full.segments is not None
+    want = decoder.forward(loaded.params, loaded.spec, ids, layout=full)
+    cache = kv.empty(loaded.spec, 2, 20, padded=True, dtype=torch.float32, device="cpu")
+    steps = [slice(0, 9), *(slice(i, i + 1) for i in range(9, 20))]
+    parts = []
+    for at in steps:
+        part = layout.Layout(full.positions[:, at], full.segments[:, at])
+        x, cache = decoder.extend(loaded.params, loaded.spec, ids[:, at], cache, layout=part)
+        parts.append(decoder.logits(loaded.params, loaded.spec, x))
+    ours = torch.cat(parts, 1)
+    assert_same_logits(ours[0, 3:], want[0, 3:])
+    assert_same_logits(ours[1], want[1])
 
 
 OLD_STYLE = [

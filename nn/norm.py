@@ -1,0 +1,28 @@
+"""Normalisation over the last axis, of either kind, and what a layer adds up."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.rms_norm import rms_norm
+from .spec import LayerSpec, NormSpec
+
+
+def norm(x: torch.Tensor, p: dict[str, torch.Tensor], spec: NormSpec) -> torch.Tensor:
+    """x [..., d] normalised and weighted, in its dtype; the weight is [d], or [h, d] per head."""
+    weight, bias = p["weight"], p.get("bias")
+    if spec.kind == "rms":
+        return rms_norm(x, weight, spec.eps, offset=spec.offset, cast_first=spec.cast_first)
+    if weight.ndim == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = F.layer_norm(wide, x.shape[-1:], eps=spec.eps) * weight
+    return (wide if bias is None else wide + bias).to(x.dtype)
+
+
+def add(x: torch.Tensor, branch: torch.Tensor, p: Any, spec: LayerSpec) -> torch.Tensor:
+    """x plus what a branch made, normalised and scaled where the layer does that."""
+    if p is not None:
+        branch = norm(branch, p, spec.norm)
+    return x + (branch if spec.residual_scale == 1.0 else branch * spec.residual_scale)

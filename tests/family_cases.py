@@ -1,0 +1,68 @@
+"""The models of the parity tests: every family, and each switch of its config thrown once."""
+
+from typing import Any
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LAYERS = ["full_attention", "sliding_attention", "sliding_attention"]
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5e3, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
+}
+
+# (family, the switches of its config that this case throws)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
+    ("llama", {"hidden_act": "gelu", "rope_parameters": {"rope_theta": 777.0}}),
+    ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": YARN}),
+    ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0, "attention_factor": 1.3}}),
+    ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
+    ("llama", {"rope_parameters": {**YARN, "truncate": False}}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            "max_position_embeddings": 20,
+        },
+    ),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": 7}),
+    ("mistral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "layer_types": LAYERS}),
+    ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    ("qwen3", {}),
+    ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    ("gemma", {}),
+    ("gemma", {"attention_bias": True, "num_key_value_heads": 1}),
+    ("gemma", {"tie_word_embeddings": False, "hidden_act": "gelu"}),
+    ("gemma2", {}),
+    ("gemma2", {"attn_logit_softcapping": None, "query_pre_attn_scalar": 10}),
+    ("gemma2", {"final_logit_softcapping": 3.0, "layer_types": LAYERS, "attention_bias": True}),
+    ("gemma2", {"final_logit_softcapping": None, "hidden_activation": "silu"}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"layer_types": LAYERS, "rope_parameters": GEMMA3, "attention_bias": True}),
+    ("gemma3_text", {"sliding_window_pattern": 2, "final_logit_softcapping": 4.0}),
+]
+FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))
