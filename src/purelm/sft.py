@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from . import chat, plot, train_state, training
 from .errors import ArgumentError, SaveError, TrainingError
+from .interrupt import held_back
 from .metrics import Metrics, open_metrics, peak_memory
 from .sft_job import Job, Say, prepare
 from .sft_options import Options, check
@@ -48,8 +50,8 @@ def run(options: Options, *, say: Say = print, on_step: OnStep | None = None) ->
     """Fine-tune as `options` say and save the result into their output folder.
 
     say is given each line of the report; on_step the number of each step that is done, after its
-    checkpoint if there is one. Whatever stops a run, its last checkpoint stays whole. Raises
-    ArgumentError, DataError, TrainingError, and what loading and saving raise.
+    checkpoint if there is one. Whatever stops a run, its last checkpoint stays whole; Ctrl-C
+    first makes one of the step it falls into, unless save_every is 0. Raises ArgumentError, DataError, TrainingError, and what loading and saving raise.
     """
     check(options)
     output, state = Path(options.output), checkpoint_folder(options)
@@ -113,7 +115,10 @@ def _train(
 ) -> None:
     options, plan = job.options, job.plan
     job.model.train()
-    with tqdm(total=plan.steps, initial=start, unit="step", disable=None, file=sys.stderr) as bar:
+    with (
+        tqdm(total=plan.steps, initial=start, unit="step", disable=None, file=sys.stderr) as bar,
+        held_back() if options.save_every else nullcontext(lambda: False) as interrupted,
+    ):
         for step in range(start, plan.steps):
             began = time.perf_counter()
             rate = training.learning_rate(job.schedule, step)
@@ -139,14 +144,20 @@ def _train(
             )
             if options.eval_every and done % options.eval_every == 0:
                 _evaluate(job, metrics, done)
+            stop = interrupted()
             # After the last step too: should saving fail, the training is not lost.
-            if options.save_every and (done % options.save_every == 0 or done == plan.steps):
+            due = options.save_every and (done % options.save_every == 0 or done == plan.steps)
+            if due or stop:
                 progress = train_state.Progress(done, before)
                 train_state.save(
                     checkpoint_folder(job.options), job.model, job.optimizer, progress, job.identity
                 )
             if on_step is not None:
                 on_step(done)
+            if stop:
+                break
+        if interrupted():
+            raise KeyboardInterrupt
 
 
 def _step(job: Job, step: int, rate: float) -> training.StepResult:

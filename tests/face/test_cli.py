@@ -166,21 +166,24 @@ def test_sft_then_chat(
     assert piped.stdout.decode().endswith(answers["merged"])
 
 
-def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(
     folder: Path, data: Path, tmp_path: Path
 ) -> None:
+    """Exit code 130, and a checkpoint of the last step that is in the metrics."""
     command = [sys.executable, "-m", "purelm", "sft", str(folder), "--data", str(data)]
-    command += ["--max-steps=100000", "--save-every=1", "--device=cpu", "--output=out"]
+    command += ["--max-steps=100000", "--save-every=100000", "--device=cpu", "--output=out"]
     pipe = subprocess.PIPE
+    metrics = tmp_path / "out" / "metrics.jsonl"
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT
     ) as process:
-        state = tmp_path / "out" / "checkpoint" / "train_state.json"
-        while process.poll() is None and not state.exists():
+        while process.poll() is None and not (metrics.exists() and metrics.read_text()):
             pass
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "--resume" in said and "Traceback" not in said
-    assert json.loads(state.read_text())["step"] >= 1
+    state = json.loads((tmp_path / "out" / "checkpoint" / "train_state.json").read_text())
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert state["step"] == last["step"] >= 1
     assert not [f for f in os.listdir(tmp_path / "out") if f.startswith(".")]
