@@ -13,11 +13,12 @@ from ..errors import ArgumentError, CheckpointError, ConfigError
 from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
-from ..quant.nf4 import quantize as nf4_quantize
+from ..quant import nf4
+from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
 from .hub import resolve
 from .registry import Family, family_of
-from .shards import Checkpoint, TensorInfo, open_checkpoint, read
+from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 
 Quantize = Literal["nf4"] | None
@@ -56,10 +57,11 @@ def load(
 ) -> tuple[ModelSpec, tree.Tree]:
     """(spec, params) of a local folder or a hub repository.
 
-    quantize: "nf4" stores every projection of the layers in 4 bits. dtype: of the other tensors and
-    of what 4-bit weights dequantize to (default: as stored; bfloat16 where that differs by
-    tensor). device: default the first GPU if there is one, else the CPU. quant_skip: texts; a
-    projection whose checkpoint name contains one stays unquantized.
+    quantize: "nf4" stores every projection of the layers in 4 bits; of a checkpoint that
+    bitsandbytes stored in 4 bits it keeps those that are, as they are, and None dequantizes them.
+    dtype: of the other tensors and of what 4-bit weights dequantize to (default: as stored;
+    bfloat16 where that differs by tensor). device: default the first GPU if there is one, else the
+    CPU. quant_skip: texts; a projection whose checkpoint name contains one stays unquantized.
 
     Raises SourceError, ConfigError or CheckpointError.
     """
@@ -107,36 +109,43 @@ def load_folder(
     path = Path(folder) / "config.json"
     config = Config.from_folder(folder)
     config.update(dict(overrides or {}))
-    if config.quantization_config is not None:
-        stored = config.quantization_config
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
-        raise ConfigError(
-            f"the checkpoint is stored quantized ({method!s:.60}), which is not read yet; load the "
-            "16-bit original, which purelm quantizes while loading",
-            file=path,
-        )
+    prequantized = config.quantization_config is not None
+    if prequantized:
+        check_config(config.quantization_config, path)
     family = family_of(config.fields, path)
     spec = family.spec(config.fields, path)
     checkpoint = open_checkpoint(folder)
-    chosen, left_out = _match(checkpoint, spec, family)
+    found = entries(checkpoint)
+    if prequantized != any(isinstance(entry, Packed) for entry in found):
+        raise ConfigError(
+            "quantization_config says that weights are stored in 4 bits, and none is; remove it"
+            if prequantized
+            else "weights are stored in 4 bits, and there is no quantization_config that says so",
+            file=path,
+        )
+    chosen, left_out = _match(found, checkpoint, spec, family)
     for text in quant_skip:
         if not any(text in name for name in checkpoint.tensors):
             raise ArgumentError(f"quant_skip has {text!r}, which is in no tensor's name")
     if dtype is None:
         dtype = _common_dtype(chosen)
-    params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, family, progress)
+    make_four = quantize == "nf4" and not prequantized
+    keep_four = quantize == "nf4"
+    if prequantized and not keep_four:
+        config.fields.pop("quantization_config")
+    params = _read_all(chosen, spec, make_four, keep_four, dtype, device, quant_skip, progress)
     stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
     return Loaded(spec, params, config, family, checkpoint, stored, left_out)
 
 
 def _match(
-    checkpoint: Checkpoint, spec: ModelSpec, family: Family
-) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    found: Sequence[Entry], checkpoint: Checkpoint, spec: ModelSpec, family: Family
+) -> tuple[dict[str, Entry], tuple[str, ...]]:
     """Our path -> where it is stored, in file order, and the names that are rightly not loaded."""
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
-    chosen: dict[str, TensorInfo] = {}
+    chosen: dict[str, Entry] = {}
     left_out, unknown = [], []
-    for info in checkpoint.in_file_order():
+    for info in found:
         try:
             path = family.names.to_ours(info.name)
         except KeyError:
@@ -144,7 +153,7 @@ def _match(
         if path in want:
             chosen[path] = info
         elif path == "head.weight" and spec.tied:
-            _check_tied(checkpoint, family, info)
+            _check_tied(found, family, info)
             left_out.append(info.name)
         elif _DERIVED.search(info.name):
             left_out.append(info.name)
@@ -173,9 +182,9 @@ def _match(
     return chosen, tuple(left_out)
 
 
-def _check_tied(checkpoint: Checkpoint, family: Family, head: TensorInfo) -> None:
-    embed = checkpoint.tensors.get(family.names.to_hf("embed.weight"))
-    if embed is not None and not torch.equal(read(embed), read(head)):
+def _check_tied(found: Sequence[Entry], family: Family, head: Entry) -> None:
+    embed = next((e for e in found if e.name == family.names.to_hf("embed.weight")), None)
+    if embed is not None and not torch.equal(read_dense(embed), read_dense(head)):
         raise CheckpointError(
             "tie_word_embeddings is true, but the stored head differs from the embedding; "
             "set it to false in config.json to use both",
@@ -191,12 +200,12 @@ def _some(names: list[str], limit: int = 6) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _common_dtype(chosen: Mapping[str, TensorInfo]) -> torch.dtype:
+def _common_dtype(chosen: Mapping[str, Entry]) -> torch.dtype:
     found = {info.dtype for info in chosen.values()}
     return found.pop() if len(found) == 1 else torch.bfloat16
 
 
-def _finite(made: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+def _finite(made: torch.Tensor, info: Entry) -> torch.Tensor:
     """`made` if no value of it is NaN or infinite; aminmax needs no second tensor to tell."""
     if not all(bool(end.isfinite()) for end in made.aminmax()):
         count = int((~made.isfinite()).sum())
@@ -212,13 +221,13 @@ def _finite(made: torch.Tensor, info: TensorInfo) -> torch.Tensor:
 
 
 def _read_all(
-    chosen: Mapping[str, TensorInfo],
+    chosen: Mapping[str, Entry],
     spec: ModelSpec,
-    quantize: Quantize,
+    make_four: bool,
+    keep_four: bool,
     dtype: torch.dtype,
     device: torch.device,
     quant_skip: Sequence[str],
-    family: Family,
     progress: bool,
 ) -> tree.Tree:
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
@@ -232,10 +241,14 @@ def _read_all(
         ) as bar,
     ):
         for path, info in chosen.items():
-            skip = any(text in info.name for text in quant_skip)
-            dense = _finite(stager.read(info).to(dtype), info)
-            four_bits = quantize == "nf4" and want[path].quantize and not skip
-            leaves[path] = nf4_quantize(dense, name=info.name) if four_bits else dense
+            may = want[path].quantize and not any(text in info.name for text in quant_skip)
+            if isinstance(info, Packed):
+                leaf = read_leaf(info, dtype, stager.read)
+                # What computes with 16 bits only, the head for one, loses nothing by that.
+                leaves[path] = leaf if keep_four and may else nf4.dequantize(leaf)
+            else:
+                dense = _finite(stager.read(info).to(dtype), info)
+                leaves[path] = nf4.quantize(dense, name=info.name) if make_four and may else dense
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.
     return tree.from_items({path: leaves[path] for path in want})

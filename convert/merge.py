@@ -18,12 +18,13 @@ from ..nn import tree
 from ..nn.lora import LoRA
 from . import atomic, hub
 from .adapter_file import save_adapter
+from .bnb_file import Entry, entries, read_dense
 from .config import Config
 from .json_file import read_json
 from .local_file import locate
 from .merge_tensor import Change, check, digest, merged
 from .safetensors_file import read_header
-from .shards import Checkpoint, TensorInfo, open_checkpoint, read, read_index
+from .shards import Checkpoint, open_checkpoint, read, read_index
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -41,7 +42,7 @@ class _Tensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    info: TensorInfo | None
+    info: Entry | None
     change: Change
 
 
@@ -56,7 +57,8 @@ def save_merged(
     merged_16bit: every tensor of the files it was loaded from, plus scale * B @ A where an adapter
     is (added in fp32 and rounded once to the stored dtype), trained copies in place of what they
     copy, config, generation config and tokenizer (default: the model's own, else the source's
-    files). A 4-bit model is merged into its 16-bit original. lora: the adapter alone.
+    files). A 4-bit model is merged into its 16-bit original, or, if its files are in 4 bits, into
+    what they dequantize to. lora: the adapter alone.
 
     Afterwards every written tensor is read again: its bytes must be those meant, and each merged
     weight must be what float64 makes of base and adapter, within rounding.
@@ -119,7 +121,7 @@ def _planned(model: "CausalLM") -> tuple[dict[str, Any], dict[str, list[_Tensor]
     if apart:
         fields["tie_word_embeddings"] = False
 
-    def change(path: str, info: TensorInfo) -> Change:
+    def change(path: str, info: Entry) -> Change:
         if path == "head.weight" and path not in params:
             path = "embed.weight"  # a tied head that is stored nevertheless
         leaf = params.get(path)
@@ -131,7 +133,7 @@ def _planned(model: "CausalLM") -> tuple[dict[str, Any], dict[str, list[_Tensor]
 
     files = _files(checkpoint)
     shards: dict[str, list[_Tensor]] = {name: [] for name in files.values()}
-    for info in checkpoint.in_file_order():
+    for info in entries(checkpoint):
         try:
             made = change(names.to_ours(info.name), info)
         except KeyError:
@@ -161,7 +163,7 @@ def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
             if not bool(made.isfinite().all()):
                 raise SaveError(f"{tensor.name} has values that are not finite in {made.dtype}")
         else:
-            made = read(tensor.info)
+            made = read_dense(tensor.info)
             if tensor.change is not None:
                 made = merged(made, tensor.change, tensor.name)
         meant[tensor.name] = digest(made)
@@ -213,7 +215,7 @@ def _verify(model: "CausalLM", new: Path, every: list[_Tensor], meant: dict[str,
                 raise SaveError(f"{tensor.name} reads back with other bytes than were written")
             if isinstance(tensor.change, LoRA):
                 assert tensor.info is not None
-                check(read(tensor.info), found, tensor.change, tensor.name)
+                check(read_dense(tensor.info), found, tensor.change, tensor.name)
         # What will be loaded: the same spec, but for a head that is apart now.
         spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")
     except CheckpointError as problem:

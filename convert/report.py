@@ -17,14 +17,19 @@ def describe(model: "CausalLM") -> str:
     origin, spec = model.origin, model.spec
     leaves = tree.leaves(model.params)
     quantized = [leaf for leaf in leaves if isinstance(leaf, NF4)]
+    stored = ", ".join(sorted({_stored(leaf) for leaf in quantized}))
     revision = f" at {origin.revision}" if origin.revision else ""
     lines = [
         f"{origin.name}{revision}: {origin.family.model_type}, {len(spec.layers)} layers, "
         f"{sum(leaf.numel() for leaf in leaves) / 1e6:,.1f} M parameters on {model.device}",
-        f"{len(quantized)} of {len(leaves)} weights in NF4 (blocks of 64, double-quantized), "
+        f"{len(quantized)} of {len(leaves)} weights in NF4{f' ({stored})' if stored else ''}, "
         f"{tree.nbytes(model.params) / 2**20:,.1f} MiB; computing in {model.dtype}",
     ]
     return "\n".join([*lines, *origin.notes])
+
+
+def _stored(leaf: NF4) -> str:
+    return f"blocks of {leaf.block}, {'plain' if leaf.absmax_scale is None else 'double-quantized'}"
 
 
 def explain(model: "CausalLM") -> str:

@@ -1,0 +1,226 @@
+"""Weights that bitsandbytes stored in 4 bits: found among a checkpoint's tensors, read, laid out.
+
+A weight `w` of n values lies in `w` (uint8 [ceil(n/2), 1], first code in the high nibble),
+`w.absmax`, `w.quant_map` (the 16 levels), `w.quant_state.bitsandbytes__nf4` (JSON in uint8) and,
+double-quantized, `w.nested_absmax` and `w.nested_quant_map` (bitsandbytes' `QuantState.as_dict`).
+These are the parts of our NF4 leaf, which takes them as they are.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, ConfigError
+from ..kernels import codebook
+from ..kernels.nf4 import BLOCKS, block_absmax
+from ..kernels.nf4_launch import GROUP
+from ..quant import nf4
+from ..quant.nf4 import NF4
+from .json_file import parse_json
+from .shards import Checkpoint, TensorInfo, read
+
+_PART = re.compile(
+    r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
+)
+_STATE = "quant_state.bitsandbytes__nf4"
+_PLAIN = {"absmax", "quant_map", _STATE}
+_DOUBLE = _PLAIN | {"nested_absmax", "nested_quant_map"}
+_FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The JSON is some 170 bytes long.
+_MAX_STATE_BYTES = 4096
+_MAX_DIMS = 8
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight in 4 bits: `shape` and `dtype` are those it dequantizes to, `nbytes` all parts."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: int
+    codes: TensorInfo
+    absmax: TensorInfo
+    absmax_scale: TensorInfo | None
+    absmax_offset: float | None
+    nbytes: int
+
+
+Entry = TensorInfo | Packed
+
+
+def check_config(stored: Any, file: Path) -> None:
+    """Raise ConfigError for a `quantization_config` other than bitsandbytes' NF4."""
+    method = stored
+    if isinstance(stored, dict):
+        four = stored.get("load_in_4bit", stored.get("_load_in_4bit"))
+        eight = stored.get("load_in_8bit", stored.get("_load_in_8bit"))
+        method = stored.get("quant_method", "bitsandbytes" if four or eight else "unknown")
+        if method == "bitsandbytes" and four is True and not eight:
+            kind = stored.get("bnb_4bit_quant_type", "nf4")
+            storage = stored.get("bnb_4bit_quant_storage", "uint8")
+            if kind == "nf4" and storage in ("uint8", "torch.uint8"):
+                return
+            method = f"bitsandbytes 4-bit, {kind!s:.20} in {storage!s:.20}"
+        elif method == "bitsandbytes":
+            method = "bitsandbytes, not in 4 bits"
+    raise ConfigError(
+        f"the checkpoint is stored quantized ({method!s:.60}), which is not read yet, only "
+        "bitsandbytes' nf4 in uint8 is; load the 16-bit original, which purelm quantizes while "
+        "loading",
+        file=file,
+    )
+
+
+def entries(checkpoint: Checkpoint) -> list[Entry]:
+    """The weights of a checkpoint in file order, the parts of each 4-bit one taken together.
+
+    Reads the small parts, and raises CheckpointError for a part that is missing, has another
+    length, dtype or level than bitsandbytes writes, or is no strict JSON.
+    """
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        if found := _PART.fullmatch(name):
+            parts.setdefault(found.group(1), {})[found.group(2)] = info
+    made: list[Entry] = []
+    for info in checkpoint.in_file_order():
+        if info.name in parts:
+            made.append(_packed(info, parts.pop(info.name)))
+        elif not _PART.fullmatch(info.name):
+            made.append(info)
+    if parts:
+        name, alone = next(iter(parts.items()))
+        raise CheckpointError(
+            f"found {', '.join(sorted(alone))[:200]} of a 4-bit weight that is not there",
+            file=next(iter(alone.values())).file,
+            tensor=name[:200],
+        )
+    return made
+
+
+def _packed(codes: TensorInfo, parts: Mapping[str, TensorInfo]) -> Packed:
+    def wrong(message: str, info: TensorInfo = codes) -> CheckpointError:
+        return CheckpointError(message, file=info.file, tensor=info.name[:200])
+
+    double = "nested_absmax" in parts or "nested_quant_map" in parts
+    if parts.keys() != (_DOUBLE if double else _PLAIN):
+        raise wrong(
+            f"a 4-bit NF4 weight is stored with {', '.join(sorted(_DOUBLE if double else _PLAIN))}"
+            f"; found {', '.join(sorted(parts))[:300]}"
+        )
+    state = parts[_STATE]
+    if state.dtype != torch.uint8 or len(state.shape) != 1 or state.nbytes > _MAX_STATE_BYTES:
+        raise wrong(
+            f"expected uint8 with at most {_MAX_STATE_BYTES} bytes, found {state.dtype} "
+            f"{list(state.shape)}",
+            state,
+        )
+    try:
+        fields = parse_json(read(state).numpy().tobytes(), max_depth=2)
+    except ValueError as problem:
+        raise wrong(f"not valid JSON: {problem}", state) from None
+    expected = _FIELDS | (_NESTED_FIELDS if double else set())
+    if not isinstance(fields, dict) or fields.keys() != expected:
+        raise wrong(f"expected an object of {', '.join(sorted(expected))}", state)
+
+    def one_of(name: str, choices: Iterable[Any]) -> Any:
+        value = fields[name]
+        known = list(choices)
+        # True equals 1 and 64.0 equals 64: neither is what is meant.
+        if not any(type(value) is type(choice) and value == choice for choice in known):
+            raise wrong(
+                f"{name} is {value!r:.100}, expected {', '.join(map(str, known))[:100]}", state
+            )
+        return value
+
+    one_of("quant_type", ["nf4"])
+    block = one_of("blocksize", BLOCKS)
+    dtype = _DTYPES[one_of("dtype", _DTYPES)]
+    shape, offset = fields["shape"], None
+    if (
+        not isinstance(shape, list)
+        or not 0 < len(shape) <= _MAX_DIMS
+        or not all(type(n) is int and 0 < n < 2**40 for n in shape)
+    ):
+        raise wrong(f"shape is {shape!r:.100}, expected a list of positive integers", state)
+    if double:
+        one_of("nested_blocksize", [GROUP])
+        one_of("nested_dtype", ["float32"])
+        offset = fields["nested_offset"]
+        if not isinstance(offset, float | int) or isinstance(offset, bool) or abs(offset) > 3e38:
+            raise wrong(f"nested_offset is {offset!r:.100}, expected a number", state)
+    count = math.prod(shape)
+    blocks = -(-count // block)
+    lengths = {
+        "": (codes, torch.uint8, (-(-count // 2), 1)),
+        "absmax": (parts["absmax"], torch.uint8 if double else torch.float32, (blocks,)),
+        "quant_map": (parts["quant_map"], torch.float32, (16,)),
+    }
+    if double:
+        groups = -(-blocks // GROUP)
+        lengths["nested_absmax"] = (parts["nested_absmax"], torch.float32, (groups,))
+        lengths["nested_quant_map"] = (parts["nested_quant_map"], torch.float32, (256,))
+    for info, kind, size in lengths.values():
+        if info.dtype != kind or info.shape != size:
+            raise wrong(
+                f"found {info.dtype} {list(info.shape)}; a weight of shape {shape} in blocks of "
+                f"{block} needs {kind} {list(size)}",
+                info,
+            )
+    for name, levels in (
+        ("quant_map", codebook.nf4_levels()),
+        ("nested_quant_map", codebook.dynamic_map()),
+    ):
+        if name in parts and not torch.equal(read(parts[name]), levels):
+            raise wrong("the levels are not those of bitsandbytes' format", parts[name])
+    return Packed(
+        name=codes.name,
+        file=codes.file,
+        shape=tuple(shape),
+        dtype=dtype,
+        block=block,
+        codes=codes,
+        absmax=parts["absmax"],
+        absmax_scale=parts["nested_absmax"] if double else None,
+        absmax_offset=None if offset is None else float(offset),
+        nbytes=codes.nbytes + sum(info.nbytes for info in parts.values()),
+    )
+
+
+def read_leaf(
+    packed: Packed, dtype: torch.dtype, reader: Callable[[TensorInfo], torch.Tensor] = read
+) -> NF4:
+    """The weight as our leaf, its bytes untouched, on the device that `reader` reads to.
+
+    Raises CheckpointError for block maxima that are NaN, infinite or too large for `dtype`.
+    """
+    codes, absmax = reader(packed.codes).view(-1), reader(packed.absmax)
+    scale = offset = None
+    if packed.absmax_scale is not None:
+        scale = reader(packed.absmax_scale)
+        offset = torch.tensor(packed.absmax_offset, dtype=torch.float32, device=absmax.device)
+    most = block_absmax(absmax, scale, offset).abs()
+    bad = int((~(most <= torch.finfo(dtype).max)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{bad} of {most.numel()} block maxima are NaN, infinite or too large for {dtype}; "
+            "repair the checkpoint",
+            tensor=packed.absmax.name,
+            file=packed.absmax.file,
+        )
+    return NF4(codes, absmax, scale, offset, torch.Size(packed.shape), dtype, packed.block)
+
+
+def read_dense(entry: Entry) -> torch.Tensor:
+    """A weight on the CPU in its own dtype, dequantized if it is stored in 4 bits."""
+    if isinstance(entry, Packed):
+        return nf4.dequantize(read_leaf(entry, entry.dtype))
+    return read(entry)
