@@ -51,7 +51,8 @@ def run(options: Options, *, say: Say = print, on_step: OnStep | None = None) ->
 
     say is given each line of the report; on_step the number of each step that is done, after its
     checkpoint if there is one. Whatever stops a run, its last checkpoint stays whole; Ctrl-C
-    first makes one of the step it falls into, unless save_every is 0. Raises ArgumentError, DataError, TrainingError, and what loading and saving raise.
+    first makes one of the step it falls into, unless save_every is 0. Raises ArgumentError,
+    DataError, TrainingError, and what loading and saving raise.
     """
     check(options)
     output, state = Path(options.output), checkpoint_folder(options)
