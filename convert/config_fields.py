@@ -113,6 +113,13 @@ class Fields:
             raise self.error(f"{name} is {value!r:.200}, expected one of {', '.join(choices)}")
         return choices[value]
 
+    def expect(self, name: str, *values: Any) -> None:
+        """Raise unless the field is absent, null or one of `values`: the spec knows no other."""
+        value = self.take(name, None)
+        if value is not None and value not in values:
+            known = " or ".join(map(repr, values))
+            raise self.error(f"{name} is {value!r:.200}; no part of the model covers but {known}")
+
     def texts(self, name: str, length: int, choices: tuple[str, ...]) -> list[str] | None:
         """A list of `length` texts out of `choices`, or None where it is absent."""
         value = self.take(name, None)

@@ -7,7 +7,20 @@ from typing import Any
 from ..errors import ConfigError
 from ..nn.spec import ModelSpec
 from .config_fields import Fields
-from .families import gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3
+from .families import (
+    cohere,
+    cohere2,
+    gemma,
+    gemma2,
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from .names import Names
 
 
@@ -42,6 +55,11 @@ FAMILIES = {
         Family("gemma", gemma, "GemmaForCausalLM"),
         Family("gemma2", gemma2, "Gemma2ForCausalLM"),
         Family("gemma3_text", gemma3_text, "Gemma3ForCausalLM"),
+        Family("granite", granite, "GraniteForCausalLM"),
+        Family("smollm3", smollm3, "SmolLM3ForCausalLM"),
+        Family("olmo2", olmo2, "Olmo2ForCausalLM"),
+        Family("cohere", cohere, "CohereForCausalLM"),
+        Family("cohere2", cohere2, "Cohere2ForCausalLM"),
     )
 }
 

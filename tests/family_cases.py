@@ -64,5 +64,27 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {}),
     ("gemma3_text", {"layer_types": LAYERS, "rope_parameters": GEMMA3, "attention_bias": True}),
     ("gemma3_text", {"sliding_window_pattern": 2, "final_logit_softcapping": 4.0}),
+    ("granite", {}),
+    (
+        "granite",
+        {
+            "embedding_multiplier": 3.5,
+            "logits_scaling": 7.0,
+            "residual_multiplier": 0.3,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    ("smollm3", {}),
+    ("smollm3", {"no_rope_layers": [0, 1, 1], "attention_bias": True, "mlp_bias": True}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 6}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 6, "layer_types": LAYERS}),
+    ("olmo2", {}),
+    ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("cohere", {}),
+    ("cohere", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3}),
+    ("cohere", {"tie_word_embeddings": False, "layer_norm_eps": 1e-3}),
+    ("cohere2", {}),
+    ("cohere2", {"layer_types": None, "logit_scale": 0.9, "attention_bias": True}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

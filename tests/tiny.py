@@ -17,6 +17,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # Family: the name of its classes in transformers, and what its tiny model needs beside SIZES.
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -26,6 +27,11 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 12, "pad_token_id": None}),
     "gemma2": ("Gemma2", {"head_dim": 12, "pad_token_id": None, "sliding_window": 8}),
     "gemma3_text": ("Gemma3", {"head_dim": 12, "pad_token_id": None, "sliding_window": 8}),
+    "granite": ("Granite", {"attention_multiplier": 0.2}),
+    "smollm3": ("SmolLM3", {"pad_token_id": None, "no_rope_layer_interval": 2}),
+    "olmo2": ("Olmo2", {"pad_token_id": None}),
+    "cohere": ("Cohere", {"pad_token_id": None}),
+    "cohere2": ("Cohere2", {"pad_token_id": None, "sliding_window": 8, "layer_types": MIXED}),
 }
 
 

@@ -58,7 +58,11 @@ def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: P
     want = dict(model.named_parameters())
     for path, leaf in tree.items(loaded.params):
         grad = want[loaded.family.names.to_hf(path)].grad
-        assert (leaf.grad - grad).norm() <= 1e-5 * grad.norm(), path
+        size = grad.norm()
+        if path.endswith("k.bias") and size < 1e-6:
+            # Without positions a bias on k shifts all scores alike: its gradient is exactly zero.
+            size = want[loaded.family.names.to_hf(path.replace("bias", "weight"))].grad.norm()
+        assert (leaf.grad - grad).norm() <= 1e-5 * size, path
 
 
 @cases

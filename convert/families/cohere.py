@@ -1,0 +1,47 @@
+"""Cohere's Command R: one LayerNorm for both branches, side by side; rotation of neighbours."""
+
+from dataclasses import replace
+
+from ...nn.spec import ModelSpec, NormSpec
+from ..config_fields import Fields
+from ..dense import dense_spec, with_attention
+from ..names import LLAMA, QK_NORMS, names
+
+NAMES = names(LLAMA, QK_NORMS)
+_POSITIONS = 8192
+
+
+def spec(fields: Fields) -> ModelSpec:
+    """Matches transformers' `CohereForCausalLM`."""
+    norm = layer_norm(fields)
+    bias = fields.flag("attention_bias", False)
+    made = dense_spec(
+        fields,
+        max_positions=_POSITIONS,
+        tied=True,
+        qkv_bias=bias,
+        out_bias=bias,
+        norm=norm,
+        qk_norm=fields.flag("use_qk_norm", False),
+    )
+    made = with_attention(made, qk_norm_over="heads")
+    # The context that published files were trained for; the other field is smaller.
+    reach = fields.integer("model_max_length", made.max_positions)
+    return side_by_side(fields, replace(made, max_positions=max(reach, made.max_positions)))
+
+
+def layer_norm(fields: Fields) -> NormSpec:
+    """LayerNorm without a bias."""
+    return NormSpec(fields.number("layer_norm_eps", 1e-5), kind="layer")
+
+
+def side_by_side(fields: Fields, spec: ModelSpec) -> ModelSpec:
+    """With parallel branches, neighbouring features rotated, and the logits' multiplier."""
+    layers = []
+    for layer in spec.layers:
+        rope = layer.attention.rope
+        turned = None if rope is None else replace(rope, interleaved=True)
+        attention = replace(layer.attention, rope=turned)
+        layers.append(replace(layer, attention=attention, parallel=True))
+    scale = fields.number("logit_scale", 0.0625)
+    return replace(spec, layers=tuple(layers), logit_scale=scale)
