@@ -6,6 +6,9 @@ import torch
 
 from ..errors import InputError
 
+# Enough ids before a text to decode it as their continuation.
+CONTEXT = 8
+
 
 class TextStreamer:
     """Prints one row's text while it is generated; made and used as transformers' `TextStreamer`.
@@ -32,9 +35,12 @@ class TextStreamer:
         if value.ndim > 1 and value.shape[0] > 1:
             raise InputError(f"a streamer takes one row, found a batch of {value.shape[0]}")
         prompt, self._is_prompt = self._is_prompt, False
+        ids = [int(token) for token in value.flatten().tolist()]
         if prompt and self.skip_prompt:
+            # What follows is spaced as it is after the prompt.
+            self._old = ids[-CONTEXT:]
             return
-        self._new += [int(token) for token in value.flatten().tolist()]
+        self._new += ids
         self._emit(final=False)
 
     def end(self) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-import torch
-
 from .convert.arguments import choose_device
 from .convert.bridge import CausalLM
 from .convert.pretrained import FastLanguageModel
-from .convert.streamer import TextStreamer
+from .convert.streamer import CONTEXT, TextStreamer
 from .convert.tokenizer import Tokenizer
 from .errors import InputError, PurelmError
 
@@ -22,25 +20,12 @@ class _Streamer(TextStreamer):
     """Gives each piece of the answer to `write`."""
 
     def __init__(self, tokenizer: Tokenizer, write: Write) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._is_prompt:
-            # Not printed, but what follows is spaced as it is after these tokens.
-            self._is_prompt, self._old = False, _tail(value)
-            return
-        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.write(text)
-
-
-def _tail(prompt: torch.Tensor) -> list[int]:
-    """Enough of a prompt [1, s] to decode what comes after it as its continuation."""
-    ids: list[int] = prompt.flatten()[-8:].tolist()
-    return ids
 
 
 def load(
@@ -90,7 +75,7 @@ def answer(
         streamer=None if write is None else _Streamer(tokenizer, write),
         **keywords,
     )
-    before = _tail(ids)
+    before = ids[0, -CONTEXT:].tolist()
     text = str(tokenizer.decode(before + out[0, length:].tolist(), skip_special_tokens=True))
     return text[len(str(tokenizer.decode(before, skip_special_tokens=True))) :]
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import assets
 import pytest
 import tiny
+import tiny_tokenizers
 import tokenizers
 import torch
 import transformers
@@ -332,6 +333,21 @@ def test_streamer_prints(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str
         streamer.put(torch.tensor([tokenizer.get_vocab()[piece]]))
     streamer.end()
     assert capsys.readouterr().out == "caf a\n"
+
+
+def test_streamer_spaces_an_answer_as_after_its_prompt(tmp_path: Path) -> None:
+    """A sentencepiece decoder drops the space that a text begins with."""
+    tokenizer = Tokenizer.from_folder(tiny_tokenizers.sentencepiece(tmp_path))
+    prompt, answer = (
+        tokenizer.encode("the cat"),
+        tokenizer.encode("the cat", add_special_tokens=False),
+    )
+    streamer = Kept(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.put(torch.tensor([prompt]))
+    for token in answer:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(streamer.pieces) == " the cat" != tokenizer.decode(answer)
 
 
 def test_streamer_takes_one_row(ours: CausalLM, tokenizer: Tokenizer) -> None:
