@@ -6,6 +6,7 @@ double-quantized, `w.nested_absmax` and `w.nested_quant_map` (bitsandbytes' `Qua
 These are the parts of our NF4 leaf, which takes them as they are.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -224,3 +225,69 @@ def read_dense(entry: Entry) -> torch.Tensor:
     if isinstance(entry, Packed):
         return nf4.dequantize(read_leaf(entry, entry.dtype))
     return read(entry)
+
+
+def layout(name: str, leaf: NF4) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each part that `parts` makes of a weight like `leaf`."""
+    blocks = -(-leaf.numel() // leaf.block)
+    double = leaf.absmax_scale is not None
+    made: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+        (name, torch.uint8, (-(-leaf.numel() // 2), 1)),
+        (f"{name}.absmax", torch.uint8 if double else torch.float32, (blocks,)),
+        (f"{name}.quant_map", torch.float32, (16,)),
+        (f"{name}.{_STATE}", torch.uint8, (len(_state(leaf, 0.0)),)),
+    ]
+    if double:
+        made.append((f"{name}.nested_absmax", torch.float32, (-(-blocks // GROUP),)))
+        made.append((f"{name}.nested_quant_map", torch.float32, (256,)))
+    return made
+
+
+def parts(name: str, leaf: NF4) -> dict[str, torch.Tensor]:
+    """The tensors, on the CPU, that bitsandbytes stores `leaf` in under the name `name`."""
+    offset = None if leaf.absmax_offset is None else leaf.absmax_offset.item()
+    made = {
+        name: leaf.packed.view(-1, 1),
+        f"{name}.absmax": leaf.absmax,
+        f"{name}.quant_map": codebook.nf4_levels(),
+        f"{name}.{_STATE}": torch.frombuffer(_state(leaf, offset), dtype=torch.uint8),
+    }
+    if leaf.absmax_scale is not None:
+        made[f"{name}.nested_absmax"] = leaf.absmax_scale
+        made[f"{name}.nested_quant_map"] = codebook.dynamic_map()
+    return {part: tensor.detach().cpu() for part, tensor in made.items()}
+
+
+def _state(leaf: NF4, offset: float | None) -> bytearray:
+    """The quant_state, as long for one offset as for any other: a header tells it in advance."""
+    fields: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": leaf.block,
+        "dtype": str(leaf.dtype).removeprefix("torch."),
+        "shape": list(leaf.shape),
+    }
+    length = len(json.dumps(fields))
+    if leaf.absmax_scale is not None:
+        nested = {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
+        fields |= nested
+        # 24 characters are the longest float64.
+        length = len(json.dumps({**fields, "nested_offset": 0})) + 24
+    return bytearray(json.dumps(fields).ljust(length).encode())
+
+
+def config_fields(leaves: Iterable[NF4], skipped: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model with these weights, `skipped` modules in 16 bits."""
+    leaves = list(leaves)
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(leaf.absmax_scale is not None for leaf in leaves),
+        "bnb_4bit_compute_dtype": str(leaves[0].dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": sorted(skipped),
+        "llm_int8_threshold": 6.0,
+    }

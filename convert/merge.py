@@ -7,6 +7,7 @@ written is read again and checked before it takes its place.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ import torch
 from ..errors import ArgumentError, CheckpointError, SaveError
 from ..nn import tree
 from ..nn.lora import LoRA
-from . import atomic, hub
+from ..quant.nf4 import NF4
+from . import atomic, hub, merge_4bit
 from .adapter_file import save_adapter
 from .bnb_file import Entry, entries, read_dense
 from .config import Config
@@ -30,20 +32,22 @@ if TYPE_CHECKING:
     from .bridge import CausalLM
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_NOT_YET = ("merged_4bit", "merged_4bit_forced", "gguf", "torchao", "fp8")
+_NOT_YET = ("gguf", "torchao", "fp8")
+_FOUR_BITS = ("merged_4bit", "merged_4bit_forced")
 # A whole model must not lie beside an adapter, which its readers would apply once more.
 _REPLACES = (*atomic.MODEL_FILES, *atomic.ADAPTER_FILES, "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor to write: as stored, if `info` is given, with what changes."""
+    """One tensor to write: stored as `info`, if that is given, with what changes, or by `make`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     info: Entry | None
     change: Change
+    make: Callable[[], torch.Tensor] | None = None
 
 
 def save_merged(
@@ -58,7 +62,9 @@ def save_merged(
     is (added in fp32 and rounded once to the stored dtype), trained copies in place of what they
     copy, config, generation config and tokenizer (default: the model's own, else the source's
     files). A 4-bit model is merged into its 16-bit original, or, if its files are in 4 bits, into
-    what they dequantize to. lora: the adapter alone.
+    what they dequantize to. lora: the adapter alone. merged_4bit (and merged_4bit_forced): 4-bit
+    weights as bitsandbytes stores them, which loses accuracy where an adapter is: the sum with the
+    dequantized weight is quantized again; all else as merged_16bit.
 
     Afterwards every written tensor is read again: its bytes must be those meant, and each merged
     weight must be what float64 makes of base and adapter, within rounding.
@@ -71,23 +77,25 @@ def save_merged(
         return
     if save_method in _NOT_YET:
         raise NotImplementedError(f"save_method={save_method!r} is not implemented yet")
-    if save_method != "merged_16bit":
-        raise ArgumentError(f"save_method is {save_method!r}, expected 'merged_16bit' or 'lora'")
+    if save_method not in ("merged_16bit", *_FOUR_BITS):
+        raise ArgumentError(
+            f"save_method is {save_method!r}, expected 'merged_16bit', 'merged_4bit' or 'lora'"
+        )
     source = model.origin.folder
     if os.path.exists(folder) and source.exists() and os.path.samefile(folder, source):
         raise SaveError(f"{folder} is what the model was loaded from; give another folder")
     try:
         with torch.no_grad():
-            _save(model, Path(folder), tokenizer)
+            _save(model, Path(folder), tokenizer, save_method in _FOUR_BITS)
     except CheckpointError as problem:
         raise SaveError(
             f"the files that the model was loaded from cannot be merged into: {problem}"
         ) from problem
 
 
-def _save(model: "CausalLM", folder: Path, tokenizer: Any) -> None:
+def _save(model: "CausalLM", folder: Path, tokenizer: Any, four_bits: bool) -> None:
     checkpoint = model.origin.checkpoint
-    config, shards = _planned(model)
+    config, shards = _planned(model, four_bits)
     every = [tensor for shard in shards.values() for tensor in shard]
     size = sum(tensor.dtype.itemsize * torch.Size(tensor.shape).numel() for tensor in every)
     with atomic.folder(folder, need_bytes=size, replaces=_REPLACES) as new:
@@ -108,7 +116,7 @@ def _save(model: "CausalLM", folder: Path, tokenizer: Any) -> None:
         _verify(model, new, every, meant)
 
 
-def _planned(model: "CausalLM") -> tuple[dict[str, Any], dict[str, list[_Tensor]]]:
+def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[str, list[_Tensor]]]:
     """The fields of config.json, and the tensors of each file to write."""
     checkpoint, names = model.origin.checkpoint, model.origin.family.names
     params = dict(tree.items(model.params))
@@ -116,6 +124,8 @@ def _planned(model: "CausalLM") -> tuple[dict[str, Any], dict[str, list[_Tensor]
     adapters = {f"{path}.weight": leaf for path, leaf in tree.items(model.adapters)}
     fields = model.config.to_dict()
     fields.pop("quantization_config", None)
+    if four_bits:
+        fields["quantization_config"] = merge_4bit.quantization_config(model)
     head = names.to_hf("head.weight")
     apart = model.spec.tied and "head.weight" in trained
     if apart:
@@ -135,9 +145,19 @@ def _planned(model: "CausalLM") -> tuple[dict[str, Any], dict[str, list[_Tensor]
     shards: dict[str, list[_Tensor]] = {name: [] for name in files.values()}
     for info in entries(checkpoint):
         try:
-            made = change(names.to_ours(info.name), info)
+            path = names.to_ours(info.name)
         except KeyError:
-            made = None
+            path = ""
+        leaf = params.get(path)
+        if four_bits and isinstance(leaf, NF4):
+            shards[files[info.name]] += [
+                _Tensor(name, dtype, shape, None, None, make)
+                for name, dtype, shape, make in merge_4bit.parts(
+                    info.name, leaf, adapters.get(path)
+                )
+            ]
+            continue
+        made = change(path, info) if path else None
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
         shards[files[info.name]].append(_Tensor(info.name, info.dtype, shape, info, made))
     if apart and head not in checkpoint.tensors:
@@ -157,7 +177,9 @@ def _files(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
     def make() -> torch.Tensor:
-        if tensor.info is None or isinstance(tensor.change, torch.Tensor):
+        if tensor.make is not None:
+            made = tensor.make()
+        elif tensor.info is None or isinstance(tensor.change, torch.Tensor):
             assert isinstance(tensor.change, torch.Tensor)
             made = tensor.change.detach().to("cpu").to(tensor.dtype)
             if not bool(made.isfinite().all()):
@@ -216,6 +238,7 @@ def _verify(model: "CausalLM", new: Path, every: list[_Tensor], meant: dict[str,
             if isinstance(tensor.change, LoRA):
                 assert tensor.info is not None
                 check(read_dense(tensor.info), found, tensor.change, tensor.name)
+        entries(written)
         # What will be loaded: the same spec, but for a head that is apart now.
         spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")
     except CheckpointError as problem:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import purelm
 from purelm.convert import peft_config
 from purelm.convert.report import describe
-from purelm.errors import CheckpointError, ConfigError
+from purelm.errors import ArgumentError, CheckpointError, ConfigError, SaveError
 from purelm.nn import decoder, lora, tree
 from purelm.quant import nf4
 from purelm.quant.nf4 import NF4
@@ -155,6 +155,105 @@ def test_merged_16_bits_onto_the_dequantized_base(
     assert torch.equal(found[UP], want[UP] + lora.delta(adapter).detach())
     ours = model(bridged.ids()).logits.detach()
     bridged.same_logits(reload(tmp_path / "merged")(bridged.ids()).logits.detach(), ours)
+
+
+def test_merged_4_bits_without_an_adapter_are_the_same_file(stored: Path, tmp_path: Path) -> None:
+    bridged.bridge(stored, quantize="nf4").save_pretrained_merged(
+        tmp_path / "saved", save_method="merged_4bit_forced"
+    )
+    found, want = weights(tmp_path / "saved"), weights(stored)
+    assert found.keys() == want.keys()
+    for name, tensor in want.items():
+        if name.endswith(STATE):
+            ours, theirs = (json.loads(t.numpy().tobytes()) for t in (found[name], tensor))
+            assert ours == theirs
+        else:
+            assert torch.equal(found[name], tensor), name
+    assert purelm.load(tmp_path / "saved", device="cpu")[0] == purelm.load(stored, device="cpu")[0]
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_4_bits_run_in_transformers(double: bool, tied: bool, tmp_path: Path) -> None:
+    """bitsandbytes' own bytes of the sum of dequantized weight and adapter."""
+    tiny.save(
+        tiny.hf_model("qwen3", tie_word_embeddings=tied, head_dim=16, **WIDE),
+        tmp_path / "dense",
+        max_shard_size="60KB",
+    )
+    model = bridged.bridge(tmp_path / "dense", quantize="nf4")
+    if not double:
+        plain = tree.map(
+            lambda w: nf4.quantize(nf4.dequantize(w), double=False) if isinstance(w, NF4) else w,
+            model.params,
+        )
+        model._params = model._wear(plain, lambda path: False)
+    peft_config.apply(model, r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"]).eval()
+    bridged.spread_trained(model)
+    model.save_pretrained_merged(tmp_path / "four", save_method="merged_4bit")
+    found = weights(tmp_path / "four")
+    up = model.params["layers"][0]["mlp"]["up"]["weight"]
+    adapter = model.adapters["layers"][0]["mlp"]["up"]
+    total = (nf4.dequantize(up) + lora.delta(adapter)).detach()
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        total, blocksize=64, quant_type="nf4", compress_statistics=double
+    )
+    assert torch.equal(found[UP], codes)
+    for name, part_of in state.as_dict(packed=True).items():
+        if name.startswith("quant_state"):
+            ours, theirs = (json.loads(t.numpy().tobytes()) for t in (found[UP + STATE], part_of))
+            assert ours == theirs
+        else:
+            assert torch.equal(found[f"{UP}.{name}"], part_of), name
+    spec, params = purelm.load(tmp_path / "four", quantize="nf4", device="cpu")
+    down = params["layers"][2]["mlp"]["down"]["weight"]
+    kept = model.params["layers"][2]["mlp"]["down"]["weight"]
+    assert all(torch.equal(a, b) for a, b in zip(down.tensors, kept.tensors, strict=True))
+    want = decoder.forward(params, spec, bridged.ids())
+    bridged.same_logits(want, reload(tmp_path / "four")(bridged.ids()).logits.detach())
+    again = bridged.bridge(tmp_path / "four", quantize="nf4")
+    again.save_pretrained_merged(tmp_path / "again", save_method="merged_4bit")
+    for path in (tmp_path / "four").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_merged_4_bits_keep_what_is_dense(tmp_path: Path) -> None:
+    tiny.save(tiny.hf_model("llama", **WIDE), tmp_path / "dense")
+    dense_model = bridged.bridge(tmp_path / "dense")
+    with pytest.raises(ArgumentError, match="load_in_4bit"):
+        dense_model.save_pretrained_merged(tmp_path / "four", save_method="merged_4bit")
+    tiny_tokenizers.byte_level(tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer").glob("token*"):
+        shutil.copy(path, tmp_path / "dense")
+    model, _ = purelm.FastLanguageModel.from_pretrained(
+        tmp_path / "dense",
+        dtype=torch.float32,
+        quant_skip=["layers.1.", "q_proj"],
+        fix_tokenizer=False,
+        max_seq_length=None,
+        device_map="cpu",
+    )
+    model = purelm.FastLanguageModel.get_peft_model(model, r=4).eval()
+    bridged.spread_trained(model)
+    up: Any = model.get_submodule("model.layers.0.mlp.up_proj.lora_B")
+    with torch.no_grad():
+        up.weight[3] = float("nan")
+    with pytest.raises(SaveError, match=r"up_proj.weight merged cannot be stored"):
+        model.save_pretrained_merged(tmp_path / "four", save_method="merged_4bit")
+    assert not (tmp_path / "four").exists()
+    with torch.no_grad():
+        up.weight[3] = 0.0
+    model.save_pretrained_merged(tmp_path / "four", save_method="merged_4bit")
+    fields = json.loads((tmp_path / "four/config.json").read_text())["quantization_config"]
+    assert "model.layers.0.self_attn.q_proj" in fields["llm_int8_skip_modules"]
+    assert len(fields["llm_int8_skip_modules"]) == 1 + 7 + 2
+    spec, params = purelm.load(tmp_path / "four", quantize="nf4", device="cpu")
+    want = decoder.forward(params, spec, bridged.ids())
+    bridged.same_logits(want, reload(tmp_path / "four")(bridged.ids()).logits.detach())
+    assert torch.equal(
+        params["layers"][1]["mlp"]["up"]["weight"],
+        lora.merge(model.params, model.adapters)["layers"][1]["mlp"]["up"]["weight"],
+    )
 
 
 def test_from_pretrained(stored: Path, tmp_path: Path) -> None:
