@@ -41,7 +41,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def save_adapter(model: "CausalLM", folder: str | Path, tokenizer: Any = None) -> None:
     """Write the adapters of `model`, and a tokenizer (default: its own), whole or not at all.
 
-    Raises SaveError when there are none, or the disk refuses.
+    Raises SaveError when there are none, into the base model's own folder, or the disk refuses.
     """
     config = model.peft_config.get("default")
     if config is None and not tree.leaves(model.adapters):
@@ -50,6 +50,7 @@ def save_adapter(model: "CausalLM", folder: str | Path, tokenizer: Any = None) -
             "model with save_pretrained_merged"
         )
     origin = model.origin
+    atomic.check_apart(folder, origin.folder)
     stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
     if origin.rope_scaling is not None:
         stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)

@@ -41,8 +41,7 @@ def begin(
     Drawn from a CPU generator of their own: one `random_state` gives the same adapters on every
     device and moves nobody else's generator. Raises ArgumentError where a start does not fit.
     """
-    if type(random_state) is not int or not 0 <= random_state < 2**63:
-        raise ArgumentError(f"random_state is {random_state!r}, expected a natural number")
+    check_seed(random_state)
     generator = torch.Generator().manual_seed(random_state)
     inside = isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _DRAWN
     adapters = {}
@@ -62,6 +61,12 @@ def begin(
         tree.from_items(trained),
         tree.from_items(start if inside else {}),
     )
+
+
+def check_seed(random_state: int) -> None:
+    """Raise ArgumentError unless a generator can begin with it."""
+    if type(random_state) is not int or not 0 <= random_state < 2**63:
+        raise ArgumentError(f"random_state is {random_state!r}, expected a natural number")
 
 
 def _inside(

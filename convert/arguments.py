@@ -34,6 +34,13 @@ _DTYPES = {
 }
 
 
+def check_flags(**given: Any) -> None:
+    """Raise ArgumentError for a value that is neither True nor False."""
+    for name, value in given.items():
+        if not isinstance(value, bool | Default):
+            raise ArgumentError(f"{name} is {value!r}, expected True or False")
+
+
 def choose_quantize(
     *,
     load_in_4bit: bool,
@@ -43,6 +50,12 @@ def choose_quantize(
     full_finetuning: bool,
 ) -> str | None:
     """ "nf4" or None (16 bits); raises ArgumentError for two precisions asked for by name."""
+    check_flags(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        load_in_16bit=load_in_16bit,
+        full_finetuning=full_finetuning,
+    )
     asked = {
         "load_in_4bit": bool(load_in_4bit) and not isinstance(load_in_4bit, Default),
         "load_in_8bit": load_in_8bit,

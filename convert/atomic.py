@@ -52,6 +52,12 @@ def is_leftover(path: str | os.PathLike[str]) -> bool:
     return _LEFTOVER.fullmatch(Path(path).name) is not None
 
 
+def check_apart(folder: str | os.PathLike[str], source: Path) -> None:
+    """Raise SaveError where `folder` is `source`, from which the model to save was loaded."""
+    if os.path.exists(folder) and source.exists() and os.path.samefile(folder, source):
+        raise SaveError(f"{folder} is what the model was loaded from; give another folder")
+
+
 @contextlib.contextmanager
 def folder(
     target: str | os.PathLike[str], *, need_bytes: int = 0, replaces: Sequence[str] = ()

@@ -9,9 +9,10 @@ import torch
 
 from ..errors import ArgumentError, ConfigError
 from ..nn import tree
-from . import adapter_file, peft_config, rope_override
+from . import adapter_file, adapter_start, peft_config, rope_override
 from .arguments import (
     DEFAULT_4BIT,
+    check_flags,
     choose_device,
     choose_dtype,
     choose_quantize,
@@ -85,6 +86,12 @@ class FastLanguageModel:
         Raises SourceError, ConfigError, CheckpointError, TokenizerError, AdapterError for files,
         ArgumentError for arguments that contradict each other.
         """
+        check_flags(
+            fix_tokenizer=fix_tokenizer,
+            trust_remote_code=trust_remote_code,
+            use_exact_model_name=use_exact_model_name,
+            local_files_only=local_files_only,
+        )
         if trust_remote_code:
             raise ArgumentError(
                 "trust_remote_code=True: purelm never runs code from a repository; "
@@ -113,6 +120,7 @@ class FastLanguageModel:
             memory_budget=(memory_budget, None),
         )
         _check_length(max_seq_length)
+        adapter_start.check_seed(random_state)
         if not isinstance(model_name, str | os.PathLike):
             raise ArgumentError(f"model_name is {model_name!r}, expected a folder or a repository")
         residuals = choose_residuals(use_gradient_checkpointing)
@@ -212,6 +220,7 @@ class FastLanguageModel:
         same adapters on every device, and no global generator is touched. max_seq_length changes
         nothing. Raises ArgumentError.
         """
+        _check_length(max_seq_length)
         if model.train_all:
             warnings.warn(
                 "the model was loaded with full_finetuning=True and trains every weight; "

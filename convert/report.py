@@ -25,7 +25,7 @@ def describe(model: "CausalLM") -> str:
         f"{len(quantized)} of {len(leaves)} weights in NF4{f' ({stored})' if stored else ''}, "
         f"{tree.nbytes(model.params) / 2**20:,.1f} MiB; computing in {model.dtype}",
     ]
-    return "\n".join([*lines, *origin.notes])
+    return "\n".join([*lines, _backward(model), *origin.notes])
 
 
 def _stored(leaf: NF4) -> str:
@@ -51,10 +51,12 @@ def explain(model: "CausalLM") -> str:
             how += f"; LoRA r={adapter.rank} scale={adapter.scale:g} added into the product"
             how += f", dropout {adapter.dropout:g}" if adapter.dropout else ""
         lines.append(f"{module}: {how}")
-    fates = ", ".join(
-        f"{f.name} {getattr(model.residuals, f.name)}" for f in fields(model.residuals)
-    )
-    return "\n".join([*lines, f"backward: {fates}"])
+    return "\n".join([*lines, _backward(model)])
+
+
+def _backward(model: "CausalLM") -> str:
+    policy = model.residuals
+    return "backward: " + ", ".join(f"{f.name} {getattr(policy, f.name)}" for f in fields(policy))
 
 
 def _keys(path: str) -> list[str | int]:

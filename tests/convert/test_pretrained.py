@@ -20,7 +20,14 @@ import purelm
 from purelm import FastLanguageModel
 from purelm.convert.arguments import DEFAULT_4BIT
 from purelm.convert.config import Config
-from purelm.errors import AdapterError, ArgumentError, ConfigError, InputError, SourceError
+from purelm.errors import (
+    AdapterError,
+    ArgumentError,
+    ConfigError,
+    InputError,
+    SaveError,
+    SourceError,
+)
 from purelm.nn import tree
 from purelm.quant.nf4 import NF4
 
@@ -551,3 +558,43 @@ def test_settings_belong_to_a_model(folder: Path) -> None:
     assert not torch.equal(scaled(ids()).logits, want)
     assert plain.is_gradient_checkpointing and not scaled.is_gradient_checkpointing
     assert plain.config.rope_parameters != scaled.config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"load_in_16bit": "no"},
+        {"load_in_4bit": None},
+        {"load_in_4bit": "yes"},
+        {"full_finetuning": 1},
+        {"fix_tokenizer": "no"},
+        {"trust_remote_code": "never"},
+        {"local_files_only": 0},
+        {"random_state": -1},
+        {"random_state": "x"},
+    ],
+    ids=str,
+)
+def test_values_that_are_no_switch_are_refused(folder: Path, given: Any) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(given))):
+        FastLanguageModel.from_pretrained(str(folder), **given)
+
+
+def test_the_report_says_what_backward_keeps(folder: Path) -> None:
+    model, _ = load(folder)
+    assert "backward: x offload, qkv recompute" in model.report()
+    assert (
+        "backward: x keep, qkv keep" in load(folder, use_gradient_checkpointing=False)[0].report()
+    )
+
+
+def test_an_adapter_is_not_put_into_its_base(folder: Path, tmp_path: Path) -> None:
+    """There its tokenizer would replace the base's, and the folder would load as an adapter."""
+    base = shutil.copytree(folder, tmp_path / "base")
+    model = FastLanguageModel.get_peft_model(load(base)[0], r=2)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(SaveError, match="loaded from"):
+        model.save_pretrained(base)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    model.save_pretrained(tmp_path / "adapter")
+    load(tmp_path / "adapter")[0].save_pretrained(tmp_path / "adapter")
