@@ -134,7 +134,8 @@ class FastLanguageModel:
         adapter = adapter_file.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
-        family = family_of(Config.from_folder(base.folder).fields, base.folder / "config.json")
+        config = Config.from_folder(base.folder)
+        family = family_of(config.fields, base.folder / "config.json")
         notes = []
         if adapter is not None and rope_scaling is None:
             rope_scaling = adapter_file.read_rope_scaling(source.folder)
@@ -142,6 +143,8 @@ class FastLanguageModel:
                 notes.append(f"rope_scaling: {rope_scaling}, with which the adapter was trained")
         has_tokenizer = (source.folder / "tokenizer.json").exists()
         tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
+        generation_config = _generation_config(base.folder, config)
+        eos_ids = end_ids(None, generation_config, config, tokenizer)
         loaded = load_folder(
             base.folder,
             quantize="nf4" if quantize == "nf4" else None,
@@ -161,9 +164,7 @@ class FastLanguageModel:
                 f"max_seq_length {max_seq_length} is more than the model's context of "
                 f"{spec.max_positions}: longer rows will raise unless a rope_scaling extends it"
             )
-        generation_config = _generation_config(base.folder, loaded.config)
         if fix_tokenizer:
-            eos_ids = end_ids(None, generation_config, loaded.config, tokenizer)
             spec, params = with_pad_token(tokenizer, eos_ids, spec, params, loaded.config, notes)
         model = CausalLM(
             spec,
@@ -181,11 +182,11 @@ class FastLanguageModel:
         tokenizer.model_max_length = max(max_seq_length or 0, spec.max_positions)
         model.tokenizer = tokenizer
         if adapter is not None:
-            adapters, trained, config = adapter_file.read_adapter(
+            adapters, trained, settings = adapter_file.read_adapter(
                 source.folder, spec, loaded.family.names, params=params
             )
             model.set_adapters(_placed(adapters, device), _placed(trained, device))
-            model.peft_config = {"default": config}
+            model.peft_config = {"default": settings}
         model.eval()
         return model, tokenizer
 

@@ -26,15 +26,22 @@ def overrides(folder: Path, family: Family, rope_scaling: dict[str, Any] | None)
     stored = config.get("rope_parameters") or {}
     if not isinstance(stored, dict):
         raise ConfigError(f"rope_parameters is {stored!r:.60}, expected an object", file=file)
+    if any(isinstance(value, dict) for value in stored.values()):
+        raise NotImplementedError(
+            f"rope_scaling={rope_scaling!r}: {file} has rope_parameters for each kind of layer, "
+            "which are not replaced yet; write the scaling there"
+        )
     scaling = dict(rope_scaling)
     for name in ("rope_theta", "partial_rotary_factor"):
         kept = stored.get(name, config.get(name))
         if kept is not None:
             scaling.setdefault(name, kept)
     spec = family.spec({**config.fields, **_fields(stored, scaling)}, file)
-    rope = next((x.attention.rope for x in spec.layers if x.attention.rope is not None), None)
-    if rope is None:
+    ropes = [x.attention.rope for x in spec.layers if x.attention.rope is not None]
+    if not ropes:
         raise ArgumentError(f"rope_scaling is {rope_scaling!r}, but the model has no rope to scale")
+    # Where layers differ (Gemma 3), the long-range ones alone are scaled.
+    rope = next((rope for rope in ropes if rope.kind != "default"), ropes[0])
     if rope.kind in ("default", "dynamic"):
         return _fields(stored, scaling)
     if rope.kind != "linear":

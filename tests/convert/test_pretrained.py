@@ -598,3 +598,39 @@ def test_an_adapter_is_not_put_into_its_base(folder: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     model.save_pretrained(tmp_path / "adapter")
     load(tmp_path / "adapter")[0].save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["</s>", [2, "x"], 1.5, True, {}])
+def test_an_eos_that_is_no_id_is_named_with_its_file(
+    folder: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    (bad / "generation_config.json").unlink(missing_ok=True)
+    fields = json.loads((bad / name).read_text()) if (bad / name).exists() else {}
+    (bad / name).write_text(json.dumps({**fields, "eos_token_id": value}))
+    with pytest.raises(ConfigError, match=f"eos_token_id.*bad/{name}"):
+        load(bad)
+
+
+def test_a_scaling_does_not_replace_several(folder: Path, tmp_path: Path) -> None:
+    """Gemma 3 has a rotary base for each kind of layer, and scales one of them."""
+    folders.whole(tmp_path / "new", "gemma3_text")
+    with pytest.raises(NotImplementedError, match="rope_scaling="):
+        load(tmp_path / "new", rope_scaling=SCALINGS["linear"])
+    file = tmp_path / "new" / "config.json"
+    fields = json.loads(file.read_text())
+    ropes = fields.pop("rope_parameters")
+    fields["rope_theta"] = ropes["full_attention"]["rope_theta"]
+    fields["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    fields["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    file.write_text(json.dumps(fields))
+    model, _ = load(tmp_path / "new", rope_scaling=SCALINGS["linear"])
+    kinds = {layer.attention.rope.kind for layer in model.spec.layers}
+    assert kinds == {"default", "linear"} and model.spec.max_positions == 128
+    model.save_pretrained_merged(tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    )
+    with torch.no_grad():
+        same_logits(model(ids()).logits, theirs(ids()).logits)
