@@ -142,7 +142,7 @@ def attention_backward(
     backend = backend_for(q, documents)
     out, lse, rest = saved
     if backend == "reference":
-        return _reference_backward(dout, q, k, v, out, lse, scale, documents)
+        return _reference_backward(dout, q, k, v, scale, documents)
     if documents is not None:
         cu, longest = documents
         grads = aten._flash_attention_backward(
@@ -196,24 +196,17 @@ def _summed(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _reference_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    documents: Documents | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """From the inputs alone, so that second derivatives are right too."""
     b, s, h, d = q.shape
     groups = h // k.shape[2]
     wide_k, wide_v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, wide_k).to(lse.dtype) * scale
+    scores = torch.einsum("bihd,bjhd->bhij", q, wide_k).to(_wide(q.dtype)) * scale
     scores = scores.masked_fill(~_seen(s, documents, q.device), float("-inf"))
-    weights = (scores - lse[..., None]).exp()
-    dweights = torch.einsum("bihd,bjhd->bhij", dout, wide_v).to(lse.dtype)
-    # The mean of dweights under the weights, which equals sum(dout * out).
-    mean = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)[..., None]
+    weights = scores.softmax(-1)
+    dweights = torch.einsum("bihd,bjhd->bhij", dout, wide_v).to(weights.dtype)
+    mean = (weights * dweights).sum(-1, keepdim=True)
     dscores = (weights * (dweights - mean) * scale).to(q.dtype)
     dq = torch.einsum("bhij,bjhd->bihd", dscores, wide_k)
     dk = torch.einsum("bhij,bihd->bjhd", dscores, q)
@@ -254,7 +247,7 @@ class _Attention(torch.autograd.Function):
         documents = None if cu_seqlens is None else Documents(cu_seqlens, ctx.longest)
         if torch._C._are_functorch_transforms_active() and not rest:
             # The forward was the reference or keeps nothing of its own; fused ones cannot batch.
-            grads = _reference_backward(dout, q, k, v, out, lse, ctx.scale, documents)
+            grads = _reference_backward(dout, q, k, v, ctx.scale, documents)
         else:
             grads = attention_backward(
                 dout, q, k, v, Saved(out, lse, rest), scale=ctx.scale, documents=documents

@@ -241,7 +241,7 @@ def _launch_backward(
     count, width = rows.shape
     config = config_for(width)
     tiles = ceil_div(count, config.rows)
-    turns = ceil_div(tiles, PARTIALS) if partial else 1
+    turns = max(1, ceil_div(tiles, PARTIALS)) if partial else 1
     programs = ceil_div(tiles, turns)
     sums = x.new_empty((programs, width), dtype=torch.float32) if partial else None
     _backward_kernel(

@@ -123,7 +123,7 @@ def _low_ranks(
     if not found or _drops(adapters, seed):
         return [_drop(x2, adapter, seed, i) @ adapter.a.to(x2.dtype).mT for i, adapter in found]
     every = x2 @ _stacked_a(adapters, x2.dtype).mT
-    return list(every.split([adapter.rank for _, adapter in found], dim=1))
+    return list(every.split_with_sizes([adapter.rank for _, adapter in found], dim=1))
 
 
 def _drops(adapters: Sequence[LoRA | None], seed: int | None) -> bool:
@@ -219,7 +219,7 @@ def _pull_adapters(
     else:
         # One product for all of them: these matrices are thin, and each pass over x or dx counts.
         every = dlows[0] if len(dlows) == 1 else torch.cat(dlows, dim=1)
-        das = list((every.mT @ x2).split([adapter.rank for _, adapter in adapted]))
+        das = list((every.mT @ x2).split_with_sizes([adapter.rank for _, adapter in adapted]))
         if dx is not None:
             dx = _plus(dx, every, _stacked_a(adapters, x2.dtype))
     for at, (i, adapter) in enumerate(adapted):
@@ -282,7 +282,8 @@ class _Project(torch.autograd.Function):
             dys,
             wanted,
             need_x=ctx.needs_input_grad[2],
-            lows=lows,
+            # What is kept carries no graph: where this backward is differentiated, made again.
+            lows=None if torch.is_grad_enabled() else lows,
         )
         out: list[torch.Tensor | None] = [None] * len(flat)
         for p_at, a_at, want, grad in zip(*places, wanted, found, strict=True):

@@ -1,13 +1,30 @@
 """Residuals on their way to pinned host memory and back, beside the computation."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch.utils import _pytree
 
+from ..errors import ArgumentError
 from . import tree
 
 
+class _OnHost(NamedTuple):
+    """A pinned copy of a device tensor; what else a tree holds stays as it is."""
+
+    copy: torch.Tensor
+
+
+class _Coming(NamedTuple):
+    """A tree on its way back: when its copies are done, and whose memory they write to."""
+
+    residuals: tree.Tree
+    done: torch.cuda.Event | None = None
+    owner: torch.cuda.Stream | None = None
+
+
 class Offload:
-    """The parked residuals of one forward pass, by layer.
+    """The parked residuals of one forward pass, by layer; each can be fetched once.
 
     Copies run on streams of their own. Fetching a layer waits for its copies only, and begins to
     fetch the layer before it, which the backward pass needs next. On the CPU nothing moves.
@@ -16,53 +33,76 @@ class Offload:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.device = device
-        self._host: dict[int, tree.Tree] = {}
-        self._coming: dict[int, tuple[tree.Tree, torch.cuda.Event | None]] = {}
+        self._host: dict[int, tuple[list[Any], Any]] = {}
+        self._coming: dict[int, _Coming] = {}
+        self._fetched: set[int] = set()
         if self.cuda:
             self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def __del__(self) -> None:
+        # Of a backward that ended early: its memory is free for others once the copies are done.
+        for coming in self._coming.values():
+            if coming.owner is not None and coming.done is not None:
+                coming.owner.wait_event(coming.done)
+
     def park(self, layer: int, residuals: tree.Tree) -> None:
         """Send a tree of tensors away; its device memory is free once the copies are done."""
-        if not self.cuda:
-            self._host[layer] = residuals
-            return
-        self._out.wait_stream(torch.cuda.current_stream(self.device))
-
-        def send(t: torch.Tensor) -> torch.Tensor:
-            host = torch.empty_like(t, device="cpu", pin_memory=True)
-            with torch.cuda.stream(self._out):
-                host.copy_(t, non_blocking=True)
-            t.record_stream(self._out)
-            return host
-
-        self._host[layer] = tree.map_tensors(send, residuals)
+        leaves, structure = _pytree.tree_flatten(residuals)
+        if self.cuda:
+            self._out.wait_stream(torch.cuda.current_stream(self.device))
+            leaves = [self._send(leaf) for leaf in leaves]
+        self._host[layer] = leaves, structure
 
     def fetch(self, layer: int) -> tree.Tree:
         """The residuals of `layer`, back on the device, usable on the current stream; None if none
-        were parked.
+        were parked. Raises ArgumentError where they were fetched before.
         """
+        if layer in self._fetched:
+            raise ArgumentError(
+                "a second backward through one forward pass: residuals sent to the host come back "
+                "once; run the forward again, or use a policy that keeps or recomputes them"
+            )
         self._begin(layer)
-        residuals, done = self._coming.pop(layer, (None, None))
-        if done is not None:
-            torch.cuda.current_stream(self.device).wait_event(done)
+        if layer not in self._coming:
+            return None
+        self._fetched.add(layer)
+        coming = self._coming.pop(layer)
+        if coming.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(coming.done)
         self._begin(layer - 1)
-        return residuals
+        return coming.residuals
 
     def _begin(self, layer: int) -> None:
-        if layer in self._coming or layer not in self._host:
+        if layer not in self._host:
             return
-        host = self._host.pop(layer)
+        leaves, structure = self._host.pop(layer)
         if not self.cuda:
-            self._coming[layer] = (host, None)
+            self._coming[layer] = _Coming(_pytree.tree_unflatten(leaves, structure))
             return
         # Memory for the copies comes from the computing stream, whose earlier users of it must be
         # done before the copy writes there.
-        fresh = tree.map_tensors(lambda t: torch.empty_like(t, device=self.device), host)
-        self._in.wait_stream(torch.cuda.current_stream(self.device))
+        owner = torch.cuda.current_stream(self.device)
+        self._in.wait_stream(owner)
         self._in.wait_stream(self._out)
+        back = [self._bring(leaf) for leaf in leaves]
+        done = self._in.record_event()
+        self._coming[layer] = _Coming(_pytree.tree_unflatten(back, structure), done, owner)
+
+    def _send(self, leaf: Any) -> Any:
+        # Some attention backends keep a seed on the CPU.
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_cuda:
+            return leaf
+        host = torch.empty_like(leaf, device="cpu", pin_memory=True)
+        with torch.cuda.stream(self._out):
+            host.copy_(leaf, non_blocking=True)
+        leaf.record_stream(self._out)
+        return _OnHost(host)
+
+    def _bring(self, leaf: Any) -> Any:
+        if not isinstance(leaf, _OnHost):
+            return leaf
+        fresh = torch.empty_like(leaf.copy, device=self.device)
         with torch.cuda.stream(self._in):
-            for to, source in zip(tree.tensors(fresh), tree.tensors(host), strict=True):
-                to.copy_(source, non_blocking=True)
-            done = self._in.record_event()
-        self._coming[layer] = (_pytree.tree_map(lambda x: x, fresh), done)
+            fresh.copy_(leaf.copy, non_blocking=True)
+        return fresh

@@ -64,8 +64,9 @@ class _Remat(torch.autograd.Function):
 def _vjp(
     f: Callable[..., torch.Tensor], xs: tuple[torch.Tensor, ...], grad: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    # torch.func.vjp is right everywhere; outside of transforms autograd does the same for less.
-    if torch._C._are_functorch_transforms_active():
+    # torch.func.vjp is right everywhere; where nothing differentiates this backward in turn,
+    # autograd does the same for less.
+    if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
         _, pull, *_ = torch.func.vjp(f, *xs)
         pulled: tuple[torch.Tensor, ...] = pull(grad)
         return pulled

@@ -1,0 +1,71 @@
+"""Parked residuals come back as they were, once."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from purelm.errors import ArgumentError
+from purelm.nn import lora, loss, params, tree
+from purelm.nn.offload import Offload
+from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
+from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
+
+CPU = torch.device("cpu")
+
+
+def test_each_layer_comes_back_once() -> None:
+    offload = Offload(CPU)
+    parked = {i: {"x": torch.full((2,), float(i)), "rest": (None, 7)} for i in range(3)}
+    for i, residuals in parked.items():
+        offload.park(i, residuals)
+    for i in (2, 1, 0):
+        back = offload.fetch(i)
+        assert back["x"] is parked[i]["x"] and back["rest"] == (None, 7)
+    assert offload.fetch(3) is None
+    with pytest.raises(ArgumentError, match="second backward"):
+        offload.fetch(1)
+
+
+@pytest.mark.parametrize("policy", [KEEP, RECOMPUTE, OFFLOAD], ids=["keep", "recompute", "offload"])
+def test_a_second_backward(policy: Policy) -> None:
+    """Gives the same gradients again, or says why it can't."""
+    attention = AttentionSpec(2, 1, 8, 8**-0.5, RopeSpec(8, 1e4))
+    layer = LayerSpec(NormSpec(1e-5), attention, MLPSpec(24))
+    spec = ModelSpec(30, 16, (layer,) * 3, NormSpec(1e-5), 64, init_std=0.3)
+    g = torch.Generator().manual_seed(0)
+    base = params.init(spec, generator=g)
+    adapters = lora.init(spec, generator=g, rank=2, start="random")
+    trained = [t.requires_grad_() for t in tree.tensors(adapters)]
+    ids = torch.randint(0, 30, (2, 7), generator=g)
+    value = loss.loss(base, spec, ids, ids, adapters=adapters, residuals=policy)
+    first = torch.autograd.grad(value, trained, retain_graph=True)
+    if policy is OFFLOAD:
+        with pytest.raises(ArgumentError, match="second backward"):
+            torch.autograd.grad(value, trained)
+    else:
+        second = torch.autograd.grad(value, trained)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_copies_keep_values_strides_and_place() -> None:
+    device = torch.device("cuda", 0)
+    offload = Offload(device)
+    held: dict[int, Any] = {}
+    for i in range(4):
+        x = torch.randn(8, 512, 1024, device=device)
+        leaves = {"x": x, "turned": x.transpose(0, 1), "none": x[:0], "seed": torch.tensor(5)}
+        held[i] = {k: v.cpu() for k, v in leaves.items()}
+        offload.park(i, leaves)
+        del x, leaves
+        torch.randn(8, 512, 1024, device=device)  # takes the memory that may be free too early
+    for i in reversed(range(4)):
+        back = offload.fetch(i)
+        assert back["seed"].device == CPU
+        for name, want in held[i].items():
+            assert torch.equal(back[name].cpu(), want), (i, name)
+        assert back["turned"].stride() == (1024, 512 * 1024, 1)
+        assert back["x"].device == device and back["none"].device == device
+        del back
+        torch.randn(8, 512, 1024, device=device)
