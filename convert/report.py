@@ -44,7 +44,7 @@ def explain(model: "CausalLM") -> str:
         if isinstance(leaf, NF4):
             how = f"NF4, dequantized per use ({kernel}) for a dense product"
         else:
-            how = f"{str(leaf.dtype).removeprefix('torch.')}, dense product"
+            how = f"{str(leaf.dtype).removeprefix('torch.')}, {_use(model, module)}"
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             how += ", trained"
         if adapter is not None:
@@ -52,6 +52,12 @@ def explain(model: "CausalLM") -> str:
             how += f", dropout {adapter.dropout:g}" if adapter.dropout else ""
         lines.append(f"{module}: {how}")
     return "\n".join([*lines, _backward(model)])
+
+
+def _use(model: "CausalLM", module: str) -> str:
+    if module != "embed":
+        return "dense product"
+    return "rows looked up" + ("; as the head a dense product" if model.spec.tied else "")
 
 
 def _backward(model: "CausalLM") -> str:

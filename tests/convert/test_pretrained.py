@@ -634,3 +634,12 @@ def test_a_scaling_does_not_replace_several(folder: Path, tmp_path: Path) -> Non
     )
     with torch.no_grad():
         same_logits(model(ids()).logits, theirs(ids()).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_is_looked_up(tied: bool, tmp_path: Path) -> None:
+    folders.whole(tmp_path, tie_word_embeddings=tied)
+    lines = load(tmp_path)[0].explain().splitlines()
+    assert lines[0].startswith("embed: float32, rows looked up")
+    assert lines[0].endswith("as the head a dense product") == tied
+    assert ("head: float32, dense product" in lines) != tied
