@@ -99,6 +99,13 @@ class Fields:
             return None
         return self.number(name, default)
 
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of `length` positive numbers."""
+        value = self.take(name)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.error(f"{name} is {value!r:.200}, expected a list of {length} numbers")
+        return tuple(Fields({name: x}, self.file).number(name) for x in value)
+
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """A boolean."""
         value = self.take(name, default)

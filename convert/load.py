@@ -16,12 +16,14 @@ from ..nn.spec import ModelSpec
 from ..quant import nf4
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
+from .fused import Part, reader, split
 from .hub import resolve
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 
 Quantize = Literal["nf4"] | None
+Stored = Entry | Part
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
@@ -140,12 +142,15 @@ def load_folder(
 
 def _match(
     found: Sequence[Entry], checkpoint: Checkpoint, spec: ModelSpec, family: Family
-) -> tuple[dict[str, Entry], tuple[str, ...]]:
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """Our path -> where it is stored, in file order, and the names that are rightly not loaded."""
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
-    chosen: dict[str, Entry] = {}
+    chosen: dict[str, Stored] = {}
     left_out, unknown = [], []
     for info in found:
+        if parts := family.names.parts(info.name):
+            chosen.update(split(info, parts, want))
+            continue
         try:
             path = family.names.to_ours(info.name)
         except KeyError:
@@ -166,18 +171,18 @@ def _match(
             f"missing {_some(missing)}; not expected {_some(unknown)}",
             file=checkpoint.folder,
         )
-    for path, info in chosen.items():
-        if info.shape != want[path].shape:
+    for path, stored in chosen.items():
+        if stored.shape != want[path].shape:
             raise CheckpointError(
-                f"found shape {list(info.shape)}, config.json makes it {list(want[path].shape)}",
-                tensor=info.name,
-                file=info.file,
+                f"found shape {list(stored.shape)}, config.json makes it {list(want[path].shape)}",
+                tensor=stored.name,
+                file=stored.file,
             )
-        if info.dtype not in _LOADABLE:
+        if stored.dtype not in _LOADABLE:
             raise CheckpointError(
-                f"found dtype {info.dtype}, expected one of {', '.join(map(str, _LOADABLE))}",
-                tensor=info.name,
-                file=info.file,
+                f"found dtype {stored.dtype}, expected one of {', '.join(map(str, _LOADABLE))}",
+                tensor=stored.name,
+                file=stored.file,
             )
     return chosen, tuple(left_out)
 
@@ -200,12 +205,12 @@ def _some(names: list[str], limit: int = 6) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _common_dtype(chosen: Mapping[str, Entry]) -> torch.dtype:
+def _common_dtype(chosen: Mapping[str, Stored]) -> torch.dtype:
     found = {info.dtype for info in chosen.values()}
     return found.pop() if len(found) == 1 else torch.bfloat16
 
 
-def _finite(made: torch.Tensor, info: Entry) -> torch.Tensor:
+def _finite(made: torch.Tensor, info: Stored) -> torch.Tensor:
     """`made` if no value of it is NaN or infinite; aminmax needs no second tensor to tell."""
     if not all(bool(end.isfinite()) for end in made.aminmax()):
         count = int((~made.isfinite()).sum())
@@ -221,7 +226,7 @@ def _finite(made: torch.Tensor, info: Entry) -> torch.Tensor:
 
 
 def _read_all(
-    chosen: Mapping[str, Entry],
+    chosen: Mapping[str, Stored],
     spec: ModelSpec,
     make_four: bool,
     keep_four: bool,
@@ -240,6 +245,7 @@ def _read_all(
             total=total, unit="B", unit_scale=True, desc="loading", disable=shown, leave=False
         ) as bar,
     ):
+        read_stored = reader(stager.read)
         for path, info in chosen.items():
             may = want[path].quantize and not any(text in info.name for text in quant_skip)
             if isinstance(info, Packed):
@@ -247,7 +253,7 @@ def _read_all(
                 # What computes with 16 bits only, the head for one, loses nothing by that.
                 leaves[path] = leaf if keep_four and may else nf4.dequantize(leaf)
             else:
-                dense = _finite(stager.read(info).to(dtype), info)
+                dense = _finite(read_stored(info).to(dtype), info)
                 leaves[path] = nf4.quantize(dense, name=info.name) if make_four and may else dense
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.

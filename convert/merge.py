@@ -18,7 +18,7 @@ from ..errors import ArgumentError, CheckpointError, SaveError
 from ..nn import tree
 from ..nn.lora import LoRA
 from ..quant.nf4 import NF4
-from . import atomic, hub, merge_4bit
+from . import atomic, fused, hub, merge_4bit
 from .adapter_file import save_adapter
 from .bnb_file import Entry, entries, read_dense
 from .config import Config
@@ -144,6 +144,14 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
     files = _files(checkpoint)
     shards: dict[str, list[_Tensor]] = {name: [] for name in files.values()}
     for info in entries(checkpoint):
+        if parts := names.parts(info.name):
+            if four_bits:
+                raise SaveError(f"{info.name} holds several projections, which 4 bits keep apart")
+            rows = [params[path].shape[0] for path in parts]
+            changes = [trained.get(path, adapters.get(path)) for path in parts]
+            whole = fused.joined(info.name, changes, rows)
+            shards[files[info.name]].append(_Tensor(info.name, info.dtype, info.shape, info, whole))
+            continue
         try:
             path = names.to_ours(info.name)
         except KeyError:

@@ -33,9 +33,13 @@ SANDWICH_NORMS = {
 
 @dataclass(frozen=True)
 class Names:
-    """Both directions of a table; `*` stands for a layer's number."""
+    """Both directions of a table; `*` stands for a layer's number.
+
+    `fused`: modules of a checkpoint that hold several of ours, one above the other.
+    """
 
     table: tuple[tuple[str, str], ...]
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -53,6 +57,12 @@ class Names:
         """The inverse of `module_to_hf`."""
         return _translate(self._hf_to_ours, name)
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Our paths of the tensors that lie in a fused tensor called `name`; else none."""
+        module, _, leaf = name.rpartition(".")
+        ours = dict(self.fused).get(_pattern(module), ())
+        return tuple(f"{_translate({_pattern(module): path}, module)}.{leaf}" for path in ours)
+
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
         module, _, leaf = path.rpartition(".")
@@ -64,16 +74,21 @@ class Names:
         return f"{self.module_to_ours(module)}.{leaf}"
 
 
-def names(*tables: dict[str, str]) -> Names:
+def names(*tables: dict[str, str], fused: dict[str, tuple[str, ...]] | None = None) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
-    return Names(tuple({ours: hf for table in tables for ours, hf in table.items()}.items()))
+    rows = {ours: hf for table in tables for ours, hf in table.items()}
+    return Names(tuple(rows.items()), tuple((fused or {}).items()))
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path, count=1)
 
 
 def _translate(table: dict[str, str], path: str) -> str:
     found = re.search(r"\.(\d+)\.", path)
     if found is None:
         return table[path]
-    pattern = f"{path[: found.start()]}.*.{path[found.end() :]}"
+    pattern = _pattern(path)
     if pattern not in table:
         raise KeyError(path)
     return table[pattern].replace("*", found.group(1))

@@ -1,6 +1,8 @@
 """Rotary embeddings out of HF's config fields, the old ones (`rope_theta`, `rope_scaling`) and the
 new one (`rope_parameters`)."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..nn.spec import RopeKind, RopeSpec
@@ -12,6 +14,7 @@ _KINDS: dict[str, RopeKind] = {
     "dynamic": "dynamic",
     "llama3": "llama3",
     "yarn": "yarn",
+    "longrope": "longrope",
 }
 _ALLOWED = {
     "default": set[str](),
@@ -33,13 +36,34 @@ _ALLOWED = {
         "mscale_all_dim",
         "truncate",
     },
+    "longrope": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    },
 }
 
 
-def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -> RopeSpec:
-    """The model's rotary embedding; `theta` is the family's default base."""
+def rope_spec(
+    fields: Fields,
+    head_dim: int,
+    max_positions: int,
+    theta: float,
+    *,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    original: int | None = None,
+) -> RopeSpec:
+    """The model's rotary embedding; `theta` is the family's default base.
+
+    aliases: a family's other names of kinds. original: the positions before scaling, where the
+    family keeps them apart from the rotary fields.
+    """
     raw = _merged(fields)
     kind_name = raw.pop("rope_type", raw.pop("type", "default"))
+    if isinstance(kind_name, str):
+        kind_name = aliases.get(kind_name, kind_name)
     raw.pop("type", None)
     if not isinstance(kind_name, str) or kind_name not in _KINDS:
         raise fields.error(f"rope type {kind_name!r} is not known; known are {', '.join(_KINDS)}")
@@ -55,10 +79,13 @@ def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -
     if unknown := sorted(raw.keys() - inner.taken - _ALLOWED[kind_name]):
         raise fields.error(f"rope type {kind_name!r} has unknown fields {', '.join(unknown)}")
     # "dynamic" compares with the context length itself, whatever else is written.
-    original = max_positions
+    before = max_positions if original is None else original
     if kind_name != "dynamic":
-        original = inner.integer("original_max_position_embeddings", max_positions)
-    if kind_name == "yarn" and not inner.has("factor"):
+        before = inner.integer("original_max_position_embeddings", before)
+    if original is not None and before != original:
+        raise fields.error("original_max_position_embeddings stands twice with different values")
+    original = before
+    if kind_name in ("yarn", "longrope") and not inner.has("factor"):
         factor = max_positions / original
     else:
         factor = inner.number("factor")
@@ -68,6 +95,11 @@ def rope_spec(fields: Fields, head_dim: int, max_positions: int, theta: float) -
         more["high_freq_factor"] = inner.number("high_freq_factor")
         if more["high_freq_factor"] <= more["low_freq_factor"]:
             raise fields.error("rope high_freq_factor must be above low_freq_factor")
+    elif kind_name == "longrope":
+        for name in ("short_factor", "long_factor"):
+            more[f"{name}s"] = inner.numbers(name, dim // 2)
+        if inner.has("attention_factor"):
+            more["attention_factor"] = inner.number("attention_factor")
     elif kind_name == "yarn":
         more["beta_fast"] = inner.number("beta_fast", 32.0)
         more["beta_slow"] = inner.number("beta_slow", 1.0)

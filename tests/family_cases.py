@@ -21,6 +21,20 @@ GEMMA3 = {
     "full_attention": {"rope_type": "linear", "rope_theta": 5e3, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
 }
+# Of a head of 12 features: all turned, or half of them.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.5, 2.0, 3.0, 5.0, 8.0, 12.0],
+}
+PARTIAL = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 2.0, 3.0],
+}
 
 # (family, the switches of its config that this case throws)
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -81,6 +95,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"use_sliding_window": True, "sliding_window": 6, "layer_types": LAYERS}),
     ("olmo2", {}),
     ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("phi3", {}),
+    ("phi3", {"sliding_window": 7, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("phi3", {"rope_parameters": LONGROPE}),
+    ("phi3", {"rope_parameters": PARTIAL, "original_max_position_embeddings": 16}),
     ("cohere", {}),
     ("cohere", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3}),
     ("cohere", {"tie_word_embeddings": False, "layer_norm_eps": 1e-3}),

@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"attention_multiplier": 0.2}),
     "smollm3": ("SmolLM3", {"pad_token_id": None, "no_rope_layer_interval": 2}),
     "olmo2": ("Olmo2", {"pad_token_id": None}),
+    "phi3": ("Phi3", {"pad_token_id": None, "original_max_position_embeddings": 64}),
     "cohere": ("Cohere", {"pad_token_id": None}),
     "cohere2": ("Cohere2", {"pad_token_id": None, "sliding_window": 8, "layer_types": MIXED}),
 }

@@ -34,6 +34,20 @@ def load_both(
     return model, load_folder(folder, **options)
 
 
+def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch.Tensor]:
+    """transformers' weights, or their gradients, by our paths; fused ones taken apart."""
+    names, found = loaded.family.names, {}
+    shapes = {path: leaf.shape for path, leaf in tree.items(loaded.params)}
+    for name, p in model.named_parameters():
+        value = p.grad if grad else p.data
+        parts = names.parts(name)
+        if parts:
+            found.update(zip(parts, value.split([shapes[x][0] for x in parts]), strict=True))
+        else:
+            found[names.to_ours(name)] = value
+    return found
+
+
 def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
@@ -55,13 +69,13 @@ def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: P
     torch.testing.assert_close(ours, theirs.loss, rtol=1e-6, atol=0)
     ours.backward()
     theirs.loss.backward()
-    want = dict(model.named_parameters())
+    want = theirs_of(model, loaded, grad=True)
     for path, leaf in tree.items(loaded.params):
-        grad = want[loaded.family.names.to_hf(path)].grad
+        grad = want[path]
         size = grad.norm()
         if path.endswith("k.bias") and size < 1e-6:
             # Without positions a bias on k shifts all scores alike: its gradient is exactly zero.
-            size = want[loaded.family.names.to_hf(path.replace("bias", "weight"))].grad.norm()
+            size = want[path.replace("bias", "weight")].norm()
         assert (leaf.grad - grad).norm() <= 1e-5 * size, path
 
 
@@ -70,7 +84,7 @@ def test_left_padding(family: str, switches: dict[str, Any], tmp_path: Path) -> 
     """A left-padded row has the logits of the row alone."""
     model, loaded = load_both(family, switches, tmp_path)
     short, long = tokens(2, 1, 9), tokens(3, 1, 20)
-    if switches.get("rope_parameters", {}).get("rope_type") == "dynamic":
+    if switches.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
         short = tokens(2, 1, 20)  # its frequencies follow the longest row of a batch, in HF too
     pad = long.shape[1] - short.shape[1]
     batch = torch.cat([torch.nn.functional.pad(short, (pad, 0)), long])
@@ -85,7 +99,7 @@ def test_left_padding(family: str, switches: dict[str, Any], tmp_path: Path) -> 
 def test_packed_rows(family: str, switches: dict[str, Any], tmp_path: Path) -> None:
     """Documents packed into one row have the logits and the loss of each alone."""
     model, loaded = load_both(family, switches, tmp_path)
-    lengths = (20, 20) if name((family, switches)).endswith("dynamic") else (5, 17, 9)
+    lengths = (20, 20) if name((family, switches)).endswith(("dynamic", "longrope")) else (5, 17, 9)
     documents = [tokens(i, 1, n) for i, n in enumerate(lengths)]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     row = torch.cat(documents, 1)
@@ -110,16 +124,16 @@ def test_nf4(family: str, tmp_path: Path) -> None:
     # Widths of whole blocks: bitsandbytes' CPU dequantizer reads other rows with the wrong scales.
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     model, loaded = load_both(family, sizes, tmp_path, quantize="nf4")
-    want = dict(model.named_parameters())
+    want = theirs_of(model, loaded)
     quantized = 0
     with torch.no_grad():
         for path, leaf in tree.items(loaded.params):
             if not isinstance(leaf, NF4):
                 continue
             quantized += 1
-            weight = want[loaded.family.names.to_hf(path)]
+            weight = want[path]
             packed, state = bnb.quantize_4bit(
-                weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+                weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
             )
             assert torch.equal(leaf.packed, packed.flatten())
             assert torch.equal(leaf.absmax, state.absmax)

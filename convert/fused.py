@@ -1,0 +1,114 @@
+"""Stored matrices that are several of our projections, one above the other (Phi-3's qkv_proj).
+
+They are taken apart when a checkpoint is read and put together again when it is merged.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, SaveError
+from ..nn.lora import LoRA
+from ..nn.params import ParamSpec
+from .bnb_file import Entry, Packed
+from .merge_tensor import Change
+from .shards import TensorInfo
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stored tensor."""
+
+    whole: TensorInfo
+    rows: slice
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def file(self) -> Path:
+        return self.whole.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.whole.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes * self.shape[0] // self.whole.shape[0]
+
+
+def split(info: Entry, paths: Sequence[str], want: Mapping[str, ParamSpec]) -> dict[str, Part]:
+    """Our paths -> their rows of `info`; raises CheckpointError for another number of rows."""
+    if isinstance(info, Packed):
+        raise CheckpointError(
+            "a weight that several projections share is stored in 4 bits, which is not read yet; "
+            "load the 16-bit original, which purelm quantizes while loading",
+            tensor=info.name,
+            file=info.file,
+        )
+    parts, begin = {}, 0
+    for path in paths:
+        end = begin + want[path].shape[0]
+        parts[path], begin = Part(info, slice(begin, end)), end
+    if info.shape[:1] != (begin,):
+        raise CheckpointError(
+            f"found shape {list(info.shape)}, config.json makes it {begin} rows: "
+            + ", ".join(f"{want[path].shape[0]} for {path}" for path in paths),
+            tensor=info.name,
+            file=info.file,
+        )
+    return parts
+
+
+def reader(
+    read: Callable[[TensorInfo], torch.Tensor],
+) -> Callable[[TensorInfo | Part], torch.Tensor]:
+    """`read` for parts too; the last whole is remembered, so that parts in a row read it once."""
+    last: list[Any] = [None, None]
+
+    def of(info: TensorInfo | Part) -> torch.Tensor:
+        if isinstance(info, TensorInfo):
+            return read(info)
+        if last[0] != info.whole:
+            last[:] = [info.whole, read(info.whole)]
+        whole: torch.Tensor = last[1]
+        return whole[info.rows].clone()
+
+    return of
+
+
+def joined(name: str, changes: Sequence[Change], rows: Sequence[int]) -> Change:
+    """The parts' changes as one change of the whole, of which they have `rows`.
+
+    Adapters become one of the summed rank: A's above each other, B's along the diagonal. Raises
+    SaveError where only some parts were trained whole.
+    """
+    if all(isinstance(change, torch.Tensor) for change in changes):
+        return torch.cat([change for change in changes if isinstance(change, torch.Tensor)])
+    if any(isinstance(change, torch.Tensor) for change in changes):
+        raise SaveError(
+            f"{name} holds several projections, of which some were trained whole; train all of "
+            "them whole, or none"
+        )
+    adapters = [change for change in changes if isinstance(change, LoRA)]
+    if not adapters:
+        return None
+    a = torch.cat([leaf.a for leaf in adapters])
+    b = adapters[0].b.new_zeros(sum(rows), a.shape[0])
+    row = column = 0
+    for change, count in zip(changes, rows, strict=True):
+        if isinstance(change, LoRA):
+            at = slice(column, column + change.rank)
+            b[row : row + count, at] = change.b * change.scale
+            column += change.rank
+        row += count
+    return LoRA(a, b, 1.0)

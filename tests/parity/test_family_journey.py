@@ -1,0 +1,48 @@
+"""Every family from its files to a merged model: 4 bits, adapters, training, generation."""
+
+from pathlib import Path
+
+import bridged
+import pytest
+import tiny
+import torch
+import transformers
+from family_cases import FAMILIES
+
+from purelm.convert import peft_config
+from purelm.nn import decoder, lora, tree
+from purelm.nn.residuals import RECOMPUTE
+from purelm.quant.nf4 import NF4
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_journey(family: str, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.hf_model(family), tmp_path / "base")
+    model = bridged.bridge(folder, quantize="nf4")
+    assert sum(isinstance(leaf, NF4) for leaf in tree.leaves(model.params)) == 7 * 3
+    model = peft_config.apply(model, r=4, lora_alpha=16)
+    ids = bridged.ids()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.residuals = RECOMPUTE
+    losses = []
+    for _ in range(6):
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    model.eval()
+    out = model.generate(ids[:1, :7], max_new_tokens=5, do_sample=False, eos_token_id=[])
+    for end in range(7, 12):  # as without a cache
+        assert model(out[:, :end]).logits[0, -1].argmax() == out[0, end]
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained_merged(tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    base = bridged.bridge(folder)
+    want = decoder.forward(lora.merge(base.params, model.adapters), base.spec, ids).detach()
+    bridged.same_logits(theirs(ids).logits.detach(), want)
