@@ -156,8 +156,13 @@ def _targets(text: str) -> str | tuple[str, ...]:
 
 def _sft(args: argparse.Namespace) -> int:
     options = sft_options({k: v for k, v in vars(args).items() if k != "run"})
-    from . import sft
+    import torch
 
+    from . import embedded, sft
+
+    if options.model == embedded.MODEL:
+        # Its matrices are too small to be shared: more threads would only wait for one another.
+        torch.set_num_threads(1)
     try:
         sft.run(options)
     except KeyboardInterrupt:
