@@ -81,9 +81,7 @@ def save_merged(
         raise ArgumentError(
             f"save_method is {save_method!r}, expected 'merged_16bit', 'merged_4bit' or 'lora'"
         )
-    source = model.origin.folder
-    if os.path.exists(folder) and source.exists() and os.path.samefile(folder, source):
-        raise SaveError(f"{folder} is what the model was loaded from; give another folder")
+    atomic.check_apart(folder, model.origin.folder)
     try:
         with torch.no_grad():
             _save(model, Path(folder), tokenizer, save_method in _FOUR_BITS)
