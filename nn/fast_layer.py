@@ -8,6 +8,7 @@ Frozen params only; what this does not cover runs through `decoder.layer` and au
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils import _pytree
 
 from ..kernels.attention import Documents, Saved, attention_backward, attention_forward
@@ -54,6 +55,8 @@ class Layer:
         """x [b, s, e] -> [b, s, e], differentiable in x and the adapters."""
         bound = _Bound(self, p, _cast(adapters, x.dtype), table, dict(tree.items(adapters)))
         trained = [t for leaf in bound.leaves.values() for t in (leaf.a, leaf.b)]
+        if not (x.requires_grad or any(t.requires_grad for t in trained)):
+            return self.forward(x, p, bound.adapters, table)[0]
         out: torch.Tensor = _Run.apply(bound, x, *trained)  # type: ignore[no-untyped-call]
         return out
 
@@ -278,6 +281,7 @@ class _Run(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         layer, p, adapters, table, trained = ctx.bound
         saved = iter(ctx.saved_tensors[: ctx.num_kept])

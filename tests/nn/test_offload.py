@@ -6,12 +6,26 @@ import pytest
 import torch
 
 from purelm.errors import ArgumentError
-from purelm.nn import lora, loss, params, tree
+from purelm.nn import lora, loss, params, rope, tree
+from purelm.nn.fast_layer import Layer
 from purelm.nn.offload import Offload
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
 from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
 
 CPU = torch.device("cpu")
+
+
+def small() -> tuple[ModelSpec, Any, Any, torch.Tensor]:
+    attention = AttentionSpec(2, 1, 8, 8**-0.5, RopeSpec(8, 1e4))
+    layer = LayerSpec(NormSpec(1e-5), attention, MLPSpec(24))
+    spec = ModelSpec(30, 16, (layer,) * 3, NormSpec(1e-5), 64, init_std=0.3)
+    g = torch.Generator().manual_seed(0)
+    base = params.init(spec, generator=g)
+    adapters = lora.init(spec, generator=g, rank=2, start="random")
+    for t in tree.tensors(adapters):
+        t.requires_grad_()
+    ids = torch.randint(0, 30, (2, 7), generator=g)
+    return spec, base, adapters, ids
 
 
 def test_each_layer_comes_back_once() -> None:
@@ -30,14 +44,8 @@ def test_each_layer_comes_back_once() -> None:
 @pytest.mark.parametrize("policy", [KEEP, RECOMPUTE, OFFLOAD], ids=["keep", "recompute", "offload"])
 def test_a_second_backward(policy: Policy) -> None:
     """Gives the same gradients again, or says why it can't."""
-    attention = AttentionSpec(2, 1, 8, 8**-0.5, RopeSpec(8, 1e4))
-    layer = LayerSpec(NormSpec(1e-5), attention, MLPSpec(24))
-    spec = ModelSpec(30, 16, (layer,) * 3, NormSpec(1e-5), 64, init_std=0.3)
-    g = torch.Generator().manual_seed(0)
-    base = params.init(spec, generator=g)
-    adapters = lora.init(spec, generator=g, rank=2, start="random")
-    trained = [t.requires_grad_() for t in tree.tensors(adapters)]
-    ids = torch.randint(0, 30, (2, 7), generator=g)
+    spec, base, adapters, ids = small()
+    trained = tree.tensors(adapters)
     value = loss.loss(base, spec, ids, ids, adapters=adapters, residuals=policy)
     first = torch.autograd.grad(value, trained, retain_graph=True)
     if policy is OFFLOAD:
@@ -46,6 +54,35 @@ def test_a_second_backward(policy: Policy) -> None:
     else:
         second = torch.autograd.grad(value, trained)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_layers_below_the_first_adapter_keep_and_send_nothing() -> None:
+    spec, base, adapters, ids = small()
+    free = {"layers": [None, None, adapters["layers"][2]]}
+    parked: list[int] = []
+
+    class Watched(Offload):
+        def park(self, layer: int, residuals: tree.Tree) -> None:
+            parked.append(layer)
+            super().park(layer, residuals)
+
+    x = base["embed"]["weight"][ids]
+    table = rope.table(spec.layers[0].attention.rope, torch.arange(ids.shape[1])[None])
+    offload = Watched(CPU)
+    for i, (layer, p) in enumerate(zip(spec.layers, base["layers"], strict=True)):
+        fast = Layer(i, layer, None, OFFLOAD, offload, None)
+        x = fast.run(x, p, free["layers"][i], table)
+        assert x.requires_grad == (i == 2)
+    assert parked == [2]
+
+
+def test_the_fast_path_has_first_derivatives_only() -> None:
+    spec, base, adapters, ids = small()
+    trained = tree.tensors(adapters)
+    value = loss.loss(base, spec, ids, ids, adapters=adapters, residuals=KEEP)
+    grads = torch.autograd.grad(value, trained, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (grads[0].sum() + trained[0].sum()).backward()
 
 
 @pytest.mark.gpu
