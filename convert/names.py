@@ -23,12 +23,19 @@ QK_NORMS = {
     "layers.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
     "layers.*.attn.k_norm": "model.layers.*.self_attn.k_norm",
 }
+# Norms after the branches only; OLMo 2's names.
+POST_NORMS = {
+    "layers.*.attn_post_norm": "model.layers.*.post_attention_layernorm",
+    "layers.*.mlp_post_norm": "model.layers.*.post_feedforward_layernorm",
+}
 # A norm before and one after each branch; Gemma 2's names.
 SANDWICH_NORMS = {
     "layers.*.attn_post_norm": "model.layers.*.post_attention_layernorm",
     "layers.*.mlp_norm": "model.layers.*.pre_feedforward_layernorm",
     "layers.*.mlp_post_norm": "model.layers.*.post_feedforward_layernorm",
 }
+# One matrix for both; Phi-3's and GLM's name.
+GATE_UP = {"model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up")}
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,25 @@ from .config_fields import Fields
 from .families import (
     cohere,
     cohere2,
+    ernie4_5,
+    exaone4,
     gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     granite,
+    helium,
     llama,
+    ministral,
     mistral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
     smollm3,
+    stablelm,
 )
 from .names import Names
 
@@ -62,6 +70,14 @@ FAMILIES = {
         Family("olmo2", olmo2, "Olmo2ForCausalLM"),
         Family("cohere", cohere, "CohereForCausalLM"),
         Family("cohere2", cohere2, "Cohere2ForCausalLM"),
+        Family("olmo3", olmo3, "Olmo3ForCausalLM"),
+        Family("exaone4", exaone4, "Exaone4ForCausalLM"),
+        Family("ministral", ministral, "MinistralForCausalLM"),
+        Family("ernie4_5", ernie4_5, "Ernie4_5ForCausalLM"),
+        Family("helium", helium, "HeliumForCausalLM"),
+        Family("glm", glm, "GlmForCausalLM"),
+        Family("glm4", glm4, "Glm4ForCausalLM"),
+        Family("stablelm", stablelm, "StableLmForCausalLM"),
     )
 }
 

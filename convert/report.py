@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..nn import tree
+from ..nn.decoder import uncovered
 from ..quant.nf4 import NF4
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def explain(model: "CausalLM") -> str:
     lines = []
     for path, leaf in tree.items(model.params):
         module, _, name = path.rpartition(".")
-        if name != "weight" or getattr(leaf, "ndim", 0) != 2:
+        if name != "weight" or getattr(leaf, "ndim", 0) != 2 or module.endswith("_norm"):
             continue
         adapter = tree.get(model.adapters, *_keys(module))
         if isinstance(leaf, NF4):
@@ -62,7 +63,14 @@ def _use(model: "CausalLM", module: str) -> str:
 
 def _backward(model: "CausalLM") -> str:
     policy = model.residuals
-    return "backward: " + ", ".join(f"{f.name} {getattr(policy, f.name)}" for f in fields(policy))
+    text = "backward: " + ", ".join(f"{f.name} {getattr(policy, f.name)}" for f in fields(policy))
+    plain: dict[str, list[str]] = {}
+    for i, layer in enumerate(model.spec.layers):
+        if reason := uncovered(layer):
+            plain.setdefault(reason, []).append(str(i))
+    for reason, layers in plain.items():
+        text += f"\nlayers {', '.join(layers)}: run again whole by autograd, for their {reason}"
+    return text
 
 
 def _keys(path: str) -> list[str | int]:

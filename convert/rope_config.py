@@ -54,11 +54,14 @@ def rope_spec(
     *,
     aliases: Mapping[str, str] = MappingProxyType({}),
     original: int | None = None,
+    partial: float = 1.0,
+    interleaved: bool = False,
 ) -> RopeSpec:
     """The model's rotary embedding; `theta` is the family's default base.
 
     aliases: a family's other names of kinds. original: the positions before scaling, where the
-    family keeps them apart from the rotary fields.
+    family keeps them apart from the rotary fields. partial: the family's default share of a head
+    that is turned. interleaved: see `RopeSpec`.
     """
     raw = _merged(fields)
     kind_name = raw.pop("rope_type", raw.pop("type", "default"))
@@ -69,13 +72,13 @@ def rope_spec(
         raise fields.error(f"rope type {kind_name!r} is not known; known are {', '.join(_KINDS)}")
     inner = Fields(raw, fields.file)
     base = inner.number("rope_theta", theta)
-    width = head_dim * inner.number("partial_rotary_factor", 1.0)
+    width = head_dim * inner.number("partial_rotary_factor", partial)
     dim = int(min(width, head_dim + 1))  # a longer one may be infinite
     if dim % 2 or not 0 < dim <= head_dim:
         raise fields.error(f"rotary width {dim} of head width {head_dim} is not usable")
     if kind_name == "default":
         # Values that scale nothing are found beside the default kind in published configs.
-        return RopeSpec(dim=dim, theta=base)
+        return RopeSpec(dim=dim, theta=base, interleaved=interleaved)
     if unknown := sorted(raw.keys() - inner.taken - _ALLOWED[kind_name]):
         raise fields.error(f"rope type {kind_name!r} has unknown fields {', '.join(unknown)}")
     # "dynamic" compares with the context length itself, whatever else is written.
@@ -113,6 +116,7 @@ def rope_spec(
         kind=_KINDS[kind_name],
         factor=factor,
         original_positions=original,
+        interleaved=interleaved,
         **more,
     )
 

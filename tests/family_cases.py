@@ -35,6 +35,8 @@ PARTIAL = {
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.5, 2.0, 3.0],
 }
+OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 77.0}}
+QUARTER = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 
 # (family, the switches of its config that this case throws)
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -104,5 +106,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"tie_word_embeddings": False, "layer_norm_eps": 1e-3}),
     ("cohere2", {}),
     ("cohere2", {"layer_types": None, "logit_scale": 0.9, "attention_bias": True}),
+    ("olmo3", {"attention_bias": True}),
+    ("olmo3", {"layer_types": None, "rope_parameters": OLMO3}),
+    ("exaone4", {}),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": 2, "head_dim": 16}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    ("ministral", {}),
+    ("ministral", {"layer_types": None, "head_dim": 16}),
+    ("ministral", {"layer_types": None, "sliding_window": None}),
+    ("ernie4_5", {}),
+    ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}),
+    ("helium", {}),
+    ("helium", {"attention_bias": True, "mlp_bias": True}),
+    ("glm", {}),
+    ("glm", {"attention_bias": False, "rope_parameters": QUARTER}),
+    ("glm4", {}),
+    ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
+    ("stablelm", {}),
+    ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

@@ -33,6 +33,14 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {"pad_token_id": None, "original_max_position_embeddings": 64}),
     "cohere": ("Cohere", {"pad_token_id": None}),
     "cohere2": ("Cohere2", {"pad_token_id": None, "sliding_window": 8, "layer_types": MIXED}),
+    "olmo3": ("Olmo3", {"pad_token_id": None, "sliding_window": 8, "layer_types": MIXED}),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "layer_types": MIXED}),
+    "ministral": ("Ministral", {"head_dim": 12, "sliding_window": 8, "layer_types": MIXED}),
+    "ernie4_5": ("Ernie4_5", {"pad_token_id": None, "head_dim": 12}),
+    "helium": ("Helium", {"pad_token_id": None, "head_dim": 12}),
+    "glm": ("Glm", {"pad_token_id": None, "head_dim": 16}),
+    "glm4": ("Glm4", {"pad_token_id": None, "head_dim": 16}),
+    "stablelm": ("StableLm", {"hidden_size": 64}),
 }
 
 

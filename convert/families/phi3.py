@@ -3,14 +3,14 @@
 from ...nn.spec import ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import dense_spec, head_width
-from ..names import LLAMA, names
+from ..names import GATE_UP, LLAMA, names
 from ..rope_config import rope_spec
 
 NAMES = names(
     LLAMA,
     fused={
         "model.layers.*.self_attn.qkv_proj": tuple(f"layers.*.attn.{x}" for x in "qkv"),
-        "model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up"),
+        **GATE_UP,
     },
 )
 _POSITIONS = 4096
