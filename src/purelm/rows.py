@@ -61,7 +61,8 @@ def encode(
     for one in raw:
         found = _kind(one)
         if kind is not None and found != kind:
-            raise one.error(f"the rows before have {_KINDS[kind]}, this one {_KINDS[found]}")
+            before, now = " and ".join(_KINDS[kind]), " and ".join(_KINDS[found])
+            raise one.error(f"the rows before have {before}, this one {now}")
         kind = found
         row = _ENCODERS[kind](one, tokenizer)
         if len(row.ids) > max_length:

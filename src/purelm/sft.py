@@ -93,7 +93,7 @@ def run(options: Options, *, say: Say = print, on_step: OnStep | None = None) ->
         merged=merged,
         picture=picture,
     )
-    _report_end(result, say)
+    _report_end(result, bool(job.tokenizer.chat_template), say)
     return result
 
 
@@ -237,7 +237,7 @@ def _report_start(job: Job, before: dict[str, Any], say: Say) -> None:
         say(f"answer before: {before['sample'].strip()}")
 
 
-def _report_end(result: Result, say: Say) -> None:
+def _report_end(result: Result, chats: bool, say: Say) -> None:
     if result.sample_after is not None:
         say(f"answer after:  {result.sample_after.strip()}")
     if result.loss_before is not None and result.loss_after is not None:
@@ -248,4 +248,5 @@ def _report_end(result: Result, say: Say) -> None:
         if place is not None:
             say(f"{name + ':':<9} {place}")
     if result.merged is not None:
-        say(f"talk to it: purelm chat {result.merged}")
+        command = "chat {}" if chats else "generate {} --raw --prompt TEXT"
+        say(f"talk to it: purelm {command.format(result.merged)}")

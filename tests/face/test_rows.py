@@ -87,7 +87,10 @@ def test_a_text_is_learned_whole_and_ends(tmp_path: Path, tokenizer: Tokenizer) 
         ([{}], ["line 1", "no keys"]),
         ([{"text": "a", "prompt": "b"}], ["prompt, text", "only one"]),
         ([{"prompt": "a"}], ["no completion"]),
-        ([{"text": "a"}, chat("b", "c")], ["line 2", "the rows before have"]),
+        (
+            [{"text": "a"}, chat("b", "c")],
+            ["line 2", "the rows before have text, this one messages"],
+        ),
         ([{"text": 3}], ["text is a int"]),
         ([{"prompt": "a", "completion": ["b"]}], ["completion is a list"]),
         ([{"messages": []}], ["at least one message"]),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_the_loss_falls_and_is_reported(done: Any) -> None:
     assert "answer before:" in text and "answer after:" in text
     for name in ("adapter", "merged", "metrics.jsonl", "loss.png"):
         assert str(output / name) in text
+
+
+def test_a_model_without_a_chat_template_is_not_sent_to_chat(
+    folder: Path, tmp_path: Path, done: Any
+) -> None:
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "Where is the town?"}\n')
+    said: list[str] = []
+    run = options(plain, data, tmp_path / "out", max_steps=1, eval_data=None, eval_every=0)
+    sft.run(run, say=said.append)
+    assert said[-1].endswith("out/merged --raw --prompt TEXT") and "purelm chat" not in said[-1]
+    assert done[1][-1] == f"talk to it: purelm chat {done[2] / 'merged'}"
 
 
 def test_metrics_have_a_line_per_step_and_evaluation(done: Any) -> None:
