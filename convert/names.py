@@ -1,6 +1,7 @@
 """A family's tensor names: module paths, ours and Hugging Face's, in a two-way table."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,7 +82,7 @@ class Names:
         return f"{self.module_to_ours(module)}.{leaf}"
 
 
-def names(*tables: dict[str, str], fused: dict[str, tuple[str, ...]] | None = None) -> Names:
+def names(*tables: dict[str, str], fused: Mapping[str, tuple[str, ...]] | None = None) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
     return Names(tuple(rows.items()), tuple((fused or {}).items()))

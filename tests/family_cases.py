@@ -113,7 +113,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     ("ministral", {}),
     ("ministral", {"layer_types": None, "head_dim": 16}),
-    ("ministral", {"layer_types": None, "sliding_window": None}),
     ("ernie4_5", {}),
     ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}),
     ("helium", {}),
