@@ -9,8 +9,12 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..kernels import nf4 as kernel
-from ..kernels.launch import apply
+from ..kernels import nf4_matvec, nf4_matvec_launch
+from ..kernels.launch import apply, on_gpu
 from .nf4 import NF4, dequantize
+
+# Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted.
+PACKED_ROWS = 4
 
 
 def weight_of(leaf: Tensor | NF4, dtype: torch.dtype) -> Tensor:
@@ -29,7 +33,8 @@ def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
     `x`.
 
     A dense weight may be trained: its gradient comes in its own dtype. An NF4 weight is frozen:
-    only its 4-bit form is kept for the backward pass, which dequantizes once more.
+    only its 4-bit form is kept for the backward pass, which dequantizes once more. With gradients
+    off and at most PACKED_ROWS rows, a GPU reads it packed (kernels/nf4_matvec.py).
     """
     if not isinstance(leaf, NF4):
         return torch.nn.functional.linear(
@@ -40,7 +45,13 @@ def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
             f"input {list(x.shape)} and an NF4 weight {list(leaf.shape)}: "
             "expected [..., in] and [out, in]"
         )
-    y: Tensor = apply(
+    if _stays_packed(x, leaf):
+        parts = (leaf.packed, leaf.absmax, leaf.absmax_scale, leaf.absmax_offset)
+        flat = x.reshape(-1, x.shape[-1])
+        rows = nf4_matvec.matvec(flat, *parts, leaf.shape[0], leaf.block, leaf.kind)
+        y: Tensor = rows.view(*x.shape[:-1], leaf.shape[0])
+        return y if bias is None else y + bias.to(y.dtype)
+    y = apply(
         _FrozenLinear,
         x,
         leaf.packed,
@@ -52,6 +63,19 @@ def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
         leaf.kind,
     )
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _stays_packed(x: Tensor, leaf: NF4) -> bool:
+    """Whether the product reads the packed weight rather than dequantizing it."""
+    if torch.is_grad_enabled() or x.requires_grad or torch._C._are_functorch_transforms_active():
+        return False
+    rows = x.numel() // x.shape[-1]
+    return (
+        rows <= PACKED_ROWS
+        and x.dtype in kernel.FLOATS
+        and nf4_matvec_launch.takes(rows, leaf.shape, leaf.block)
+        and on_gpu(x, leaf.packed)
+    )
 
 
 def _dense(

@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from purelm.kernels import cross_entropy, gated, nf4, nf4_launch, rms_norm, rope
+from purelm.kernels import (
+    cross_entropy,
+    gated,
+    nf4,
+    nf4_launch,
+    nf4_matvec_launch,
+    rms_norm,
+    rope,
+)
 from purelm.kernels.launch import Kernel, power_of_two
 
 F32, F16, BF16, U8, I64 = (
@@ -79,6 +87,40 @@ def nf4_cases(every: bool) -> Iterator[Case]:
         (F32, F32, F32, U8, F32, count // 64, count // 64 // 256),
         {"ROWS": nf4_launch.ABSMAX_ROWS, "num_warps": 4},
     )
+
+
+def nf4_matvec_cases(every: bool) -> Iterator[Case]:
+    shapes = ((512, 2048), (14336, 4096))
+    for rows, (outputs, width), block, double, rank, dtype in itertools.product(
+        (1, 2, 17, 64) if every else (1, 4, 64),
+        shapes,
+        (32, 64, 4096) if every else (64,),
+        (False, True),
+        (0, 16) if every else (16,),
+        (F32, F16, BF16) if every else (BF16,),
+    ):
+        config = nf4_matvec_launch.config_for(rows, outputs, width, block)
+        unit = min(block, nf4_launch.UNIT)
+        runs = width // unit
+        absmax = (U8, F32, F32) if double else (F32, None, None)
+        term = (dtype, dtype) if rank else (None, None)
+        tensors = (dtype, U8, *absmax, F32, F32, *term, F32 if config.split > 1 else dtype)
+        one = rows == 1
+        yield Case(
+            f"nf4_matvec {rows}x{width}x{outputs} {block=} {dtype} {double=} {rank=}",
+            nf4_matvec_launch._vector_kernel if one else nf4_matvec_launch._rows_kernel,
+            tensors + (() if one else (rows,)) + (outputs, runs, runs // config.split, rank),
+            {
+                "BLOCK": block,
+                "WIDTH": unit,
+                "OUTPUTS": config.outputs,
+                "RUNS": config.runs,
+                "RANK": rank,
+                "DOUBLE": double,
+                "num_warps": config.num_warps,
+                **({} if one else {"ROWS": max(16, power_of_two(rows))}),
+            },
+        )
 
 
 def rms_norm_cases(every: bool) -> Iterator[Case]:
@@ -161,6 +203,7 @@ def other_cases(every: bool) -> Iterator[Case]:
 def cases(every: bool) -> Iterator[Case]:
     """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
     yield from nf4_cases(every)
+    yield from nf4_matvec_cases(every)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
     yield from other_cases(every)

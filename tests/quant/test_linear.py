@@ -1,9 +1,11 @@
 """The one linear: dense and NF4 weights give the same numbers and gradients, and compose."""
 
 import pytest
+import shim
 import torch
 
 from purelm.errors import KernelError
+from purelm.kernels import launch, nf4_matvec
 from purelm.quant.linear import linear, weight_of
 from purelm.quant.nf4 import dequantize, quantize
 
@@ -71,6 +73,42 @@ def test_weight_of():
     assert torch.equal(weight_of(leaf, torch.bfloat16), dequantize(leaf, torch.bfloat16))
     w = torch.randn(6, 10)
     assert weight_of(w, torch.float32) is w
+
+
+def test_where_the_weight_stays_packed(monkeypatch):
+    """A few rows, no gradient, a GPU (here the interpreter), whole runs: else the dense path."""
+    pytest.importorskip("triton")
+    shim.install()
+    leaf = quantize(torch.randn(12, 128), double=True)
+    odd = quantize(torch.randn(12, 40))
+    bias = torch.randn(12)
+    called, matvec = [], nf4_matvec.matvec
+    monkeypatch.setattr(nf4_matvec, "matvec", lambda *a: called.append(1) or matvec(*a))
+
+    def packed(x, leaf=leaf):
+        called.clear()
+        y = linear(x, leaf, bias)
+        want = torch.nn.functional.linear(x, dequantize(leaf, x.dtype), bias.to(x.dtype))
+        tolerance = 8 * torch.finfo(x.dtype).eps * float(want.abs().max())
+        assert y.shape == want.shape and y.dtype == x.dtype
+        torch.testing.assert_close(y.detach(), want.detach(), rtol=0, atol=tolerance)
+        return bool(called)
+
+    x = torch.randn(5, 128)
+    with torch.no_grad():
+        assert not packed(x[:1])  # no GPU
+    with launch.interpreting():
+        assert not packed(x[:1])  # a graph may be built
+        with torch.no_grad():
+            assert packed(x[0]) and packed(x[:1]) and packed(x[:4].view(2, 2, 128))
+            assert packed(x[:1].bfloat16())
+            assert not packed(x)
+            assert not packed(x[:1].clone().requires_grad_())
+            assert not packed(x[:1, :40], odd) and not packed(x[:1].double())
+            called.clear()
+            torch.func.vmap(lambda x: linear(x, leaf))(x[:2])
+            assert not called
+            assert linear(x[:0], leaf).shape == (0, 12)
 
 
 def test_bad_input():

@@ -1,0 +1,258 @@
+"""The Triton launches behind nf4_matvec.py, which says what they do."""
+
+# Kernels are written in Triton's language: they have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import codebook
+from .launch import ceil_div, jit, operator, power_of_two
+from .launch import language as tl
+from .nf4_launch import GROUP, UNIT
+
+MOST_ROWS = 64
+# Programs that fill a GPU of 132 multiprocessors twice.
+ENOUGH = 264
+
+
+class Config(NamedTuple):
+    """How a launch is cut: outputs of a program, runs of one step, programs that share an output,
+    warps.
+    """
+
+    outputs: int
+    runs: int
+    split: int
+    num_warps: int
+
+
+def config_for(rows: int, outputs: int, width: int, block: int) -> Config:
+    """The cut for `rows` of x [rows, width] and a weight [outputs, width]."""
+    runs = width // min(block, UNIT)
+    if rows == 1:
+        tile = 4 if outputs >= 4 * ENOUGH else 2
+        step = min(8 * tile, power_of_two(runs))
+    else:
+        tile = 64
+        step = min((128 if rows <= 32 else 64) // min(block, UNIT), power_of_two(runs))
+    programs = ceil_div(outputs, tile)
+    split = min(ceil_div(ENOUGH, programs), ceil_div(runs, step), 16)
+    return Config(tile, step, split, 4)
+
+
+def takes(rows: int, shape: tuple[int, ...], block: int) -> bool:
+    """Whether there is a launch for `rows` of x and a weight of `shape` [out, in]."""
+    return 1 <= rows <= MOST_ROWS and len(shape) == 2 and shape[1] % min(block, UNIT) == 0
+
+
+@jit
+def _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE: tl.constexpr):
+    if DOUBLE:
+        b_code = tl.load(p_absmax + o_block, mask=mask, other=0).to(tl.int32)
+        b_scale = tl.load(p_scale + o_block // GROUP, mask=mask, other=0.0)
+        b_absmax = tl.load(p_map + b_code) * b_scale + tl.load(p_offset)
+    else:
+        b_absmax = tl.load(p_absmax + o_block, mask=mask, other=0.0)
+    return b_absmax
+
+
+@jit
+def _vector_kernel(
+    p_x,
+    p_packed,
+    p_absmax,
+    p_scale,
+    p_offset,
+    p_levels,
+    p_map,
+    p_low,
+    p_b,
+    p_out,
+    outputs,
+    runs,
+    share,
+    rank,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RANK: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    # Runs [begin, end) of OUTPUTS outputs; RUNS of them a step.
+    o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m_n = o_n < outputs
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, runs)
+    o_first = o_n.to(tl.int64) * runs
+    b_sum = tl.zeros([OUTPUTS, RUNS], dtype=tl.float32)
+    for i in range(begin, end, RUNS):
+        o_run = i + tl.arange(0, RUNS)
+        m_run = o_run < end
+        o_x = o_run[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        b_x = tl.load(p_x + o_x, mask=m_run[:, None], other=0.0).to(tl.float32)
+        b_even, b_odd = tl.split(tl.reshape(b_x, (RUNS, WIDTH // 2, 2)))
+        o = o_first[:, None] + o_run[None, :]
+        mask = m_n[:, None] & m_run[None, :]
+        o_block = o // (BLOCK // WIDTH)
+        b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
+        o_byte = o[:, :, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, None, :]
+        b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
+        b_part = tl.load(p_levels + (b_packed >> 4)) * b_even[None, :, :]
+        b_part += tl.load(p_levels + (b_packed & 15)) * b_odd[None, :, :]
+        b_sum += tl.sum(b_part, axis=2) * b_absmax
+    b_y = tl.sum(b_sum, axis=1)
+    if RANK > 0:
+        if tl.program_id(1) == 0:
+            o_r = tl.arange(0, RANK)
+            m_r = o_r < rank
+            b_low = tl.load(p_low + o_r, mask=m_r, other=0.0).to(tl.float32)
+            o_b = o_n[:, None] * rank + o_r[None, :]
+            b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0).to(tl.float32)
+            b_y += tl.sum(b_b * b_low[None, :], axis=1)
+    o_y = tl.program_id(1) * outputs + o_n
+    tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_n)
+
+
+@jit
+def _rows_kernel(
+    p_x,
+    p_packed,
+    p_absmax,
+    p_scale,
+    p_offset,
+    p_levels,
+    p_map,
+    p_low,
+    p_b,
+    p_out,
+    rows,
+    outputs,
+    runs,
+    share,
+    rank,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RANK: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    # As in _vector_kernel, for ROWS rows of x at once.
+    o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m_n = o_n < outputs
+    o_m = tl.arange(0, ROWS)
+    m_m = o_m < rows
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, runs)
+    o_first = o_n.to(tl.int64) * runs
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    b_y = tl.zeros([OUTPUTS, ROWS], dtype=tl.float32)
+    for i in range(begin, end, RUNS):
+        o_run = i + tl.arange(0, RUNS)
+        m_run = o_run < end
+        o_k = i * WIDTH + tl.arange(0, RUNS * WIDTH)
+        o_x = o_m[:, None] * (runs * WIDTH) + o_k[None, :]
+        m_x = m_m[:, None] & (o_k < end * WIDTH)[None, :]
+        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
+        b_even, b_odd = tl.split(tl.reshape(b_x, (ROWS, RUNS * WIDTH // 2, 2)))
+        o = o_first[:, None] + o_run[None, :]
+        mask = m_n[:, None] & m_run[None, :]
+        o_block = o // (BLOCK // WIDTH)
+        b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
+        o_byte = o[:, :, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, None, :]
+        b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
+        b_first = tl.load(p_levels + (b_packed >> 4)) * b_absmax[:, :, None]
+        b_second = tl.load(p_levels + (b_packed & 15)) * b_absmax[:, :, None]
+        b_first = tl.reshape(b_first.to(dtype), (OUTPUTS, RUNS * WIDTH // 2))
+        b_second = tl.reshape(b_second.to(dtype), (OUTPUTS, RUNS * WIDTH // 2))
+        b_y = tl.dot(b_first, tl.trans(b_even), b_y, input_precision="ieee")
+        b_y = tl.dot(b_second, tl.trans(b_odd), b_y, input_precision="ieee")
+    if RANK > 0:
+        if tl.program_id(1) == 0:
+            o_r = tl.arange(0, RANK)
+            m_r = (o_r < rank)[None, :]
+            o_b = o_n[:, None] * rank + o_r[None, :]
+            b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r, other=0.0)
+            o_low = o_m[:, None] * rank + o_r[None, :]
+            b_low = tl.load(p_low + o_low, mask=m_m[:, None] & m_r, other=0.0)
+            b_y = tl.dot(b_b, tl.trans(b_low), b_y, input_precision="ieee")
+    o_y = tl.program_id(1) * rows * outputs + o_m[None, :] * outputs + o_n[:, None]
+    m_y = m_m[None, :] & m_n[:, None]
+    tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_y)
+
+
+@operator(
+    "nf4_matvec(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax_scale,"
+    " Tensor? absmax_offset, Tensor? low, Tensor? b, int outputs, int block, str kind) -> Tensor",
+    fake=lambda x, packed, absmax, scale, offset, low, b, outputs, block, kind: x.new_empty(
+        (x.shape[0], outputs)
+    ),
+)
+def _launch_matvec(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor | None,
+    b: Tensor | None,
+    outputs: int,
+    block: int,
+    kind: str,
+) -> Tensor:
+    rows, width = x.shape
+    unit = min(block, UNIT)
+    config = config_for(rows, outputs, width, block)
+    levels, _, dynamic, _, _ = codebook.device_tables(x.device, kind)
+    runs = width // unit
+    share = ceil_div(ceil_div(runs, config.split), config.runs) * config.runs
+    split = ceil_div(runs, share)
+    out = x.new_empty((split, rows, outputs), dtype=x.dtype if split == 1 else torch.float32)
+    rank = 0 if b is None else b.shape[1]
+    tensors = (x.contiguous(), packed, absmax, absmax_scale, absmax_offset, levels, dynamic)
+    term = [None if t is None else t.to(x.dtype).contiguous() for t in (low, b)]
+    options = {
+        "BLOCK": block,
+        "WIDTH": unit,
+        "OUTPUTS": config.outputs,
+        "RUNS": config.runs,
+        "DOUBLE": absmax_scale is not None,
+        "num_warps": config.num_warps,
+    }
+    grid = (ceil_div(outputs, config.outputs), split)
+    if rows == 1:
+        _vector_kernel(
+            grid,
+            *tensors,
+            *term,
+            out,
+            outputs,
+            runs,
+            share,
+            rank,
+            RANK=power_of_two(rank) if rank else 0,
+            **options,
+        )
+    else:
+        _rows_kernel(
+            grid,
+            *tensors,
+            *term,
+            out,
+            rows,
+            outputs,
+            runs,
+            share,
+            rank,
+            ROWS=max(16, power_of_two(rows)),
+            RANK=max(16, power_of_two(rank)) if rank else 0,
+            **options,
+        )
+    return out[0] if split == 1 else out.sum(0).to(x.dtype)
