@@ -130,12 +130,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             op = ops.linear_cross_entropy
             _, dhidden, dweight = once(op, hidden, weight, labels, *ctx.options, *wanted)
         return (
-            dhidden * dloss.to(dhidden.dtype) if wanted[0] else None,
-            dweight * dloss.to(dweight.dtype) if wanted[1] else None,
+            _times(dhidden, dloss) if wanted[0] else None,
+            _times(dweight, dloss) if wanted[1] else None,
             None,
             None,
             None,
         )
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The product, with a factor (often one over a count of tokens) that is not rounded first."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
 
 
 @jit

@@ -149,8 +149,8 @@ def _check_parts(
             raise KernelError(f"absmax_scale is {_kind(absmax_scale)}: expected float32 [{groups}]")
         if absmax_offset.dtype != torch.float32 or absmax_offset.numel() != 1:
             raise KernelError(f"absmax_offset is {_kind(absmax_offset)}: expected one float32")
-    if not packed.is_contiguous() or not absmax.is_contiguous():
-        raise KernelError("packed and absmax: expected contiguous tensors")
+    if not all(t is None or t.is_contiguous() for t in (packed, absmax, absmax_scale)):
+        raise KernelError("packed, absmax and absmax_scale: expected contiguous tensors")
 
 
 def quantize_reference(flat: Tensor, block: int, kind: str = "nf4") -> tuple[Tensor, Tensor]:

@@ -80,6 +80,15 @@ def test_equals_all_logits_at_once(dtype):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_the_factor_is_not_rounded_to_the_dtype_of_the_gradients():
+    hidden, weight, labels = drawn(60, 200, 64, 0, torch.bfloat16)
+    _, *whole = run(linear_cross_entropy, hidden, weight, labels)
+    _, *third = run(linear_cross_entropy, hidden, weight, labels, factor=1 / 3)
+    for a, b in zip(whole, third, strict=True):
+        a, b = a.double(), b.double()
+        assert abs(float((a * b).sum() / (a * a).sum()) * 3 - 1) < 2e-4
+
+
 def test_only_wanted_gradients_are_made(interpreted, poisoned, monkeypatch):
     hidden, weight, labels = drawn(9, 50, 8, 1, torch.float32)
     made = []

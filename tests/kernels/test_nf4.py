@@ -160,6 +160,9 @@ def test_parts_that_do_not_fit():
         nf4.dequantize(*good, out=torch.empty(127))
     with pytest.raises(KernelError, match="contiguous"):
         nf4.dequantize(*good, out=torch.empty(256)[::2])
+    many = [packed.new_zeros(64 * 256), absmax.new_zeros(512), torch.ones(4)[::2], offset]
+    with pytest.raises(KernelError, match="contiguous"):
+        nf4.dequantize(*many, 64 * 512, 64)
     with pytest.raises(KernelError, match="dtype"):
         nf4.dequantize(*good, torch.int32)
     for w in (torch.ones(3, dtype=torch.int8), torch.ones(0)):

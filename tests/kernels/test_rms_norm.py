@@ -91,6 +91,12 @@ def test_partial_sums_of_many_rows(interpreted, poisoned, monkeypatch):
         assert_rows(mine, theirs, truth)
 
 
+def test_no_rows(interpreted, poisoned):
+    x, w, dy = (t[:0] if t.dim() == 2 else t for t in drawn(1, 32, 2, torch.float32))
+    y, dx, dw = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, w, dy)
+    assert y.shape == dx.shape == (0, 32) and torch.equal(dw, torch.zeros(32))
+
+
 def test_strided_input(interpreted, poisoned):
     wide = torch.randn(4, 3, 64)
     for x in (wide[..., :32], wide.transpose(0, 1)[..., 32:], wide[..., ::2]):
