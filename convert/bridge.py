@@ -219,22 +219,32 @@ class CausalLM(nn.Module):
             labels = labels.to(self.device)
         input_ids = input_ids.to(self.device)
         params = self.computed_params()
-        x = decoder.hidden(
-            params,
-            self.spec,
-            input_ids,
-            layout=layout,
-            adapters=self.adapters,
-            residuals=self.residuals if self.training else None,
-            seed=self._next_seed(),
-        )
+        count = num_items_in_batch
+        if isinstance(count, torch.Tensor):
+            count = count.to(self.device)
         total = None
-        if labels is not None:
-            count = num_items_in_batch
-            if isinstance(count, torch.Tensor):
-                count = count.to(self.device)
-            total = loss.next_token(params, self.spec, x, labels, layout=layout, count=count)
-        return CausalLMOutput(total, x, lambda hidden: decoder.logits(params, self.spec, hidden))
+        with self._own_dtypes():
+            x = decoder.hidden(
+                params,
+                self.spec,
+                input_ids,
+                layout=layout,
+                adapters=self.adapters,
+                residuals=self.residuals if self.training else None,
+                seed=self._next_seed(),
+            )
+            if labels is not None:
+                total = loss.next_token(params, self.spec, x, labels, layout=layout, count=count)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            with self._own_dtypes():
+                return decoder.logits(params, self.spec, hidden)
+
+        return CausalLMOutput(total, x, logits)
+
+    def _own_dtypes(self) -> torch.autocast:
+        """Autocast off: every dtype is chosen here, also inside a trainer that casts."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def computed_params(self) -> tree.Tree:
         """`params` as a pass computes with them: fp32 trained copies in the model's dtype."""

@@ -540,3 +540,20 @@ def test_embeddings_by_hfs_names(folder: Path) -> None:
     with torch.no_grad():
         logits = decoder.forward(model.params, model.spec, ids())
     assert torch.equal(logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_autocast_changes_nothing(folder: Path, dtype: torch.dtype) -> None:
+    """Trainers run models under autocast; ours computes in its own dtypes all the same."""
+    model = adapted(folder, dtype=dtype).train()
+    batch = ids(1, 2, 9)
+    found = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = model(batch, labels=batch)
+            logits = output.logits
+        output.loss.backward()
+        found.append([output.loss, logits, *gradients(model).values()])
+    assert found[0][1].dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
