@@ -22,6 +22,7 @@ from ..kernels.nf4 import BLOCKS, block_absmax
 from ..kernels.nf4_launch import GROUP
 from ..quant import nf4
 from ..quant.nf4 import NF4
+from .gguf_file import GGUFTensor, read_tensor
 from .json_file import parse_json
 from .shards import Checkpoint, TensorInfo, read
 
@@ -221,10 +222,10 @@ def read_leaf(
 
 
 def read_dense(entry: Entry) -> torch.Tensor:
-    """A weight on the CPU in its own dtype, dequantized if it is stored in 4 bits."""
+    """A weight on the CPU in its own dtype, dequantized if need be."""
     if isinstance(entry, Packed):
         return nf4.dequantize(read_leaf(entry, entry.dtype))
-    return read(entry)
+    return read_tensor(entry) if isinstance(entry, GGUFTensor) else read(entry)
 
 
 def layout(name: str, leaf: NF4) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

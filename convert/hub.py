@@ -53,7 +53,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a name led: a folder on this machine, and for a repository the commit it holds.
+    """Where a name led: a folder (or one GGUF file) here, and for a repository its commit.
 
     `files` are the names of what lies in `folder` itself; `revision` is a commit's sha, and None
     for a folder that is no snapshot of the cache.
@@ -97,6 +97,10 @@ def resolve(
         recover(path)
     if path.is_dir():
         return _local(name, path, revision, subfolder)
+    if path.suffix == ".gguf" and path.is_file():
+        if revision is not None or subfolder is not None:
+            raise ArgumentError("a GGUF file has neither revision nor subfolder; leave them out")
+        return Source(name, path, None, True, (path.name,))
     if path.exists():
         raise SourceError("expected a folder or a repository id, found a file", file=path)
     if name == EMBEDDED:

@@ -17,6 +17,9 @@ from ..quant import nf4
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
 from .fused import Part, reader, split
+from .gguf_file import find, open_gguf
+from .gguf_model import checkpoint as gguf_checkpoint
+from .gguf_model import config_fields
 from .hub import resolve
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
@@ -57,7 +60,7 @@ def load(
     subfolder: str | None = None,
     progress: bool = False,
 ) -> tuple[ModelSpec, tree.Tree]:
-    """(spec, params) of a local folder or a hub repository.
+    """(spec, params) of a local folder, a GGUF file, or a hub repository.
 
     quantize: "nf4" stores every projection of the layers in 4 bits; of a checkpoint that
     bitsandbytes stored in 4 bits it keeps those that are, as they are, and None dequantizes them.
@@ -101,22 +104,24 @@ def load_folder(
     overrides: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Loaded:
-    """The model in `folder`; `overrides` replace fields of its config.json."""
+    """The model in `folder`, which may also be a GGUF file; `overrides` replace config fields."""
     if quantize not in (None, "nf4"):
         raise ArgumentError(f"quantize is {quantize!r}, expected 'nf4' or None")
     if dtype is not None and dtype not in _LOADABLE:
         raise ArgumentError(f"dtype is {dtype}, expected one of {_LOADABLE}")
     if isinstance(quant_skip, str) or not all(isinstance(t, str) and t for t in quant_skip):
         raise ArgumentError(f"quant_skip is {quant_skip!r}, expected a list of texts")
-    path = Path(folder) / "config.json"
-    config = Config.from_folder(folder)
+    file = find(Path(folder))
+    gguf = None if file is None else open_gguf(file)
+    path = Path(folder) / "config.json" if gguf is None else gguf.file
+    config = Config.from_folder(folder) if gguf is None else Config(config_fields(gguf), str(file))
     config.update(dict(overrides or {}))
     prequantized = config.quantization_config is not None
     if prequantized:
         check_config(config.quantization_config, path)
     family = family_of(config.fields, path)
     spec = family.spec(config.fields, path)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder) if gguf is None else gguf_checkpoint(gguf)
     found = entries(checkpoint)
     if prequantized != any(isinstance(entry, Packed) for entry in found):
         raise ConfigError(
@@ -138,6 +143,14 @@ def load_folder(
     params = _read_all(chosen, spec, make_four, keep_four, dtype, device, quant_skip, progress)
     stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
     return Loaded(spec, params, config, family, checkpoint, stored, left_out)
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a model folder, or the one that a GGUF file stands for."""
+    file = find(folder)
+    if file is None:
+        return Config.from_folder(folder)
+    return Config(config_fields(open_gguf(file)), str(file))
 
 
 def _match(

@@ -22,8 +22,10 @@ from .arguments import (
 from .bridge import CausalLM, Origin
 from .config import Config
 from .end_ids import end_ids
+from .gguf_file import find, open_gguf
+from .gguf_tokenizer import read_tokenizer
 from .hub import Source, resolve
-from .load import Loaded, load_folder
+from .load import Loaded, load_folder, read_config
 from .lora_config import DEFAULT_TARGETS
 from .registry import family_of
 from .resize import resized, with_pad_token
@@ -72,7 +74,7 @@ class FastLanguageModel:
         compute: str | None = None,
         memory_budget: int | None = None,
     ) -> tuple[CausalLM, Tokenizer]:
-        """(model, tokenizer) of a local folder, a hub repository, or an adapter of either.
+        """(model, tokenizer) of a local folder, GGUF file or hub repository, or an adapter of one.
 
         model_name is loaded exactly as given, with or without `use_exact_model_name`. The
         projections of the layers are stored in 4-bit NF4 unless another precision (or
@@ -134,7 +136,7 @@ class FastLanguageModel:
         adapter = adapter_file.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
-        config = Config.from_folder(base.folder)
+        config = read_config(base.folder)
         family = family_of(config.fields, base.folder / "config.json")
         notes = []
         if adapter is not None and rope_scaling is None:
@@ -142,7 +144,7 @@ class FastLanguageModel:
             if rope_scaling is not None:
                 notes.append(f"rope_scaling: {rope_scaling}, with which the adapter was trained")
         has_tokenizer = (source.folder / "tokenizer.json").exists()
-        tokenizer = Tokenizer.from_folder(source.folder if has_tokenizer else base.folder)
+        tokenizer = _tokenizer(source.folder if has_tokenizer else base.folder)
         generation_config = _generation_config(base.folder, config)
         eos_ids = end_ids(None, generation_config, config, tokenizer)
         loaded = load_folder(
@@ -303,6 +305,14 @@ def _origin(
         notes=tuple(notes),
         rope_scaling=rope_scaling,
     )
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer; of a GGUF file, or a folder that has no other, the one within."""
+    file = find(folder)
+    if file is None or (folder / "tokenizer.json").exists():
+        return Tokenizer.from_folder(folder)
+    return read_tokenizer(open_gguf(file))
 
 
 def _generation_config(folder: Path, config: Config) -> Config:

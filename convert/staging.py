@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .gguf_file import GGUFTensor, read_tensor
 from .safetensors_file import TensorInfo, opened, read, read_at
 
 CHUNK = 16 * 2**20
@@ -36,6 +37,8 @@ class Stager:
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The tensor on the device, ready for the current stream. Raises CheckpointError."""
+        if isinstance(info, GGUFTensor):
+            return read_tensor(info).to(self.device)
         if self.device.type != "cuda":
             return read(info).to(self.device)
         out = torch.empty(info.shape, dtype=info.dtype, device=self.device)
