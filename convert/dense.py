@@ -118,6 +118,15 @@ def with_attention(spec: ModelSpec, **changes: Any) -> ModelSpec:
     return replace(spec, layers=tuple(map(changed, spec.layers)))
 
 
+def without_gate(spec: ModelSpec) -> ModelSpec:
+    """The spec with MLPs of one projection in and one out."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        return replace(layer, mlp=replace(layer.mlp, gated=False))
+
+    return replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
 def layer_types(fields: Fields, every: int) -> list[str]:
     """`layer_types`; where there are none, each `every`-th layer is full and the others slide."""
     depth = fields.integer("num_hidden_layers")

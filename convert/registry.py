@@ -8,6 +8,7 @@ from ..errors import ConfigError
 from ..nn.spec import ModelSpec
 from .config_fields import Fields
 from .families import (
+    arcee,
     cohere,
     cohere2,
     ernie4_5,
@@ -22,6 +23,7 @@ from .families import (
     llama,
     ministral,
     mistral,
+    nemotron,
     olmo2,
     olmo3,
     phi3,
@@ -29,6 +31,7 @@ from .families import (
     qwen3,
     smollm3,
     stablelm,
+    starcoder2,
 )
 from .names import Names
 
@@ -78,6 +81,9 @@ FAMILIES = {
         Family("glm", glm, "GlmForCausalLM"),
         Family("glm4", glm4, "Glm4ForCausalLM"),
         Family("stablelm", stablelm, "StableLmForCausalLM"),
+        Family("arcee", arcee, "ArceeForCausalLM"),
+        Family("nemotron", nemotron, "NemotronForCausalLM"),
+        Family("starcoder2", starcoder2, "Starcoder2ForCausalLM"),
     )
 }
 

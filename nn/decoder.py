@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.attention import Documents
-from ..kernels.gated import gated
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import rope, tree
+from .activation import activated, inputs
 from .attention import Visible, attend, rotated, visible
 from .cache import Cache
 from .fast_layer import Layer as FastLayer
@@ -57,8 +57,9 @@ def mlp(
 ) -> torch.Tensor:
     """Normalised x [b, s, e] -> [b, s, e]."""
     get = (adapters or {}).get
-    gate, up = project(x, [p["gate"], p["up"]], [get("gate"), get("up")], _next(seed, 4))
-    hidden = gated(gate, up, spec.mlp.activation)
+    names = inputs(spec.mlp)
+    parts = project(x, [p[n] for n in names], [get(n) for n in names], _next(seed, 4))
+    hidden = activated(parts, spec.mlp)
     return linear(hidden, p["down"], get("down"), _next(seed, 6))
 
 

@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree
 
 from ..kernels.attention import Documents, Saved, attention_backward, attention_forward
-from ..kernels.gated import gated
 from . import rope, tree
+from .activation import activated, inputs
 from .attention import rotated
 from .linear import Grads, Wanted, linear, project, pull
 from .lora import LoRA
-from .norm import add, norm
+from .norm import add, add_backward, norm
 from .offload import Offload
 from .residuals import Policy
 from .spec import AttentionSpec, LayerSpec
@@ -70,17 +70,6 @@ class Layer:
             return self._attn_in(mid, p)
         return norm(mid, p["mlp_norm"], self.spec.norm) if self.spec.pre_norm else mid
 
-    def _branch_backward(self, dy: torch.Tensor, branch: Any, p: Any) -> torch.Tensor:
-        """From the gradient of `add(x, branch, p, spec)` to that of `branch`."""
-        dy = dy if self.spec.residual_scale == 1.0 else dy * self.spec.residual_scale
-        if p is None:
-            return dy
-        with torch.enable_grad():
-            branch = branch.detach().requires_grad_()
-            normed = norm(branch, p, self.spec.norm)
-        found: torch.Tensor = torch.autograd.grad(normed, branch, dy)[0]
-        return found
-
     def _qkv(self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> Heads:
         """The raw heads of layer input x, before q/k norm and rotation."""
         a: AttentionSpec = self.spec.attention
@@ -101,7 +90,7 @@ class Layer:
 
     def _gate_up(self, mid: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> list[torch.Tensor]:
         inner = self._mlp_in(mid, p)
-        picked = _picked(p["mlp"], adapters, "mlp", ("gate", "up"))
+        picked = _picked(p["mlp"], adapters, "mlp", inputs(self.spec.mlp))
         return list(project(inner, *picked, _plus(self.seed, 4)))
 
     # The two directions.
@@ -115,12 +104,12 @@ class Layer:
         out = saved.out.reshape(*x.shape[:2], -1)
         o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), _plus(self.seed, 3))
         mid = add(x, o, p.get("attn_post_norm"), self.spec)
-        gate, up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
-        hidden = gated(gate, up, self.spec.mlp.activation)
+        gate_up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
+        hidden = activated(gate_up, self.spec.mlp)
         down = linear(
             hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), _plus(self.seed, 6)
         )
-        residuals = {"x": x, "qkv": heads, "out": saved, "gate_up": [gate, up]}
+        residuals = {"x": x, "qkv": heads, "out": saved, "gate_up": gate_up}
         if not self.spec.parallel:
             residuals["mid"] = mid
         if self.spec.post_norm:
@@ -150,23 +139,24 @@ class Layer:
         adapters: tree.Tree,
         grads: dict[tuple[str, str], Grads],
     ) -> torch.Tensor:
-        pulled = _Puller(p, adapters, grads, self.seed)
-        dy = self._branch_backward(dy, residuals.pop("mlp_branch", None), p.get("mlp_post_norm"))
+        pulled, names = _Puller(p, adapters, grads, self.seed), inputs(self.spec.mlp)
+        branch = residuals.pop("mlp_branch", None)
+        dy = add_backward(dy, branch, p.get("mlp_post_norm"), self.spec)
         with torch.enable_grad():
             mid = residuals["x"] if self.spec.parallel else residuals.pop("mid")
             mid = mid.detach().requires_grad_()
             inner = self._mlp_in(mid, p)
         if "gate_up" not in residuals:
-            picked = _picked(p["mlp"], adapters, "mlp", ("gate", "up"))
+            picked = _picked(p["mlp"], adapters, "mlp", names)
             residuals["gate_up"] = project(inner.detach(), *picked, _plus(self.seed, 4))
         with torch.enable_grad():
-            gate, up = (t.detach().requires_grad_() for t in residuals.pop("gate_up"))
-            hidden = gated(gate, up, self.spec.mlp.activation)
+            gate_up = [t.detach().requires_grad_() for t in residuals.pop("gate_up")]
+            hidden = activated(gate_up, self.spec.mlp)
         dhidden = pulled("mlp", ("down",), hidden.detach(), (dy,), 6)
-        dgate, dup = torch.autograd.grad(hidden, (gate, up), dhidden)
-        del hidden, gate, up, dhidden
-        dinner = pulled("mlp", ("gate", "up"), inner.detach(), (dgate, dup), 4)
-        del dgate, dup
+        dgate_up = torch.autograd.grad(hidden, gate_up, dhidden)
+        del hidden, gate_up, dhidden
+        dinner = pulled("mlp", names, inner.detach(), dgate_up, 4)
+        del dgate_up
         dmid: torch.Tensor = torch.autograd.grad(inner, mid, dinner)[0]
         return dmid
 
@@ -180,8 +170,8 @@ class Layer:
         grads: dict[tuple[str, str], Grads],
     ) -> torch.Tensor:
         pulled = _Puller(p, adapters, grads, self.seed)
-        post = p.get("attn_post_norm")
-        dmid = self._branch_backward(dmid, residuals.pop("attn_branch", None), post)
+        branch = residuals.pop("attn_branch", None)
+        dmid = add_backward(dmid, branch, p.get("attn_post_norm"), self.spec)
         with torch.enable_grad():
             x = residuals.pop("x").detach().requires_grad_()
             inner = self._attn_in(x, p)

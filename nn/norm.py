@@ -15,9 +15,10 @@ def norm(x: torch.Tensor, p: dict[str, torch.Tensor], spec: NormSpec) -> torch.T
     if spec.kind == "rms":
         return rms_norm(x, weight, spec.eps, offset=spec.offset, cast_first=spec.cast_first)
     if weight.ndim == 1:
+        weight = weight + spec.offset if spec.offset else weight
         return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = F.layer_norm(wide, x.shape[-1:], eps=spec.eps) * weight
+    wide = F.layer_norm(wide, x.shape[-1:], eps=spec.eps) * (weight + spec.offset)
     return (wide if bias is None else wide + bias).to(x.dtype)
 
 
@@ -26,3 +27,18 @@ def add(x: torch.Tensor, branch: torch.Tensor, p: Any, spec: LayerSpec) -> torch
     if p is not None:
         branch = norm(branch, p, spec.norm)
     return x + (branch if spec.residual_scale == 1.0 else branch * spec.residual_scale)
+
+
+def add_backward(
+    dy: torch.Tensor, branch: torch.Tensor | None, p: Any, spec: LayerSpec
+) -> torch.Tensor:
+    """From the gradient of `add(x, branch, p, spec)` to that of `branch`, read only with a norm."""
+    dy = dy if spec.residual_scale == 1.0 else dy * spec.residual_scale
+    if p is None:
+        return dy
+    assert branch is not None
+    with torch.enable_grad():
+        branch = branch.detach().requires_grad_()
+        normed = norm(branch, p, spec.norm)
+    found: torch.Tensor = torch.autograd.grad(normed, branch, dy)[0]
+    return found

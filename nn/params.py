@@ -60,6 +60,8 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
         "mlp_post_norm": layer.post_norm,
     }
     norms = {name: _norm(layer.norm, (e,), "e") for name, wanted in here.items() if wanted}
+    if not layer.mlp.gated:
+        del mlp["gate"]
     return {**norms, "attn": attn, "mlp": mlp}
 
 

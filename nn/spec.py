@@ -20,7 +20,7 @@ class NormSpec:
 
     `cast_first`: cast to the input's dtype before the product with the weight (Llama); else the
     product is fp32 too (Gemma). `kind` "layer" is LayerNorm: the mean is subtracted first, all of
-    it is fp32, and a `bias` may be added; offset and cast_first mean nothing there.
+    it is fp32, and a `bias` may be added; cast_first means nothing there.
     """
 
     eps: float
@@ -83,11 +83,14 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
-    """down(activation(gate(x)) * up(x)) with hidden width `dim` (f)."""
+    """down(activation(gate(x)) * up(x)) with hidden width `dim` (f); without a gate,
+    down(activation(up(x))).
+    """
 
     dim: int
     activation: Activation = "silu"
     bias: bool = False
+    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)

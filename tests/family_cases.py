@@ -123,5 +123,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
     ("stablelm", {}),
     ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    ("arcee", {}),
+    ("arcee", {"attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}),
+    ("nemotron", {}),
+    ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    ("starcoder2", {}),
+    ("starcoder2", {"use_bias": False, "sliding_window": 7, "hidden_act": "gelu"}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

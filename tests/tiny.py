@@ -40,6 +40,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {"pad_token_id": None, "head_dim": 12}),
     "glm": ("Glm", {"pad_token_id": None, "head_dim": 16}),
     "glm4": ("Glm4", {"pad_token_id": None, "head_dim": 16}),
+    "arcee": ("Arcee", {}),
+    "nemotron": ("Nemotron", {"head_dim": 16}),
+    "starcoder2": ("Starcoder2", {"bos_token_id": 1, "eos_token_id": 2}),
     "stablelm": ("StableLm", {"hidden_size": 64}),
 }
 

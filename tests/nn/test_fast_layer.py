@@ -1,5 +1,6 @@
 """The hand-written layer backward against plain autograd, under every fate of the residuals."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -28,7 +29,7 @@ KINDS = [(False, False, 0.0, "silu"), (True, True, 0.0, "gelu_tanh"), (True, Fal
 
 
 def build(
-    kind: tuple[bool, bool, float, Any], dtype: torch.dtype, nf4: bool = True
+    kind: tuple[bool, bool, float, Any], dtype: torch.dtype, nf4: bool = True, **changes: Any
 ) -> tuple[ModelSpec, Any, Any]:
     qk_norm, bias, dropout, activation = kind
     attention = AttentionSpec(
@@ -42,6 +43,7 @@ def build(
         qk_norm=NormSpec(1e-6) if qk_norm else None,
     )
     layer = LayerSpec(NormSpec(1e-5), attention, MLPSpec(64, activation, bias))
+    layer = replace(layer, **changes)
     spec = ModelSpec(100, 32, (layer,) * 3, NormSpec(1e-5), 64)
     g = torch.Generator().manual_seed(0)
 
@@ -80,6 +82,39 @@ def test_every_policy(kind: tuple[bool, bool, float, Any], dtype: torch.dtype) -
         value, grads = run(built, policy, seed)
         assert torch.equal(value, want)
         assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "sandwich": {"post_norm": True, "residual_scale": 0.3},
+    "after": {"pre_norm": False, "post_norm": True},
+    "parallel": {"parallel": True, "norm": NormSpec(1e-5, kind="layer")},
+    "parallel-after": {"parallel": True, "post_norm": True, "residual_scale": 0.5},
+    "no-gate": {"mlp": MLPSpec(64, "relu2", True, gated=False)},
+    "no-positions": {"attention": AttentionSpec(4, 2, 8, 0.3, None)},
+    "width": {
+        "attention": AttentionSpec(
+            4,
+            2,
+            8,
+            0.3,
+            RopeSpec(4, 1e4, interleaved=True),
+            qk_norm=NormSpec(1e-6),
+            qk_norm_over="width",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
+def test_every_kind_of_layer(changes: dict[str, Any]) -> None:
+    built = build(KINDS[2], torch.float32, **changes)
+    assert decoder.uncovered(built[0].layers[0]) is None and decoder.covers(built[1], None)
+    want, want_grads = run(built, None, 5)
+    for policy in (KEEP, RECOMPUTE, OFFLOAD):
+        value, grads = run(built, policy, 5)
+        assert torch.equal(value, want)
+        for got, grad in zip(grads, want_grads, strict=True):
+            assert (got - grad).norm() <= 1e-5 * grad.norm()
 
 
 def test_against_float64() -> None:
