@@ -31,7 +31,9 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config_for(rows: int, outputs: int, width: int, block: int) -> Config:
+def config_for(
+    rows: int, outputs: int, width: int, block: int, dtype: torch.dtype = torch.bfloat16
+) -> Config:
     """The cut for `rows` of x [rows, width] and a weight [outputs, width]."""
     runs = width // min(block, UNIT)
     if rows == 1:
@@ -39,7 +41,8 @@ def config_for(rows: int, outputs: int, width: int, block: int) -> Config:
         step = min(8 * tile, power_of_two(runs))
     else:
         tile = 64
-        step = min((128 if rows <= 32 else 64) // min(block, UNIT), power_of_two(runs))
+        weights = 128 if rows <= 32 and dtype != torch.float32 else 64
+        step = min(weights // min(block, UNIT), power_of_two(runs))
     programs = ceil_div(outputs, tile)
     split = min(ceil_div(ENOUGH, programs), ceil_div(runs, step), 16)
     return Config(tile, step, split, 4)
@@ -209,7 +212,7 @@ def _launch_matvec(
 ) -> Tensor:
     rows, width = x.shape
     unit = min(block, UNIT)
-    config = config_for(rows, outputs, width, block)
+    config = config_for(rows, outputs, width, block, x.dtype)
     levels, _, dynamic, _, _ = codebook.device_tables(x.device, kind)
     runs = width // unit
     share = ceil_div(ceil_div(runs, config.split), config.runs) * config.runs

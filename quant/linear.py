@@ -1,4 +1,4 @@
-"""The one place that looks at a weight's kind: dense tensor or NF4."""
+"""The one place that looks at a weight's kind: dense tensor, NF4 or Int8."""
 
 from __future__ import annotations
 
@@ -11,31 +11,40 @@ from ..errors import KernelError
 from ..kernels import nf4 as kernel
 from ..kernels import nf4_matvec, nf4_matvec_launch
 from ..kernels.launch import apply, on_gpu
+from . import int8
+from .int8 import Int8
 from .nf4 import NF4, dequantize
 
 # Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted.
 PACKED_ROWS = 4
 
 
-def weight_of(leaf: Tensor | NF4, dtype: torch.dtype) -> Tensor:
+def weight_of(leaf: Tensor | NF4 | Int8, dtype: torch.dtype) -> Tensor:
     """The weight as a dense tensor in `dtype`: a cast (or nothing) for a tensor, dequantized for
-    NF4.
+    NF4 and Int8.
     """
     if isinstance(leaf, NF4):
         return dequantize(leaf, dtype)
+    if isinstance(leaf, Int8):
+        return int8.dequantize(leaf, dtype)
     if isinstance(leaf, Tensor):
         return leaf.to(dtype)
-    raise KernelError(f"a weight of type {type(leaf).__name__}: expected a torch.Tensor or NF4")
+    raise KernelError(
+        f"a weight of type {type(leaf).__name__}: expected a torch.Tensor, NF4 or Int8"
+    )
 
 
-def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, leaf: Tensor | NF4 | Int8, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the transpose of the weight [out, in], plus bias [out]; in the dtype of
     `x`.
 
     A dense weight may be trained: its gradient comes in its own dtype. An NF4 weight is frozen:
     only its 4-bit form is kept for the backward pass, which dequantizes once more. With gradients
-    off and at most PACKED_ROWS rows, a GPU reads it packed (kernels/nf4_matvec.py).
+    off and at most PACKED_ROWS rows, a GPU reads it packed (kernels/nf4_matvec.py). An Int8 weight
+    is frozen too and rounds the rows of x to 8 bits (quant/int8.py).
     """
+    if isinstance(leaf, Int8):
+        return _plus(int8.linear(x, leaf), bias)
     if not isinstance(leaf, NF4):
         return torch.nn.functional.linear(
             x, weight_of(leaf, x.dtype), bias if bias is None else bias.to(x.dtype)
@@ -45,23 +54,16 @@ def linear(x: Tensor, leaf: Tensor | NF4, bias: Tensor | None = None) -> Tensor:
             f"input {list(x.shape)} and an NF4 weight {list(leaf.shape)}: "
             "expected [..., in] and [out, in]"
         )
+    parts = (leaf.packed, leaf.absmax, leaf.absmax_scale, leaf.absmax_offset)
     if _stays_packed(x, leaf):
-        parts = (leaf.packed, leaf.absmax, leaf.absmax_scale, leaf.absmax_offset)
-        flat = x.reshape(-1, x.shape[-1])
-        rows = nf4_matvec.matvec(flat, *parts, leaf.shape[0], leaf.block, leaf.kind)
-        y: Tensor = rows.view(*x.shape[:-1], leaf.shape[0])
-        return y if bias is None else y + bias.to(y.dtype)
-    y = apply(
-        _FrozenLinear,
-        x,
-        leaf.packed,
-        leaf.absmax,
-        leaf.absmax_scale,
-        leaf.absmax_offset,
-        tuple(leaf.shape),
-        leaf.block,
-        leaf.kind,
-    )
+        rows = nf4_matvec.matvec(
+            x.reshape(-1, x.shape[-1]), *parts, leaf.shape[0], leaf.block, leaf.kind
+        )
+        return _plus(rows.view(*x.shape[:-1], leaf.shape[0]), bias)
+    return _plus(apply(_FrozenLinear, x, *parts, tuple(leaf.shape), leaf.block, leaf.kind), bias)
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -99,7 +99,7 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
         (0, 16) if every else (16,),
         (F32, F16, BF16) if every else (BF16,),
     ):
-        config = nf4_matvec_launch.config_for(rows, outputs, width, block)
+        config = nf4_matvec_launch.config_for(rows, outputs, width, block, dtype)
         unit = min(block, nf4_launch.UNIT)
         runs = width // unit
         absmax = (U8, F32, F32) if double else (F32, None, None)
