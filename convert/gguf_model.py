@@ -71,7 +71,10 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     if unknown:
         shown = ", ".join(f"{name:.60}={value!r:.40}" for name, value in unknown.items())
         raise ConfigError(f"no part of the model covers the fields {shown:.500}", file=gguf.file)
-    fields: dict[str, Any] = {"model_type": architecture}
+    fields: dict[str, Any] = {
+        "architectures": [f"{architecture.capitalize()}ForCausalLM"],
+        "model_type": architecture,
+    }
     for name, hf in _INTEGERS.items():
         fields[hf] = _integer(own, name, gguf)
     heads = fields["num_attention_heads"]

@@ -22,6 +22,7 @@ from . import atomic, fused, hub, merge_4bit
 from .adapter_file import save_adapter
 from .bnb_file import Entry, entries, read_dense
 from .config import Config
+from .gguf_file import GGUFTensor
 from .json_file import read_json
 from .local_file import locate
 from .merge_tensor import Change, check, digest, merged
@@ -61,7 +62,7 @@ def save_merged(
     merged_16bit: every tensor of the files it was loaded from, plus scale * B @ A where an adapter
     is (added in fp32 and rounded once to the stored dtype), trained copies in place of what they
     copy, config, generation config and tokenizer (default: the model's own, else the source's
-    files). A 4-bit model is merged into its 16-bit original, or, if its files are in 4 bits, into
+    files). A 4-bit model is merged into its 16-bit original, or, if its files are quantized, into
     what they dequantize to. lora: the adapter alone. merged_4bit (and merged_4bit_forced): 4-bit
     weights as bitsandbytes stores them, which loses accuracy where an adapter is: the sum with the
     dequantized weight is quantized again; all else as merged_16bit.
@@ -165,7 +166,9 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             continue
         made = change(path, info) if path else None
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
-        shards[files[info.name]].append(_Tensor(info.name, info.dtype, shape, info, made))
+        # What dequantizes to fp32 was trained against in the model's dtype.
+        dtype = model.dtype if isinstance(info, GGUFTensor) and info.quantized else info.dtype
+        shards[files[info.name]].append(_Tensor(info.name, dtype, shape, info, made))
     if apart and head not in checkpoint.tensors:
         weight = params["head.weight"]
         dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype
@@ -176,7 +179,8 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
 
 def _files(checkpoint: Checkpoint) -> dict[str, str]:
     """Tensor name -> plain name of its file; `checkpoint.files` may be blobs of a cache."""
-    if os.path.lexists(checkpoint.folder / _SINGLE):
+    gguf = any(isinstance(info, GGUFTensor) for info in checkpoint.tensors.values())
+    if gguf or os.path.lexists(checkpoint.folder / _SINGLE):
         return dict.fromkeys(checkpoint.tensors, _SINGLE)
     return dict(sorted(read_index(checkpoint.folder / _INDEX).items(), key=lambda item: item[1]))
 
@@ -191,7 +195,7 @@ def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
             if not bool(made.isfinite().all()):
                 raise SaveError(f"{tensor.name} has values that are not finite in {made.dtype}")
         else:
-            made = read_dense(tensor.info)
+            made = read_dense(tensor.info).to(tensor.dtype)
             if tensor.change is not None:
                 made = merged(made, tensor.change, tensor.name)
         meant[tensor.name] = digest(made)
@@ -202,6 +206,8 @@ def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
 
 def _header(tensors: list[_Tensor]) -> dict[str, str]:
     infos = [tensor.info for tensor in tensors if tensor.info is not None]
+    if any(isinstance(info, GGUFTensor) for info in infos):
+        return {"format": "pt"}
     return read_header(infos[0].file)[1] if infos else {"format": "pt"}
 
 
@@ -243,7 +249,7 @@ def _verify(model: "CausalLM", new: Path, every: list[_Tensor], meant: dict[str,
                 raise SaveError(f"{tensor.name} reads back with other bytes than were written")
             if isinstance(tensor.change, LoRA):
                 assert tensor.info is not None
-                check(read_dense(tensor.info), found, tensor.change, tensor.name)
+                check(read_dense(tensor.info).to(tensor.dtype), found, tensor.change, tensor.name)
         entries(written)
         # What will be loaded: the same spec, but for a head that is apart now.
         spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")

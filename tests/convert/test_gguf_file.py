@@ -16,6 +16,7 @@ import pytest
 import tiny
 import tiny_tokenizers
 import torch
+import transformers
 
 import purelm
 from purelm.convert.gguf_file import find, open_gguf, read_tensor
@@ -29,7 +30,8 @@ from purelm.errors import (
     SourceError,
     TokenizerError,
 )
-from purelm.nn import decoder, tree
+from purelm.nn import decoder, lora, tree
+from purelm.quant.nf4 import NF4
 
 TEXTS = [
     "Once upon a time, there was a little girl named Lily.",
@@ -60,6 +62,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "head_dim": 64,
 }
+SMALL = {**SIZES, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 Fields = dict[str, Any]
 
 
@@ -278,8 +281,7 @@ def small(tmp_path_factory: Any) -> Path:
     """A whole model of 420 tokens in one GGUF file, tokenizer included."""
     root: Path = tmp_path_factory.mktemp("gguf")
     tiny_tokenizers.byte_level(root / "tokenizer")
-    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-    model = tiny.hf_model("llama", vocab_size=420, **sizes)
+    model = tiny.hf_model("llama", vocab_size=420, **SMALL)
     fields = {
         **fields_of(model.config),
         **byte_level_fields(root / "tokenizer", "gpt-2"),
@@ -329,6 +331,40 @@ def test_from_pretrained_trains_and_saves(small: Path, tmp_path: Path) -> None:
     )
     want = model.eval()(bridged.ids()).logits.detach()
     bridged.same_logits(again(bridged.ids()).logits.detach(), want)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("quantize", ["nf4", None])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_merged_onto_the_dequantized_base(
+    kind: str, quantize: Any, small: Path, tmp_path: Path
+) -> None:
+    """transformers runs what was merged, with the logits of the dequantized weights."""
+    held = open_gguf(small)
+    tensors = tensors_of(tiny.hf_model("llama", vocab_size=420, **SMALL))
+    write(tmp_path / "m.gguf", dict(held.fields), tensors, kind)
+    model, _ = purelm.FastLanguageModel.from_pretrained(
+        tmp_path / "m.gguf",
+        device_map="cpu",
+        max_seq_length=None,
+        dtype=torch.float32,
+        load_in_4bit=quantize == "nf4",
+        fix_tokenizer=False,
+    )
+    model = purelm.FastLanguageModel.get_peft_model(model, r=4).eval()
+    bridged.spread_trained(model)
+    model.save_pretrained_merged(tmp_path / "merged")
+    spec, dense = purelm.load(tmp_path / "m.gguf", device="cpu")
+    want = decoder.forward(lora.merge(dense, model.adapters), spec, bridged.ids()).detach()
+    hf: Any = transformers
+    made = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    bridged.same_logits(made.eval()(bridged.ids()).logits.detach(), want)
+    assert made.config.architectures == ["LlamaForCausalLM"]
+    assert Tokenizer.from_folder(tmp_path / "merged")("a b")["input_ids"]
+    if quantize:
+        model.save_pretrained_merged(tmp_path / "four", save_method="merged_4bit")
+        four_spec, four = purelm.load(tmp_path / "four", quantize="nf4", device="cpu")
+        assert four_spec == spec and isinstance(four["layers"][0]["mlp"]["up"]["weight"], NF4)
 
 
 def test_which_file(small: Path, tmp_path: Path) -> None:
