@@ -184,14 +184,14 @@ def _run(
     ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     broken = ended
     seen = _seen(prompt, real, spec.vocab) if sampling.repetition_penalty != 1 else None
-    cache = kv.empty(
-        spec,
-        batch,
-        min(limit, start + CHUNK),
-        padded=real is not None,
-        dtype=params["embed"]["weight"].dtype,
-        device=prompt.device,
-    )
+
+    def empty(capacity: int) -> Cache:
+        dtype, device = params["embed"]["weight"].dtype, prompt.device
+        padded = real is not None
+        return kv.empty(spec, batch, capacity, padded=padded, dtype=dtype, device=device)
+
+    cache = empty(min(limit, start + CHUNK))
+    turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
     layout, step = _layouts(prompt, real)
     logits, cache = next_logits(params, spec, prompt, cache, layout=layout, adapters=adapters)
     while True:
@@ -215,6 +215,14 @@ def _run(
             break
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
+        if end - 1 in turns:
+            # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
+            cache = empty(min(limit, end + CHUNK))
+            whole, mask = _so_far(ids[:, :end], real, spec.vocab)
+            logits, cache = next_logits(
+                params, spec, whole, cache, layout=_layouts(whole, mask)[0], adapters=adapters
+            )
+            continue
         if cache.length == cache.capacity:
             cache = kv.grow(cache, min(limit, cache.capacity + CHUNK))
         # An ended row goes on with what it drew: a pad id need not be one the model knows.
@@ -227,6 +235,17 @@ def _run(
             "or adapters hold NaN or infinite values, or its dtype is too narrow for it"
         )
     return ids[:, start:end]
+
+
+def _so_far(
+    ids: torch.Tensor, real: torch.Tensor | None, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts and answers, with pads the model need not know made harmless; what is real of it."""
+    ids = ids.clamp(max=vocab - 1)
+    if real is None:
+        return ids, None
+    new = real.new_ones(ids.shape[0], ids.shape[1] - real.shape[1])
+    return ids, torch.cat([real, new], 1)
 
 
 def _bound(adjust: Adjust, ids: torch.Tensor) -> rules.Adjust:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from family_cases import FAMILIES
+from family_cases import FAMILIES, LONGROPE
 
 from purelm.convert import peft_config
 from purelm.nn import decoder, lora, tree
@@ -51,3 +51,19 @@ def test_journey(family: str, tmp_path: Path) -> None:
     base = bridged.bridge(folder)
     want = decoder.forward(lora.merge(base.params, model.adapters), base.spec, ids).detach()
     bridged.same_logits(theirs(ids).logits.detach(), want)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generating_past_the_turn_of_longrope(padded: bool, tmp_path: Path) -> None:
+    """Where the frequencies change, the cache is made anew: every token is as without one."""
+    switches = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+    folder = tiny.save(tiny.hf_model("phi3", **switches), tmp_path / "base")
+    model = bridged.bridge(folder)
+    prompt, mask = bridged.ids(length=12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :4] = 1 - int(padded)
+    out = model.generate(prompt, mask, max_new_tokens=10, do_sample=False, eos_token_id=[])
+    assert not torch.equal(model(out[1:, :17]).logits[0, 3], model(out[1:, :16]).logits[0, 3])
+    for end in range(12, 22):
+        seen = torch.cat([mask, torch.ones(2, end - 12, dtype=torch.int64)], 1)
+        logits = model(out[:, :end], attention_mask=seen).logits[:, -1]
+        assert torch.equal(logits.argmax(-1), out[:, end])
