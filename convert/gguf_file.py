@@ -56,10 +56,6 @@ class GGUFTensor(TensorInfo):
     kind: str
     heads: int = 0
 
-    @property
-    def quantized(self) -> bool:
-        return self.kind not in _DENSE
-
 
 @dataclass(frozen=True)
 class GGUF:

@@ -166,8 +166,8 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             continue
         made = change(path, info) if path else None
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
-        # What dequantizes to fp32 was trained against in the model's dtype.
-        dtype = model.dtype if isinstance(info, GGUFTensor) and info.quantized else info.dtype
+        # Weights of a GGUF file differ in dtype, and were trained against in the model's.
+        dtype = model.dtype if isinstance(info, GGUFTensor) else info.dtype
         shards[files[info.name]].append(_Tensor(info.name, dtype, shape, info, made))
     if apart and head not in checkpoint.tensors:
         weight = params["head.weight"]

@@ -367,6 +367,22 @@ def test_merged_onto_the_dequantized_base(
         assert four_spec == spec and isinstance(four["layers"][0]["mlp"]["up"]["weight"], NF4)
 
 
+def test_merged_in_the_dtype_that_was_trained_in(small: Path, tmp_path: Path) -> None:
+    """One dtype for all tensors, which transformers needs beside 4-bit weights."""
+    held = open_gguf(small)
+    tensors = {name: read_tensor(info).numpy() for name, info in held.tensors.items()}
+    write(tmp_path / "m.gguf", dict(held.fields), tensors, "Q8_0")
+    model, _ = purelm.FastLanguageModel.from_pretrained(
+        tmp_path / "m.gguf", device_map="cpu", max_seq_length=None, fix_tokenizer=False
+    )
+    hf: Any = transformers
+    for method in ("merged_16bit", "merged_4bit"):
+        model.save_pretrained_merged(tmp_path / method, save_method=method)
+        made = hf.AutoModelForCausalLM.from_pretrained(tmp_path / method, device_map="cpu")
+        assert made.dtype == torch.bfloat16
+        assert bool(made(bridged.ids()).logits.isfinite().all())
+
+
 def test_which_file(small: Path, tmp_path: Path) -> None:
     shutil.copy(small, tmp_path / "a.gguf")
     assert find(tmp_path) == tmp_path / "a.gguf"
