@@ -41,7 +41,7 @@ def config_for(
         step = min(8 * tile, power_of_two(runs))
     else:
         tile = 64
-        weights = 128 if rows <= 32 and dtype != torch.float32 else 64
+        weights = 128 if rows <= 16 and dtype != torch.float32 else 64
         step = min(weights // min(block, UNIT), power_of_two(runs))
     programs = ceil_div(outputs, tile)
     split = min(ceil_div(ENOUGH, programs), ceil_div(runs, step), 16)
