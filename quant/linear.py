@@ -15,8 +15,8 @@ from . import int8
 from .int8 import Int8
 from .nf4 import NF4, dequantize
 
-# Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted; with
-# more the packed kernel was slower than dequantizing (examples/measurements/h200.md).
+# Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted;
+# with more the packed kernel was slower than dequantizing (examples/measurements/h200.md).
 PACKED_ROWS = 1
 
 
