@@ -54,12 +54,14 @@ def begin(
             kind = _DRAWN[config.init_lora_weights]
             a, b = lora_init.draw(weight.shape, rank, start=kind, generator=generator)
         adapters[path] = LoRA(a.to(device), b.to(device), scale, config.lora_dropout)
-    start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
+    start = {}
+    if inside:
+        start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
     trained = {path: _copy(params, path) for path in found.trained}
     return Begun(
         tree.from_items(adapters),
         tree.from_items(trained),
-        tree.from_items(start if inside else {}),
+        tree.from_items(start),
     )
 
 

@@ -17,7 +17,7 @@ from .attention import Visible, attend, rotated, visible
 from .cache import Cache
 from .fast_layer import Layer as FastLayer
 from .layout import Layout, dense
-from .linear import linear, project
+from .linear import linear, project, seed_after
 from .norm import add, norm
 from .offload import Offload
 from .remat import remat
@@ -49,7 +49,7 @@ def attention(
         keys, values, at = buffers
         k, v = kv.write(keys, k, at), kv.write(values, v, at)
     out = attend(q, k, v, scale=spec.scale, seen=seen, softcap=spec.softcap).reshape(b, s, -1)
-    return linear(out, p["o"], get("o"), _next(seed, 3))
+    return linear(out, p["o"], get("o"), seed_after(seed, 3))
 
 
 def mlp(
@@ -58,9 +58,9 @@ def mlp(
     """Normalised x [b, s, e] -> [b, s, e]."""
     get = (adapters or {}).get
     names = inputs(spec.mlp)
-    parts = project(x, [p[n] for n in names], [get(n) for n in names], _next(seed, 4))
+    parts = project(x, [p[n] for n in names], [get(n) for n in names], seed_after(seed, 4))
     hidden = activated(parts, spec.mlp)
-    return linear(hidden, p["down"], get("down"), _next(seed, 6))
+    return linear(hidden, p["down"], get("down"), seed_after(seed, 6))
 
 
 def layer(
@@ -159,7 +159,7 @@ def _run(
     policy = residuals if torch.is_grad_enabled() else None
     offload = Offload(x.device) if policy is not None and policy.offloads else None
     for i, (layer_spec, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
-        a, layer_seed = layer_spec.attention, _next(seed, 7 * i)
+        a, layer_seed = layer_spec.attention, seed_after(seed, 7 * i)
         args = (x, p, tree.get(adapters, "layers", i), tables[a.rope])
         if cache is not None:
             buffers = (cache.keys[i], cache.values[i], start)
@@ -226,8 +226,3 @@ def forward(
         params, spec, tokens, layout=layout, adapters=adapters, residuals=residuals, seed=seed
     )
     return logits(params, spec, x)
-
-
-def _next(seed: int | None, step: int) -> int | None:
-    """The seed of the `step`-th projection after the one that `seed` drives."""
-    return None if seed is None else seed + step

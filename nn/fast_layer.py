@@ -15,7 +15,7 @@ from ..kernels.attention import Documents, Saved, attention_backward, attention_
 from . import rope, tree
 from .activation import activated, inputs
 from .attention import rotated
-from .linear import Grads, Wanted, linear, project, pull
+from .linear import Grads, Wanted, linear, project, pull, seed_after
 from .lora import LoRA
 from .norm import add, add_backward, norm
 from .offload import Offload
@@ -91,7 +91,7 @@ class Layer:
     def _gate_up(self, mid: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> list[torch.Tensor]:
         inner = self._mlp_in(mid, p)
         picked = _picked(p["mlp"], adapters, "mlp", inputs(self.spec.mlp))
-        return list(project(inner, *picked, _plus(self.seed, 4)))
+        return list(project(inner, *picked, seed_after(self.seed, 4)))
 
     # The two directions.
 
@@ -102,12 +102,12 @@ class Layer:
         heads = self._qkv(x, p, adapters)
         saved = self._attend(heads, p, table)
         out = saved.out.reshape(*x.shape[:2], -1)
-        o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), _plus(self.seed, 3))
+        o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), seed_after(self.seed, 3))
         mid = add(x, o, p.get("attn_post_norm"), self.spec)
         gate_up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
         hidden = activated(gate_up, self.spec.mlp)
         down = linear(
-            hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), _plus(self.seed, 6)
+            hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), seed_after(self.seed, 6)
         )
         residuals = {"x": x, "qkv": heads, "out": saved, "gate_up": gate_up}
         if not self.spec.parallel:
@@ -148,7 +148,7 @@ class Layer:
             inner = self._mlp_in(mid, p)
         if "gate_up" not in residuals:
             picked = _picked(p["mlp"], adapters, "mlp", names)
-            residuals["gate_up"] = project(inner.detach(), *picked, _plus(self.seed, 4))
+            residuals["gate_up"] = project(inner.detach(), *picked, seed_after(self.seed, 4))
         with torch.enable_grad():
             gate_up = [t.detach().requires_grad_() for t in residuals.pop("gate_up")]
             hidden = activated(gate_up, self.spec.mlp)
@@ -213,7 +213,7 @@ class _Puller:
     ) -> torch.Tensor:
         projections, found = _picked(self.p[part], self.adapters, part, names)
         wanted = [Wanted(a=f is not None, b=f is not None) for f in found]
-        dx, grads = pull(x, projections, found, _plus(self.seed, step), dys, wanted)
+        dx, grads = pull(x, projections, found, seed_after(self.seed, step), dys, wanted)
         self.grads.update({(part, n): g for n, g in zip(names, grads, strict=True)})
         assert dx is not None
         return dx
@@ -242,10 +242,6 @@ def _cast(adapters: tree.Tree, dtype: torch.dtype) -> tree.Tree:
 
 def _picked(p: tree.Tree, adapters: tree.Tree, part: str, names: Any) -> tuple[Any, Any]:
     return [p[n] for n in names], [tree.get(adapters, part, n) for n in names]
-
-
-def _plus(seed: int | None, step: int) -> int | None:
-    return None if seed is None else seed + step
 
 
 class _Run(torch.autograd.Function):

@@ -44,6 +44,11 @@ def project(
     return tuple(outputs[: len(projections)])
 
 
+def seed_after(seed: int | None, step: int) -> int | None:
+    """The dropout seed of the `step`-th projection after the one that `seed` drives."""
+    return None if seed is None else seed + step
+
+
 def project_reference(
     x: torch.Tensor,
     projections: Sequence[Projection],
