@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..kernels.attention import Documents
 from ..nn import layout as layouts
 from ..nn import loss
 from ..nn.layout import Layout
@@ -77,7 +78,8 @@ def layout_of(
         layout = layouts.from_cu_seqlens(cu_seqlens.to(device), s, longest)
     elif position_ids is not None:
         longest = _last_position(position_ids, b, s) + 1
-        layout = layouts.from_positions(position_ids.to(device).expand(b, s))
+        documents = _documents(position_ids.reshape(-1), device) if b == 1 else None
+        layout = layouts.from_positions(position_ids.to(device).expand(b, s), documents)
         if attention_mask is not None:
             layout = _masked(layout, attention_mask.to(device))
     elif attention_mask is not None:
@@ -100,6 +102,20 @@ def _masked(layout: Layout, mask: torch.Tensor) -> Layout:
     if segments is None:
         segments = torch.zeros_like(layout.positions)
     return Layout(layout.positions, torch.where(mask.bool(), segments + 1, 0))
+
+
+def _documents(positions: torch.Tensor, device: torch.device) -> Documents | None:
+    """The documents of a row of position ids [s] that each count 0, 1, 2...; else None."""
+    starts = (positions == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in pairwise([*starts, len(positions)])]
+    if not starts or starts[0] != 0:
+        return None
+    counted = torch.cat([torch.arange(n, device=positions.device) for n in lengths])
+    if not torch.equal(counted, positions.long()):
+        return None
+    return Documents(
+        torch.tensor([*starts, len(positions)], dtype=torch.int32).to(device), max(lengths)
+    )
 
 
 def _longest_document(cu_seqlens: torch.Tensor, b: int, s: int) -> int:

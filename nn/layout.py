@@ -59,7 +59,10 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, length: int, longest: int | None =
     return Layout(positions[None], segment[None], documents)
 
 
-def from_positions(positions: torch.Tensor) -> Layout:
-    """From position ids [b, s] alone: a document begins wherever the position is 0."""
+def from_positions(positions: torch.Tensor, documents: Documents | None = None) -> Layout:
+    """From position ids [b, s] alone: a document begins wherever the position is 0.
+
+    documents: the same of one row, which lets GPUs run fused attention.
+    """
     segments = (positions == 0).long().cumsum(-1)
-    return Layout(positions, segments if positions.shape[-1] > 1 else None)
+    return Layout(positions, segments if positions.shape[-1] > 1 else None, documents)

@@ -110,6 +110,11 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
     group("--device", help="cpu, cuda, cuda:1 (default: the first GPU if there is one)")
     group("--batch-size", type=int, help="rows at a time (default: 2)")
     group("--accumulation", type=int, help="batches per step (default: 4)")
+    group(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="run a batch as one row without padding (default: where that is fastest)",
+    )
     group("--learning-rate", type=float, help="at its peak (default: 2e-4, for --full 2e-5)")
     group("--schedule", help="cosine, linear or constant (default: cosine)")
     group("--warmup", type=float, help="steps, or below 1 a share of them (default: 0.03)")

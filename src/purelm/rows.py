@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -182,6 +183,22 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
         "input_ids": padded((row.ids for row in rows), pad_id),
         "attention_mask": padded(([1] * len(row.ids) for row in rows), 0),
         "labels": padded((row.labels for row in rows), IGNORE),
+    }
+
+
+def pack(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """The rows behind one another in one row without padding: input_ids and labels [1, t] int64,
+    cu_seqlens [rows + 1] int32. What `collate` gives, for a model that keeps documents apart.
+    """
+    ends = torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0)
+
+    def joined(values: Iterable[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor([list(chain.from_iterable(values))])
+
+    return {
+        "input_ids": joined(row.ids for row in rows),
+        "cu_seqlens": ends.int(),
+        "labels": joined(row.labels for row in rows),
     }
 
 

@@ -172,6 +172,7 @@ def _step(job: Job, step: int, rate: float) -> training.StepResult:
             rate=rate,
             max_grad_norm=job.options.max_grad_norm,
             pad_id=job.pad_id,
+            packing=job.packing,
         )
     except torch.OutOfMemoryError as problem:
         longest = max(len(row.ids) for some in window for row in some)
@@ -185,7 +186,11 @@ def _evaluate(job: Job, metrics: Metrics, step: int) -> float | None:
     if not job.held_out:
         return None
     loss = training.evaluate(
-        job.model, job.held_out, batch=max(8, job.options.batch_size), pad_id=job.pad_id
+        job.model,
+        job.held_out,
+        batch=max(8, job.options.batch_size),
+        pad_id=job.pad_id,
+        packing=job.packing,
     )
     metrics.add(kind="eval", step=step, loss=loss)
     return loss

@@ -39,6 +39,12 @@ class Job:
     identity: dict[str, Any]
 
     @property
+    def packing(self) -> bool:
+        """Whether rows run packed."""
+        asked = self.options.packing
+        return training.packs(self.model) if asked is None else asked
+
+    @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else int(pad)
@@ -152,7 +158,7 @@ def _identity(
     """Everything that a resumed run must have in common with the run that it continues."""
     free = (
         *("model", "data", "output", "eval_data", "eval_fraction", "eval_every", "save_every"),
-        *("device", "dtype", "max_seq_length", "too_long", "recompute", "learning_rate"),
+        *("device", "dtype", "max_seq_length", "too_long", "packing", "recompute", "learning_rate"),
         *("resume", "overwrite", "prompt", "merge", "max_steps", "epochs"),
     )
     kept = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}

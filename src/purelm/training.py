@@ -15,7 +15,8 @@ import torch
 
 from .convert.bridge import CausalLM
 from .errors import ArgumentError, TrainingError
-from .rows import Row, collate
+from .nn import decoder
+from .rows import Row, collate, pack
 
 ScheduleKind = Literal["cosine", "linear", "constant"]
 
@@ -108,6 +109,22 @@ def adamw(model: CausalLM, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
 
 
+def packs(model: CausalLM) -> bool:
+    """Whether packed rows cost this model no more than their tokens.
+
+    So it is where fused attention takes documents: on a GPU in 16 bits, without windows or caps.
+    Elsewhere a mask over the whole packed row, quadratic in its length, keeps documents apart.
+    """
+    return (
+        model.device.type == "cuda"
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and all(
+            layer.attention.window is None and decoder.uncovered(layer) is None
+            for layer in model.spec.layers
+        )
+    )
+
+
 def train_step(
     model: CausalLM,
     optimizer: torch.optim.Optimizer,
@@ -117,16 +134,19 @@ def train_step(
     rate: float,
     max_grad_norm: float,
     pad_id: int,
+    packing: bool = False,
 ) -> StepResult:
     """One update from all batches of `window`, each token of it weighing the same.
 
+    packing: the rows of a batch run as one packed row instead of a padded batch; see `packs`.
     Raises TrainingError, with the parameters as they were, for a loss or gradient that is not
     finite.
     """
     count = sum(row.learned for rows in window for row in rows)
     total: torch.Tensor | float = 0.0
     for rows in window:
-        loss = model(**collate(rows, pad_id), num_items_in_batch=count).loss
+        batch = pack(rows) if packing else collate(rows, pad_id)
+        loss = model(**batch, num_items_in_batch=count).loss
         assert loss is not None
         loss.backward()
         total = total + loss.detach()
@@ -148,7 +168,9 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, rows: Sequence[Row], *, batch: int, pad_id: int) -> float:
+def evaluate(
+    model: CausalLM, rows: Sequence[Row], *, batch: int, pad_id: int, packing: bool = False
+) -> float:
     """The loss per learned token over all rows, however they are batched."""
     was_training = model.training
     model.eval()
@@ -157,7 +179,8 @@ def evaluate(model: CausalLM, rows: Sequence[Row], *, batch: int, pad_id: int) -
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for i in range(0, len(ordered), batch):
         some = ordered[i : i + batch]
-        loss = model(**collate(some, pad_id), num_items_in_batch=1).loss
+        given = pack(some) if packing else collate(some, pad_id)
+        loss = model(**given, num_items_in_batch=1).loss
         assert loss is not None
         total += float(loss)
         count += sum(row.learned for row in some)

@@ -12,6 +12,7 @@ import torch
 from bridged import bridge, ids, same_logits, spread_trained
 
 from purelm import FastLanguageModel
+from purelm.convert.batch import layout_of
 from purelm.convert.bridge import CausalLM
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import decoder, layout, loss, tree
@@ -124,6 +125,23 @@ def test_packed_documents(folder: Path) -> None:
         row, labels=row, position_ids=torch.cat([torch.arange(9), torch.arange(14)])[None]
     )
     assert torch.equal(again.loss, packed.loss)
+
+
+def test_position_ids_say_which_documents_a_packed_row_holds(folder: Path) -> None:
+    """So that rows without padding from other libraries' collators run fused too."""
+    spec, cpu = bridge(folder).spec, torch.device("cpu")
+    lengths = (9, 1, 14)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    found = layout_of(ids(1, 1, 24), spec, cpu, position_ids=positions)
+    want = layout_of(ids(1, 1, 24), spec, cpu, cu_seqlens=torch.tensor([0, 9, 10, 24]))
+    assert found.documents is not None and want.documents is not None
+    assert torch.equal(found.documents.cu_seqlens, want.documents.cu_seqlens)
+    assert found.documents.longest == want.documents.longest == 14
+    assert torch.equal(found.positions, want.positions)
+    assert torch.equal(found.segments, want.segments)
+    # Positions that do not count on, or do not begin, are no documents.
+    for odd in (positions + 1, positions * 2):
+        assert layout_of(ids(1, 1, 24), spec, cpu, position_ids=odd).documents is None
 
 
 def test_accumulation(folder: Path) -> None:

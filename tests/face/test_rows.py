@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from purelm import Tokenizer
 from purelm.errors import DataError
 from purelm.row_files import read_rows
-from purelm.rows import Row, collate, digest, encode, split
+from purelm.rows import Row, collate, digest, encode, pack, split
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
@@ -220,6 +220,17 @@ def test_a_batch_holds_its_rows_and_padding(rows: list[Row]) -> None:
         assert set(batch["labels"][i, length:].tolist()) <= {-100}
     # What the loss counts: labels after the first place.
     assert int((batch["labels"][:, 1:] != -100).sum()) == sum(row.learned for row in rows)
+
+
+@given(st.lists(_ROW, min_size=1, max_size=5))
+def test_packed_rows_lie_behind_one_another(rows: list[Row]) -> None:
+    packed = pack(rows)
+    ends = packed["cu_seqlens"].tolist()
+    assert packed["input_ids"].shape == packed["labels"].shape == (1, ends[-1])
+    for row, start, end in zip(rows, ends, ends[1:], strict=False):
+        assert tuple(packed["input_ids"][0, start:end].tolist()) == row.ids
+        assert tuple(packed["labels"][0, start:end].tolist()) == row.labels
+    assert len(ends) == len(rows) + 1 and ends[0] == 0
 
 
 @given(st.lists(_ROW, min_size=2, max_size=6), st.data())

@@ -102,6 +102,24 @@ def test_accumulation_equals_one_large_batch(folder: Path) -> None:
     assert whole.tokens == parts.tokens == sum(len(row.ids) for row in rows)
 
 
+def test_packed_rows_make_the_same_step(folder: Path) -> None:
+    rows = drawn(6)
+    padded, packed = load(folder), load(folder)
+    optimizer = training.adamw(packed.train(), 0.01)
+    want = step_once(padded, [rows[:4], rows[4:]])
+    given = {"step": 0, "rate": 1e-2, "max_grad_norm": 1.0, "pad_id": 3, "packing": True}
+    found = training.train_step(packed, optimizer, [rows[:4], rows[4:]], **given)
+    assert math.isclose(found.loss, want.loss, rel_tol=1e-5)
+    assert math.isclose(found.grad_norm, want.grad_norm, rel_tol=1e-4)
+    assert found.tokens == want.tokens
+    both = (training.evaluate(packed, rows, batch=4, pad_id=3, packing=on) for on in (True, False))
+    assert math.isclose(*both, rel_tol=1e-5)
+
+
+def test_packing_is_chosen_only_where_it_is_fused(folder: Path) -> None:
+    assert not training.packs(load(folder))  # on a CPU a mask would keep documents apart
+
+
 def test_a_step_equals_plain_torch(folder: Path) -> None:
     rows = drawn(4)
     ours, plain = load(folder), load(folder).train()
