@@ -41,7 +41,8 @@ def visible(
     queries: Layout, segments: torch.Tensor | None, offset: int, window: int | None
 ) -> Visible:
     """Which keys each query sees: bool [b or 1, 1, s, S], the documents of a packed row where a
-    fused kernel takes them, or None where plain causal order says it.
+    fused kernel takes them, or None where causal order says it. Where it is no mask, the window
+    is left to `attend`.
 
     The queries are tokens offset..offset+s of rows whose keys have `segments` [b, S] (None: one
     segment without padding, S = offset + s).
@@ -49,14 +50,14 @@ def visible(
     s, device = queries.positions.shape[1], queries.positions.device
     total = offset + s
     unlimited = window is None or window >= total
-    if segments is None and unlimited and (offset == 0 or s == 1):
+    if segments is None and (offset == 0 or (s == 1 and unlimited)):
         return None
-    if queries.documents is not None and queries.positions.is_cuda and unlimited and offset == 0:
+    if queries.documents is not None and queries.positions.is_cuda and offset == 0:
         return queries.documents
     i = torch.arange(offset, total, device=device)[:, None]
     j = torch.arange(total, device=device)[None, :]
     seen = j <= i
-    if window is not None and not unlimited:
+    if window is not None:
         seen = seen & (i - j < window)
     seen = seen[None, None]
     if segments is not None:
@@ -72,17 +73,19 @@ def attend(
     *,
     scale: float,
     seen: Visible,
+    window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v for q [b, s, h, d], k and v [b, S, k, d] -> [b, s, h, d].
 
-    Statistics in fp32. Without `seen`, S is s or s is 1: every query sees all keys up to its own.
+    Statistics in fp32. Without `seen`, S is s or s is 1: every query sees all keys up to its own,
+    the last `window` of them if S is s.
     With a soft cap the scores are written out, [b, h, s, S] in fp32: no fused backend has one.
     """
     if softcap is not None:
-        return _capped(q, k, v, scale, seen, softcap)
+        return _capped(q, k, v, scale, seen, window, softcap)
     if isinstance(seen, Documents) or (seen is None and q.shape[1] > 1):
-        return attention(q, k, v, scale=scale, documents=seen)
+        return attention(q, k, v, scale=scale, documents=seen, window=window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if seen is not None and q.is_cuda:
         # With a mask, grouped heads leave torch only its unfused kernel: give every head its keys.
@@ -95,7 +98,13 @@ def attend(
 
 
 def _capped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Visible, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    seen: Visible,
+    window: int | None,
+    softcap: float,
 ) -> torch.Tensor:
     """`attend` with scores softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, sec. 2)."""
     groups = q.shape[2] // k.shape[2]
@@ -103,18 +112,24 @@ def _capped(
     scores = torch.einsum("bihd,bjhd->bhij", q, k)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
     scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_mask(seen, q.shape[1], k.shape[1], q.device), float("-inf"))
+    scores = scores.masked_fill(
+        ~_mask(seen, window, q.shape[1], k.shape[1], q.device), float("-inf")
+    )
     # A row of padding may see nothing: zeros instead of NaN.
     weights = scores.softmax(-1).nan_to_num(0.0).to(q.dtype)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
-def _mask(seen: Visible, s: int, total: int, device: torch.device) -> torch.Tensor:
-    """`seen` written out, broadcastable to [b, h, s, S]."""
+def _mask(
+    seen: Visible, window: int | None, s: int, total: int, device: torch.device
+) -> torch.Tensor:
+    """`seen` and the window written out, broadcastable to [b, h, s, S]."""
     if isinstance(seen, torch.Tensor):
         return seen
     index = torch.arange(total, device=device)
     mask = index[None, :] <= index[total - s :, None]
+    if window is not None:
+        mask = mask & (index[total - s :, None] - index[None, :] < window)
     if isinstance(seen, Documents):
         document = torch.bucketize(index, seen.cu_seqlens[1:].long(), right=True)
         mask = mask & (document[None, :] == document[:, None])

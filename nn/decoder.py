@@ -48,7 +48,9 @@ def attention(
     if buffers is not None:
         keys, values, at = buffers
         k, v = kv.write(keys, k, at), kv.write(values, v, at)
-    out = attend(q, k, v, scale=spec.scale, seen=seen, softcap=spec.softcap).reshape(b, s, -1)
+    out = attend(
+        q, k, v, scale=spec.scale, seen=seen, window=spec.window, softcap=spec.softcap
+    ).reshape(b, s, -1)
     return linear(out, p["o"], get("o"), seed_after(seed, 3))
 
 

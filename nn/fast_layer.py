@@ -85,8 +85,12 @@ class Layer:
     def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table | None) -> Saved:
         q, k, v = heads
         q, k = rotated(q, k, p["attn"], self.spec.attention, table)
-        scale = self.spec.attention.scale
-        return attention_forward(q, k, v, scale=scale, documents=self.documents)
+        return attention_forward(q, k, v, **self._sight())
+
+    def _sight(self) -> dict[str, Any]:
+        """What attention is told beside its tensors."""
+        a = self.spec.attention
+        return {"scale": a.scale, "documents": self.documents, "window": a.window}
 
     def _gate_up(self, mid: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> list[torch.Tensor]:
         inner = self._mlp_in(mid, p)
@@ -180,14 +184,13 @@ class Layer:
         with torch.enable_grad():
             raw_q, raw_k, v = (t.detach().requires_grad_() for t in residuals.pop("qkv"))
             q, k = rotated(raw_q, raw_k, p["attn"], self.spec.attention, table)
-        scale = self.spec.attention.scale
         heads = (q.detach(), k.detach(), v.detach())
         saved = residuals.pop("out", None)
         if saved is None:
-            saved = attention_forward(*heads, scale=scale, documents=self.documents)
+            saved = attention_forward(*heads, **self._sight())
         flat = saved.out.reshape(*x.shape[:2], -1)
         dout = pulled("attn", ("o",), flat, (dmid,), 3).view(saved.out.shape)
-        dq, dk, dv = attention_backward(dout, *heads, saved, scale=scale, documents=self.documents)
+        dq, dk, dv = attention_backward(dout, *heads, saved, **self._sight())
         del saved, flat, dout, heads
         draw_q, draw_k = torch.autograd.grad((q, k), (raw_q, raw_k), (dq, dk))
         dys = tuple(t.reshape(*x.shape[:2], -1) for t in (draw_q, draw_k, dv))

@@ -112,16 +112,13 @@ def adamw(model: CausalLM, weight_decay: float) -> torch.optim.AdamW:
 def packs(model: CausalLM) -> bool:
     """Whether packed rows cost this model no more than their tokens.
 
-    So it is where fused attention takes documents: on a GPU in 16 bits, without windows or caps.
+    So it is where fused attention takes documents: on a GPU in 16 bits, without soft caps.
     Elsewhere a mask over the whole packed row, quadratic in its length, keeps documents apart.
     """
     return (
         model.device.type == "cuda"
         and model.dtype in (torch.bfloat16, torch.float16)
-        and all(
-            layer.attention.window is None and decoder.uncovered(layer) is None
-            for layer in model.spec.layers
-        )
+        and all(decoder.uncovered(layer) is None for layer in model.spec.layers)
     )
 
 

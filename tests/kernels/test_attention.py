@@ -49,22 +49,23 @@ def torchs(scale):
     groups=st.integers(1, 3),
     d=st.sampled_from([8, 24]),
     cut=st.booleans(),
+    window=st.none() | st.integers(2, 24),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**31),
 )
-def test_forward_and_backward(b, s, k, groups, d, cut, dtype, seed):
+def test_forward_and_backward(b, s, k, groups, d, cut, window, dtype, seed):
     documents = Documents(torch.tensor([0, s // 2, s], dtype=torch.int32), s) if cut else None
     q, key, v = drawn(b, s, k * groups, k, d, seed, dtype)
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
 
     def ours(q, k, v):
-        return attention(q, k, v, scale=0.4, documents=documents)
+        return attention(q, k, v, scale=0.4, documents=documents, window=window)
 
     def reference(q, k, v):
-        return attention_reference(q, k, v, scale=0.4, documents=documents)[0]
+        return attention_reference(q, k, v, scale=0.4, documents=documents, window=window)[0]
 
     mine = with_gradients(ours, q, key, v, dout)
-    eager = with_gradients(reference if cut else torchs(0.4), q, key, v, dout)
+    eager = with_gradients(reference if cut or window else torchs(0.4), q, key, v, dout)
     exact = with_gradients(reference, q.double(), key.double(), v.double(), dout)
 
     def errors(found):
@@ -108,6 +109,14 @@ def test_documents_do_not_see_each_other():
             torch.testing.assert_close(a[:, begin:end], b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_window_hides_what_lies_further_back():
+    q, k, v = drawn(2, 9, 4, 2, 8, 6)
+    out = attention(q, k, v, scale=0.3, window=3)
+    for i in range(9):
+        part = [t[:, max(0, i - 2) : i + 1] for t in (q, k, v)]
+        torch.testing.assert_close(out[:, i], torchs(0.3)(*part)[:, -1], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_two_functions_are_the_differentiable_one(cut):
     q, k, v = drawn(1, 10, 4, 2, 8, 3, torch.float32)
@@ -121,17 +130,19 @@ def test_the_two_functions_are_the_differentiable_one(cut):
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("cut", [False, True])
-def test_transforms(cut):
+def test_transforms(cut, window):
     documents = Documents(torch.tensor([0, 2, 5], dtype=torch.int32), 3) if cut else None
     q, k, v = drawn(3, 5, 4, 2, 8, 4)
     q, k, v = q[:, None], k[:, None], v[:, None]
 
     def ours(q, k, v):
-        return attention(q, k, v, scale=0.3, documents=documents).pow(3).sum()
+        return attention(q, k, v, scale=0.3, documents=documents, window=window).pow(3).sum()
 
     def plain(q, k, v):
-        return attention_reference(q, k, v, scale=0.3, documents=documents)[0].pow(3).sum()
+        given = {"documents": documents, "window": window}
+        return attention_reference(q, k, v, scale=0.3, **given)[0].pow(3).sum()
 
     def length(f):
         return lambda *x: sum(g.square().sum() for g in torch.func.grad(f, (0, 1, 2))(*x))
@@ -151,6 +162,7 @@ def test_backends():
     q = torch.empty(1, 4, 2, 64)
     assert backend_for(q) == "flash_cpu"
     assert backend_for(q, Documents(torch.tensor([0, 4]), 4)) == "reference"
+    assert backend_for(q, window=3) == "reference"
     assert backend_for(q.to("meta")) == "reference"
 
 
