@@ -175,3 +175,41 @@ def test_bad_input():
         attention(q, k, v[:, :3], scale=1.0)
     with pytest.raises(KernelError, match="belong together"):
         attention(q[:, :3], k, v, scale=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("s", "k", "d", "cut", "window", "backend"),
+    [
+        (300, 2, 64, False, None, "cudnn"),
+        (257, 4, 128, False, None, "cudnn"),
+        (300, 2, 64, False, 50, "flash"),
+        (300, 2, 128, True, None, "flash"),
+        (300, 2, 128, True, 50, "flash"),
+        (200, 1, 256, False, None, "flash"),
+        (200, 4, 256, False, 64, "flash"),
+        (200, 2, 80, True, 1000, "flash"),
+    ],
+)
+def test_gpu_backends(s, k, d, cut, window, backend, dtype):
+    """The backend that was meant, within its own rounding of the formula in float64."""
+    ends = torch.tensor([0, 1, s // 3, s], dtype=torch.int32, device="cuda")
+    documents = Documents(ends, s - s // 3) if cut else None
+    tensors = [t.cuda() for t in drawn(1 if cut else 2, s, 8, k, d, 7, dtype)]
+    assert backend_for(tensors[0], documents, window) == backend
+    dout = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(8)).cuda()
+    given = {"scale": d**-0.5, "documents": documents, "window": window}
+
+    def ours(*x):
+        return attention(*x, **given)
+
+    def reference(*x):
+        return attention_reference(*x, **given)[0]
+
+    mine = with_gradients(ours, *tensors, dout)
+    eager = with_gradients(reference, *tensors, dout)
+    exact = with_gradients(reference, *(t.double() for t in tensors), dout)
+    for a, b, x in zip(mine, eager, exact, strict=True):
+        error, yard = ((y.double() - x).abs().max() / x.abs().max() for y in (a, b))
+        assert error <= 2 * yard + torch.finfo(dtype).eps
