@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "chat", "talk to a model or an adapter", _chat, _chat_arguments)
     _add(commands, "generate", "answer one prompt", _generate, _generate_arguments)
     _add(commands, "families", "list the model families that can be loaded", _families)
+    _add(commands, "bench", "measure this machine", _bench, _bench_arguments)
     return parser
 
 
@@ -282,6 +284,30 @@ def _families(_: argparse.Namespace) -> int:
     for family in FAMILIES.values():
         print(f"{family.model_type:<{width}}  {family.hf_class}")
     return 0
+
+
+# purelm bench
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="WHAT", help="one of " + ", ".join(_benches()))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+
+
+def _benches() -> list[str]:
+    """The modules of `purelm.bench`: each is a program that prints its figures."""
+    from importlib.resources import files
+
+    names = (Path(file.name) for file in files("purelm.bench").iterdir())
+    return sorted(name.stem for name in names if name.suffix == ".py" and name.stem[0] != "_")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    if args.what not in _benches():
+        raise ArgumentError(f"bench {args.what!r}: expected one of {', '.join(_benches())}")
+    return int(import_module(f"purelm.bench.{args.what}").main(args.rest))
 
 
 if __name__ == "__main__":

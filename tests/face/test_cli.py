@@ -187,3 +187,26 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(
     last = json.loads(metrics.read_text().splitlines()[-1])
     assert state["step"] == last["step"] >= 1
     assert not [f for f in os.listdir(tmp_path / "out") if f.startswith(".")]
+
+
+def test_bench_load_prints_its_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "load", str(folder)]) == 0
+    found = json.loads(capsys.readouterr().out.removeprefix("RESULT "))
+    assert found["model"] == folder.name and found["load_s"] > 0
+
+
+def test_bench_packing_trains_the_same_either_way(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = tmp_path / "lengths.json"
+    lengths.write_text(json.dumps([3, 9, 5, 14, 2, 7]))
+    shape = ["--batch", "3", "--steps", "1", "--warmup", "1"]
+    assert cli.main(["bench", "packing", str(folder), str(lengths), *shape]) == 0
+    found = json.loads(capsys.readouterr().out.removeprefix("RESULT "))
+    padded, packed = found["padded_losses"], found["packed_losses"]
+    assert len(padded) == len(packed) == 2 and padded == pytest.approx(packed, rel=1e-2)
+
+
+def test_an_unknown_bench_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "nothing"]) == cli.FAILED
+    assert "load, packing, " in capsys.readouterr().err
