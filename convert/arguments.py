@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..errors import ArgumentError
 from ..nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
 from .load import default_device
+
+Auto = Literal["auto"]
 
 
 class Default(int):
@@ -130,17 +132,30 @@ def choose_device(device_map: Any) -> torch.device:
     return device
 
 
-def choose_residuals(use_gradient_checkpointing: bool | str | None) -> Policy:
+def choose_residuals(use_gradient_checkpointing: bool | str | None) -> Policy | Auto:
     """What becomes of each layer's residuals: False keeps all, True runs the large ones again,
-    "unsloth" also sends the others to the host.
+    "unsloth" also sends the others to the host, "auto" fills the memory there is.
     """
     if use_gradient_checkpointing in (True, False):
         return RECOMPUTE if use_gradient_checkpointing else KEEP
     if use_gradient_checkpointing == "unsloth":
         return OFFLOAD
     if use_gradient_checkpointing == "auto":
-        not_yet(use_gradient_checkpointing=("auto", "unsloth"))
+        return "auto"
     raise ArgumentError(
         f"use_gradient_checkpointing is {use_gradient_checkpointing!r}, "
         "expected True, False, 'unsloth' or 'auto'"
     )
+
+
+def check_budget(memory_budget: int | None, residuals: Policy | Auto) -> None:
+    """Raise ArgumentError for a budget that is no number of bytes, or that nothing would heed."""
+    if memory_budget is None:
+        return
+    if type(memory_budget) is not int or memory_budget < 1:
+        raise ArgumentError(f"memory_budget is {memory_budget!r}, expected a number of bytes")
+    if residuals != "auto":
+        raise ArgumentError(
+            f"memory_budget={memory_budget} needs use_gradient_checkpointing='auto'; with a fixed "
+            "choice there is nothing to plan"
+        )

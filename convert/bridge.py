@@ -15,11 +15,12 @@ from torch import nn
 from ..errors import ArgumentError
 from ..nn import decoder, loss, tree
 from ..nn.lora import LoRA, relative
-from ..nn.residuals import KEEP, RECOMPUTE, Policy
+from ..nn.plan import Plan
+from ..nn.residuals import KEEP, RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from ..quant.nf4 import NF4
-from . import batch, report
-from .arguments import choose_residuals
+from . import batch, memory_plan, report
+from .arguments import Auto, choose_residuals
 from .config import Config
 from .output import CausalLMOutput
 from .registry import Family
@@ -62,7 +63,8 @@ class CausalLM(nn.Module):
         dtype: torch.dtype,
         max_seq_length: int,
         train_all: bool = False,
-        residuals: Policy = RECOMPUTE,
+        residuals: Residuals | Auto = RECOMPUTE,
+        memory_budget: int | None = None,
         seed: int = 3407,
     ) -> None:
         super().__init__()
@@ -72,6 +74,9 @@ class CausalLM(nn.Module):
         self.origin = origin
         self.max_seq_length = max_seq_length
         self.residuals = residuals
+        self.memory_budget = memory_budget
+        # Under "auto": the plan of every shape of batch that was met, in order.
+        self.plans: dict[tuple[int, int], Plan] = {}
         self.train_all = train_all
         self.peft_config: dict[str, Any] = {}
         self.tokenizer: Any = None
@@ -223,14 +228,15 @@ class CausalLM(nn.Module):
         if isinstance(count, torch.Tensor):
             count = count.to(self.device)
         total = None
-        with self._own_dtypes():
+        residuals = memory_plan.residuals_for(self, *input_ids.shape) if self.training else None
+        with self._own_dtypes(), memory_plan.told(self, residuals):
             x = decoder.hidden(
                 params,
                 self.spec,
                 input_ids,
                 layout=layout,
                 adapters=self.adapters,
-                residuals=self.residuals if self.training else None,
+                residuals=residuals,
                 seed=self._next_seed(),
             )
             if labels is not None:

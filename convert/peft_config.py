@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from ..nn.residuals import RECOMPUTE, Policy
+from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from . import adapter_start, peft_targets
-from .arguments import not_yet
+from .arguments import Auto, not_yet
 from .lora_config import DEFAULT_TARGETS, PeftConfig, check_texts, checked_mapping, wrong
 from .names import Names
 from .peft_targets import Plan, plan
@@ -90,7 +90,11 @@ def configure(
 
 
 def apply(
-    model: "CausalLM", *, residuals: Policy = RECOMPUTE, random_state: int = 3407, **arguments: Any
+    model: "CausalLM",
+    *,
+    residuals: Residuals | Auto = RECOMPUTE,
+    random_state: int = 3407,
+    **arguments: Any,
 ) -> "CausalLM":
     """Put fresh adapters on `model`: `arguments` are those of `configure`.
 

@@ -12,6 +12,7 @@ from ..nn import tree
 from . import adapter_file, adapter_start, peft_config, rope_override
 from .arguments import (
     DEFAULT_4BIT,
+    check_budget,
     check_flags,
     choose_device,
     choose_dtype,
@@ -82,8 +83,12 @@ class FastLanguageModel:
         (default bfloat16 where the device has it). max_seq_length: the length you mean to train
         at; nothing is ever cut, and rows longer than the model's own context need a
         `rope_scaling`. quant_skip: texts; a projection whose checkpoint name contains one keeps
-        16 bits. A parameter that is not implemented yet raises NotImplementedError for any value
-        but its default.
+        16 bits. use_gradient_checkpointing: what is kept for the backward pass (False: all, True:
+        little, the rest is run again, "unsloth": less, on the host too); "auto" keeps what fits
+        into memory_budget, in bytes with the weights included (default: what is free on the device
+        at the first step of each shape, less a margin); `explain()` shows the plan, and gradients
+        are the same under each. A parameter that is not implemented yet raises
+        NotImplementedError for any value but its default.
 
         Raises SourceError, ConfigError, CheckpointError, TokenizerError, AdapterError for files,
         ArgumentError for arguments that contradict each other.
@@ -119,13 +124,13 @@ class FastLanguageModel:
             text_only=(text_only, False),
             prefer_prequantized=(prefer_prequantized, False),
             compute=(compute, None),
-            memory_budget=(memory_budget, None),
         )
         _check_length(max_seq_length)
         adapter_start.check_seed(random_state)
         if not isinstance(model_name, str | os.PathLike):
             raise ArgumentError(f"model_name is {model_name!r}, expected a folder or a repository")
         residuals = choose_residuals(use_gradient_checkpointing)
+        check_budget(memory_budget, residuals)
         device = choose_device(device_map)
         hub: dict[str, Any] = {
             "token": token,
@@ -178,6 +183,7 @@ class FastLanguageModel:
             max_seq_length=max_seq_length or spec.max_positions,
             train_all=full_finetuning,
             residuals=residuals,
+            memory_budget=memory_budget,
             seed=random_state,
         )
         tokenizer.padding_side = "left"
@@ -231,6 +237,8 @@ class FastLanguageModel:
                 stacklevel=2,
             )
             return model
+        residuals = choose_residuals(use_gradient_checkpointing)
+        check_budget(model.memory_budget, residuals)
         return peft_config.apply(
             model,
             r=r,
@@ -240,7 +248,7 @@ class FastLanguageModel:
             bias=bias,
             layers_to_transform=layers_to_transform,
             layers_pattern=layers_pattern,
-            residuals=choose_residuals(use_gradient_checkpointing),
+            residuals=residuals,
             random_state=random_state,
             use_rslora=use_rslora,
             modules_to_save=modules_to_save,

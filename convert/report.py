@@ -7,6 +7,7 @@ import torch
 
 from ..nn import tree
 from ..nn.decoder import uncovered
+from ..nn.residuals import Policy
 from ..quant.nf4 import NF4
 
 if TYPE_CHECKING:
@@ -62,8 +63,15 @@ def _use(model: "CausalLM", module: str) -> str:
 
 
 def _backward(model: "CausalLM") -> str:
-    policy = model.residuals
-    text = "backward: " + ", ".join(f"{f.name} {getattr(policy, f.name)}" for f in fields(policy))
+    if isinstance(model.residuals, Policy):
+        fates = ((f.name, getattr(model.residuals, f.name)) for f in fields(Policy))
+        text = "backward: " + ", ".join(f"{name} {fate}" for name, fate in fates)
+    elif model.residuals == "auto":
+        limit = "the free memory" if model.memory_budget is None else f"{model.memory_budget:,} B"
+        plans = [f"\n  {plan}" for plan in model.plans.values()]
+        text = f"backward: planned for {limit} at the first step of a shape" + "".join(plans)
+    else:
+        text = "backward: one policy for each layer"
     plain: dict[str, list[str]] = {}
     for i, layer in enumerate(model.spec.layers):
         if reason := uncovered(layer):

@@ -21,7 +21,7 @@ from .linear import linear, project, seed_after
 from .norm import add, norm
 from .offload import Offload
 from .remat import remat
-from .residuals import Policy
+from .residuals import Policy, Residuals, per_layer
 from .spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec
 
 Buffers = tuple[torch.Tensor, torch.Tensor, int]
@@ -96,14 +96,14 @@ def hidden(
     *,
     layout: Layout | None = None,
     adapters: tree.Tree = None,
-    residuals: Policy | None = None,
+    residuals: Residuals | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
     """tokens [b, s] -> final normalised hidden states [b, s, e], ready for the head.
 
     layout: positions and segments (default: full rows from position 0). residuals: what becomes of
-    each layer's residuals until its backward; None leaves it to autograd, which keeps all. seed:
-    drives the adapters' dropout; None leaves dropout out.
+    each layer's residuals until its backward, one policy or one a layer; None leaves it to
+    autograd, which keeps all. seed: drives the adapters' dropout; None leaves dropout out.
     """
     layout = layout or dense(*tokens.shape, device=tokens.device)
     out, _ = _run(params, spec, tokens, layout, adapters, None, residuals, seed)
@@ -145,7 +145,7 @@ def _run(
     layout: Layout,
     adapters: tree.Tree,
     cache: Cache | None,
-    residuals: Policy | None,
+    residuals: Residuals | None,
     seed: int | None,
 ) -> tuple[torch.Tensor, Cache | None]:
     x = embed(params, spec, tokens)
@@ -158,9 +158,13 @@ def _run(
     tables.update({r: rope.table(r, layout.positions) for r in spec.ropes()})
     windows = {layer_spec.attention.window for layer_spec in spec.layers}
     seen = {w: visible(layout, segments, start, w) for w in windows}
-    policy = residuals if torch.is_grad_enabled() else None
-    offload = Offload(x.device) if policy is not None and policy.offloads else None
-    for i, (layer_spec, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
+    policies: tuple[Policy | None, ...] = (None,) * len(spec.layers)
+    if residuals is not None and torch.is_grad_enabled():
+        policies = per_layer(residuals, len(spec.layers))
+    offload = Offload(x.device) if any(p is not None and p.offloads for p in policies) else None
+    for i, (layer_spec, p, policy) in enumerate(
+        zip(spec.layers, params["layers"], policies, strict=True)
+    ):
         a, layer_seed = layer_spec.attention, seed_after(seed, 7 * i)
         args = (x, p, tree.get(adapters, "layers", i), tables[a.rope])
         if cache is not None:
@@ -220,7 +224,7 @@ def forward(
     *,
     layout: Layout | None = None,
     adapters: tree.Tree = None,
-    residuals: Policy | None = None,
+    residuals: Residuals | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
     """tokens [b, s] -> logits [b, s, v]; the arguments are those of `hidden`."""

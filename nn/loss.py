@@ -8,7 +8,7 @@ from ..quant.linear import weight_of
 from . import tree
 from .decoder import head_weight, hidden
 from .layout import Layout
-from .residuals import Policy
+from .residuals import Residuals
 from .spec import ModelSpec
 
 IGNORE = -100
@@ -58,7 +58,7 @@ def loss(
     layout: Layout | None = None,
     adapters: tree.Tree = None,
     count: torch.Tensor | float | None = None,
-    residuals: Policy | None = None,
+    residuals: Residuals | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
     """Mean next-token loss of tokens [b, s]; see `hidden` and `next_token`."""

@@ -65,6 +65,7 @@ class Offload:
             )
         self._begin(layer)
         if layer not in self._coming:
+            self._begin(layer - 1)
             return None
         self._fetched.add(layer)
         coming = self._coming.pop(layer)

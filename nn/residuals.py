@@ -9,6 +9,7 @@ where a norm follows them, share the fate of the middle residual.
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import ArgumentError
 from .spec import LayerSpec
 
 Fate = Literal["keep", "offload", "recompute"]
@@ -31,6 +32,9 @@ class Policy:
         return "offload" in (self.x, self.qkv, self.out, self.mid, self.gate_up)
 
 
+# One policy for all layers, or one for each.
+Residuals = Policy | tuple[Policy, ...]
+
 KEEP = Policy()
 RECOMPUTE = Policy(qkv="recompute", gate_up="recompute")
 OFFLOAD = Policy(x="offload", qkv="recompute", out="offload", mid="offload", gate_up="recompute")
@@ -47,3 +51,15 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
         "mid": ((not spec.parallel) + 2 * spec.post_norm) * dim * itemsize,
         "gate_up": (1 + spec.mlp.gated) * spec.mlp.dim * itemsize,
     }
+
+
+def per_layer(residuals: Residuals, layers: int) -> tuple[Policy, ...]:
+    """One policy for each of `layers` layers; raises ArgumentError for another number of them."""
+    if isinstance(residuals, Policy):
+        return (residuals,) * layers
+    if len(residuals) != layers:
+        raise ArgumentError(
+            f"residuals has {len(residuals)} policies, expected one, or one for each of the "
+            f"{layers} layers"
+        )
+    return residuals

@@ -126,7 +126,7 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--recompute",
         action=argparse.BooleanOptionalAction,
-        help="run layers again in backward to save memory (default: yes)",
+        help="run layers again in backward to save memory (default: as far as it is needed)",
     )
     length = section.add_mutually_exclusive_group()
     length.add_argument("--max-steps", type=int, help="how many steps to train")

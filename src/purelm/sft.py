@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import chat, plot, train_state, training
+from .convert.memory_plan import advice
 from .errors import ArgumentError, SaveError, TrainingError
 from .interrupt import held_back
 from .metrics import Metrics, open_metrics, peak_memory
@@ -178,7 +179,8 @@ def _step(job: Job, step: int, rate: float) -> training.StepResult:
         longest = max(len(row.ids) for some in window for row in some)
         raise TrainingError(
             f"step {step + 1}: the GPU's memory ran out at {job.options.batch_size} rows of up to "
-            f"{longest} tokens; lower --batch-size (and raise --accumulation) or --max-seq-length"
+            f"{longest} tokens; lower --batch-size (and raise --accumulation) or --max-seq-length; "
+            + advice(job.model)
         ) from problem
 
 

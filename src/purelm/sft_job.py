@@ -120,14 +120,14 @@ def _load(options: Options) -> tuple[CausalLM, Tokenizer]:
         dtype=dtype,
         device_map=str(device),
         random_state=options.seed,
-        use_gradient_checkpointing=options.recompute,
+        use_gradient_checkpointing=options.checkpointing,
         **precision,
     )
 
 
 def _adapted(options: Options, model: CausalLM) -> CausalLM:
     if options.precision == "full":
-        return model.for_training(options.recompute)
+        return model.for_training(options.checkpointing)
     targets = DEFAULT_TARGETS if options.target_modules is None else options.target_modules
     return FastLanguageModel.get_peft_model(
         model,
@@ -136,7 +136,7 @@ def _adapted(options: Options, model: CausalLM) -> CausalLM:
         lora_dropout=options.dropout,
         target_modules=targets,
         use_rslora=options.use_rslora,
-        use_gradient_checkpointing=options.recompute,
+        use_gradient_checkpointing=options.checkpointing,
         random_state=options.seed,
     )
 

@@ -56,7 +56,7 @@ class Options:
     epochs: float = 1.0
     eval_every: int = 0
     save_every: int = 200
-    recompute: bool = True
+    recompute: bool | None = None
     resume: bool = False
     overwrite: bool = False
     seed: int = 3407
@@ -69,6 +69,11 @@ class Options:
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-5 if self.precision == "full" else 2e-4
+
+    @property
+    def checkpointing(self) -> bool | str:
+        """What `from_pretrained` calls use_gradient_checkpointing."""
+        return "auto" if self.recompute is None else self.recompute
 
     def warmup_steps(self, steps: int) -> int:
         """How many of `steps` steps warm up."""

@@ -85,8 +85,6 @@ NOT_YET = {
     "text_only": True,
     "prefer_prequantized": True,
     "compute": "fast",
-    "memory_budget": 2**30,
-    "use_gradient_checkpointing": "auto",
     "device_map": "balanced",
 }
 

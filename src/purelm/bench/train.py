@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
-_CHECKPOINTING: dict[str, bool | str] = {"unsloth": "unsloth", "on": True, "off": False}
+_CHECKPOINTING: dict[str, bool | str] = {
+    "unsloth": "unsloth",
+    "on": True,
+    "off": False,
+    "auto": "auto",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,9 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--gradient-checkpointing", choices=["unsloth", "on", "off"], default="unsloth"
-    )
+    parser.add_argument("--gradient-checkpointing", choices=[*_CHECKPOINTING], default="unsloth")
+    parser.add_argument("--budget-gib", type=float, help="memory_budget, for auto")
     parser.add_argument("--optimizer", choices=["adamw8bit", "adamw"], default="adamw8bit")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--trace", type=Path, help="write a profile of one step here")
@@ -60,7 +64,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     start = time.perf_counter()
     model, _ = FastLanguageModel.from_pretrained(
-        args.model, max_seq_length=args.seq, dtype=torch.bfloat16, local_files_only=True
+        args.model,
+        max_seq_length=args.seq,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        use_gradient_checkpointing=_CHECKPOINTING[args.gradient_checkpointing],
+        memory_budget=None if args.budget_gib is None else int(args.budget_gib * GIB),
     )
     _sync(cuda)
     result["load_s"] = round(time.perf_counter() - start, 2)
@@ -107,6 +116,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if cuda:
         result["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+    if model.plans:
+        plan = next(iter(model.plans.values()))
+        result["planned_gib"], result["plan"] = round(plan.peak / GIB, 3), str(plan)
     result["losses"] = [*losses[:3], *losses[-2:]]
     if args.trace:
         _trace(lambda: step(0), args.trace)

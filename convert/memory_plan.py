@@ -1,0 +1,105 @@
+"""The memory plan of a model: what `use_gradient_checkpointing="auto"` does at a batch's shape."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..kernels.attention import backend_for
+from ..nn import tree
+from ..nn.plan import GIB, Shape, plan
+from ..nn.residuals import Residuals
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+# Of the free memory: what fragments, and what libraries take for themselves.
+_MARGIN = 0.08
+# Rows of like length share a plan, made for the longest of them.
+_STEP = 256
+
+
+def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
+    """The policies for a batch [batch, length]; under "auto" planned when its shape is new.
+
+    Raises ArgumentError where the budget is below the least possible.
+    """
+    if model.residuals != "auto":
+        return model.residuals
+    if length > _STEP:
+        length = -(-length // _STEP) * _STEP
+    found = model.plans.get((batch, length))
+    if found is None:
+        device = model.device
+        head_dim = model.spec.layers[0].attention.head_dim
+        probe = torch.empty((1, 1, 1, head_dim), dtype=model.dtype, device=device)
+        shape = Shape(
+            batch,
+            length,
+            model.dtype.itemsize,
+            offload=device.type == "cuda",
+            scores=backend_for(probe) == "reference",
+        )
+        fixed = max(_lasting(model), _allocated(device))
+        budget = model.memory_budget
+        budget = fixed + _free(device) if budget is None else budget
+        found = plan(model.spec, shape, budget=budget, fixed=fixed)
+        known = {p.policies for p in model.plans.values()}
+        model.plans[batch, length] = found
+        if found.policies not in known:
+            print(f"purelm: {found}", file=sys.stderr)
+    return found.policies
+
+
+@contextmanager
+def told(model: "CausalLM", residuals: Residuals | None) -> Iterator[None]:
+    """Inside, memory that runs out says what was planned and what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        if residuals is not None:
+            problem.add_note(advice(model))
+        raise
+
+
+def advice(model: "CausalLM") -> str:
+    """What to change where memory ran out: the policy that ran, the bytes planned for it."""
+    if model.plans:
+        last = list(model.plans.values())[-1]
+        lower = int((last.budget if model.memory_budget is None else model.memory_budget) * 0.85)
+        return (
+            f"the memory plan was: {last}; give a lower memory_budget (such as {lower}), fewer "
+            "rows or shorter ones, and see that no other process takes the device's memory"
+        )
+    return (
+        f"the residuals' policy was {model.residuals}; use_gradient_checkpointing='unsloth' needs "
+        "the least memory, 'auto' fills what there is; or take fewer rows or shorter ones"
+    )
+
+
+def _lasting(model: "CausalLM") -> int:
+    """Bytes that last for the whole run: params, and a gradient and two moments of what is trained
+    (fp32, as torch's AdamW has them).
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = sum(tree.nbytes(t) for t in (model.params, model._adapters, model._start))
+    return held + 3 * 4 * trained
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that can still be taken, less the margin."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = 4 * GIB
+    return int(free * (1 - _MARGIN))

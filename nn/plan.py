@@ -1,0 +1,234 @@
+"""Which residuals to keep, send away or run again, chosen to fill a memory budget: pure arithmetic.
+
+A training step's memory is what is there before it (weights, gradients, optimizer), the residuals
+of the layers run so far, and what the layer or the head at work needs beside them. From the policy
+that needs least, residuals are kept one by one, in the order of seconds saved per byte, as long as
+the step's peak stays within the budget. The order does not depend on the budget, so a larger one
+never keeps less.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
+
+from ..errors import ArgumentError
+from ..kernels.cross_entropy import chunk_rows
+from .decoder import uncovered
+from .residuals import KEEP, Fate, Policy, bytes_per_token
+from .spec import LayerSpec, ModelSpec
+
+# Rates of a large GPU, of which only the ratios matter here: products and attention in FLOP/s,
+# copies to or from the host in bytes/s, and the fixed cost of one layer's copies in seconds.
+_PRODUCTS, _ATTENTION, _COPY, _COPY_START = 5e14, 3.5e14, 5e10, 9e-5
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A step's shape: rows, tokens in a row, bytes of an element. `offload`: whether there is a
+    host to send residuals to; `scores`: whether attention writes its scores out.
+    """
+
+    batch: int
+    length: int
+    itemsize: int
+    offload: bool = True
+    scores: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A policy for each layer, the bytes the step needs at its peak, and the budget they fit."""
+
+    policies: tuple[Policy, ...]
+    peak: int
+    budget: int
+    shape: Shape
+
+    def __str__(self) -> str:
+        parts = []
+        numbered = list(enumerate(self.policies))
+        for policy, some in groupby(numbered, key=lambda pair: pair[1]):
+            places = [i for i, _ in some]
+            parts.append(f"layers {places[0]}-{places[-1]}: {_words(policy)}")
+        return (
+            f"{self.shape.batch} x {self.shape.length} tokens, {self.peak / GIB:.2f} GiB planned "
+            f"of a budget of {self.budget / GIB:.2f} GiB; {'; '.join(parts)}"
+        )
+
+
+def plan(spec: ModelSpec, shape: Shape, *, budget: int, fixed: int) -> Plan:
+    """The plan that keeps most within `budget` bytes of which `fixed` are taken throughout.
+
+    Raises ArgumentError, saying the least possible, where even that is more than the budget.
+    """
+    policies = [_least(layer, spec, shape) for layer in spec.layers]
+    least = peak(spec, shape, tuple(policies), fixed)
+    if least > budget:
+        raise ArgumentError(
+            f"a memory budget of {budget:,} bytes is too small for a step of {shape.batch} x "
+            f"{shape.length} tokens: the least possible is {least:,} bytes ({least / GIB:.2f} "
+            f"GiB), {fixed:,} of them weights, gradients and optimizer; raise memory_budget, or "
+            "lower the batch size or the rows' length"
+        )
+    planned = least
+    for i, name in _order(spec, shape, policies):
+        before = policies[i]
+        policies[i] = _kept(before, name)
+        grown = peak(spec, shape, tuple(policies), fixed)
+        if grown > budget:
+            policies[i] = before
+            break
+        planned = grown
+    return Plan(tuple(policies), planned, budget, shape)
+
+
+def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int) -> int:
+    """Bytes at the most demanding moment of a step: the head, or some layer's backward."""
+    on_device = 0
+    largest = 0
+    away = [_away(layer, spec, shape, p) for layer, p in zip(spec.layers, policies, strict=True)]
+    for i, (layer, policy) in enumerate(zip(spec.layers, policies, strict=True)):
+        # What is sent away is there while this layer and the next one below it are at work.
+        passing = away[i] + (away[i - 1] if i else 0)
+        on_device += _resident(layer, spec, shape, policy)
+        largest = max(largest, on_device + passing + _working(layer, spec, shape, policy))
+    passing = sum(away[-2:])
+    return fixed + max(largest, on_device + passing + _head(spec, shape))
+
+
+def _least(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> Policy:
+    """The policy with the fewest bytes on the device; between equal ones the fastest."""
+    if uncovered(layer):
+        return KEEP  # autograd keeps the layer's input and runs it again, whatever is asked
+    if not shape.offload:
+        return Policy(qkv="recompute", out="recompute", gate_up="recompute")
+    sent = _size(layer, spec, shape, "out") * 2 / _COPY
+    again = _recompute_seconds(layer, spec, shape, "out")
+    out: Fate = "offload" if _hidden_copies(layer, spec, shape) or sent < again else "recompute"
+    mid: Literal["keep", "offload"] = "offload" if _size(layer, spec, shape, "mid") else "keep"
+    return Policy("offload", "recompute", out, mid, "recompute")
+
+
+def _order(spec: ModelSpec, shape: Shape, policies: list[Policy]) -> list[tuple[int, str]]:
+    """(layer, residual) in the order in which to keep them: by seconds saved per byte, then the
+    last layers first, whose backward comes soonest.
+    """
+    found: list[tuple[float, int, str]] = []
+    for i, layer in enumerate(spec.layers):
+        for name in bytes_per_token(layer, spec.dim, shape.itemsize):
+            size = _size(layer, spec, shape, name)
+            if size and getattr(policies[i], name) != "keep":
+                saved = _saved(layer, spec, shape, policies[i], name)
+                found.append((-saved / size, -i, name))
+    return [(-i, name) for _, i, name in sorted(found)]
+
+
+def _saved(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy, name: str) -> float:
+    """Seconds that keeping a residual saves."""
+    if getattr(policy, name) == "recompute":
+        return _recompute_seconds(layer, spec, shape, name)
+    size = _size(layer, spec, shape, name)
+    # A hidden copy costs only the bandwidth that it takes from others.
+    return 2 * size / _COPY * (0.01 if _hidden_copies(layer, spec, shape) else 1.0)
+
+
+def _recompute_seconds(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: str) -> float:
+    a = layer.attention
+    if name == "out":
+        seen = shape.length / 2 if a.window is None else min(a.window, shape.length / 2)
+        return 4 * shape.tokens * seen * a.heads * a.head_dim / _ATTENTION
+    width = _size(layer, spec, shape, name) / shape.itemsize  # tokens times the output's width
+    return 2 * spec.dim * width / _PRODUCTS
+
+
+def _hidden_copies(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> bool:
+    """Whether sending x, out and mid takes no longer than the layer's forward."""
+    sent = sum(_size(layer, spec, shape, name) for name in ("x", "out", "mid"))
+    a = layer.attention
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    weights = spec.dim * (2 * q + 2 * kv + (2 + layer.mlp.gated) * layer.mlp.dim)
+    forward = 2 * shape.tokens * weights / _PRODUCTS
+    forward += _recompute_seconds(layer, spec, shape, "out")
+    return _COPY_START + sent / _COPY <= forward
+
+
+def _kept(policy: Policy, name: str) -> Policy:
+    return replace(policy, **{name: "keep"})  # type: ignore[arg-type]
+
+
+def _size(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: str) -> int:
+    return shape.tokens * bytes_per_token(layer, spec.dim, shape.itemsize)[name]
+
+
+def _sum(
+    layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy, taken: Callable[[str], bool]
+) -> int:
+    sizes = bytes_per_token(layer, spec.dim, shape.itemsize)
+    return shape.tokens * sum(n for name, n in sizes.items() if taken(getattr(policy, name)))
+
+
+def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
+    """Bytes that a layer's residuals take on the device until its backward."""
+    if uncovered(layer):
+        return _size(layer, spec, shape, "x")
+    return _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
+
+
+def _away(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
+    """Bytes that go to the host and come back."""
+    return _sum(layer, spec, shape, policy, lambda fate: fate == "offload")
+
+
+def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
+    """Bytes beside the residuals while a layer's backward is at work.
+
+    MLP: what is recomputed of gate and up, their gradients, the hidden product and its gradient.
+    Attention: q, k and v as projected and as rotated, their gradients twice over (fp32 in some
+    backends), the output's gradient. Both: some hidden states and two dequantized weights.
+    """
+    a, f = layer.attention, layer.mlp.dim
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    inputs = 1 + layer.mlp.gated
+    sizes = bytes_per_token(layer, spec.dim, shape.itemsize)
+
+    def again(name: str) -> int:
+        fate = "recompute" if uncovered(layer) else getattr(policy, name)
+        return sizes[name] if fate == "recompute" else 0
+
+    mlp = (inputs + 2) * f * shape.itemsize + again("gate_up")
+    attention = (3 * (q + 2 * kv) + 2 * q) * shape.itemsize + q * 4
+    attention += again("qkv") + again("out")
+    # Expanded heads' gradients of k and v, which some backends make before they sum groups.
+    attention += 2 * q * shape.itemsize
+    states = 6 * spec.dim * shape.itemsize
+    total = shape.tokens * (max(mlp + again("qkv") + again("out"), attention) + states)
+    total += 2 * spec.dim * max(f, q) * shape.itemsize
+    if shape.scores or layer.attention.softcap is not None:
+        total += 4 * shape.batch * a.heads * shape.length**2 * 4
+    return total
+
+
+def _head(spec: ModelSpec, shape: Shape) -> int:
+    """Bytes beside the residuals while the loss is computed: a chunk of logits, the final hidden
+    states before and after their norm, and their gradient.
+    """
+    rows = min(shape.tokens, chunk_rows(spec.vocab, shape.itemsize))
+    return (rows * spec.vocab + 4 * shape.tokens * spec.dim) * shape.itemsize
+
+
+def _words(policy: Policy) -> str:
+    names = ("x", "qkv", "out", "mid", "gate_up")
+    if policy == KEEP:
+        return "all kept"
+    fates = {fate: [n for n in names if getattr(policy, n) == fate] for fate in _FATES}
+    return ", ".join(f"{_FATES[fate]} {' '.join(some)}" for fate, some in fates.items() if some)
+
+
+_FATES = {"keep": "keep", "offload": "send away", "recompute": "run again"}

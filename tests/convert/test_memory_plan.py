@@ -1,0 +1,105 @@
+"""`use_gradient_checkpointing="auto"`: planned at each shape, heeding the budget, as exact."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+import torch
+from bridged import ids
+
+from purelm import FastLanguageModel
+from purelm.convert import memory_plan
+from purelm.errors import ArgumentError
+from purelm.nn import decoder
+from purelm.nn.residuals import KEEP
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    folders.whole(path)
+    return path
+
+
+def load(folder: Path, budget: int | None = None, checkpointing: Any = "auto") -> Any:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        dtype=torch.float32,
+        load_in_16bit=True,
+        device_map="cpu",
+        use_gradient_checkpointing=checkpointing,
+        memory_budget=budget,
+    )
+    return FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=checkpointing)
+
+
+def step(model: Any, batch: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = model(batch, labels=batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_gradients_are_those_of_every_other_choice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = step(load(folder, checkpointing=False), ids())
+    free = load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(step(free, ids()), want, strict=True))
+    (plan,) = free.plans.values()
+    assert set(plan.policies) == {KEEP}
+    tight = load(folder, budget=plan.peak - 1)
+    assert all(torch.equal(a, b) for a, b in zip(step(tight, ids()), want, strict=True))
+    (tighter,) = tight.plans.values()
+    assert set(tighter.policies) != {KEEP} and tighter.peak < plan.peak
+    assert str(tighter) in tight.explain() and str(tighter) in tight.report()
+    assert capsys.readouterr().err.count("purelm: ") == 2
+    step(tight, ids())
+    assert len(tight.plans) == 1 and not capsys.readouterr().err
+    step(tight, ids(rows=1))
+    assert len(tight.plans) == 2
+
+
+def test_a_budget_below_the_least(folder: Path) -> None:
+    model = load(folder, budget=1000)
+    with pytest.raises(ArgumentError, match="2 x 23 tokens: the least possible is"):
+        model(ids(), labels=ids())
+    model.eval()(ids())  # nothing is kept there
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, "8GB", True])
+def test_what_is_no_budget(folder: Path, budget: Any) -> None:
+    with pytest.raises(ArgumentError, match="memory_budget is"):
+        FastLanguageModel.from_pretrained(
+            str(folder), use_gradient_checkpointing="auto", memory_budget=budget
+        )
+
+
+def test_a_budget_that_nothing_would_heed(folder: Path) -> None:
+    with pytest.raises(ArgumentError, match="needs use_gradient_checkpointing='auto'"):
+        FastLanguageModel.from_pretrained("nowhere", memory_budget=2**30)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), memory_budget=2**30, use_gradient_checkpointing="auto"
+    )
+    with pytest.raises(ArgumentError, match="needs use_gradient_checkpointing='auto'"):
+        FastLanguageModel.get_peft_model(model)
+
+
+def test_memory_that_runs_out_says_what_was_planned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoder, "hidden", full)
+    for model, words in (
+        (load(folder), "the memory plan was: 2 x 23 tokens, .* lower memory_budget"),
+        (load(folder, checkpointing=False), "policy was Policy.* 'auto'"),
+    ):
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            model(ids(), labels=ids())
+        (note,) = caught.value.__notes__
+        assert re.search(words, note)
+        assert memory_plan.advice(model) == note
