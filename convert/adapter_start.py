@@ -47,7 +47,7 @@ def begin(
     adapters = {}
     for path, (rank, scale) in found.adapted.items():
         weight = tree.at(params, path)["weight"]
-        device = weight.device if isinstance(weight, torch.Tensor) else weight.packed.device
+        device = weight.device
         if inside:
             a, b = _inside(config, names.module_to_hf(path), weight, rank, scale, generator)
         else:
@@ -83,8 +83,8 @@ def _inside(
     kind = str(config.init_lora_weights)
     if not isinstance(weight, torch.Tensor):
         raise ArgumentError(
-            f"init_lora_weights={kind!r} starts from the exact weights, and {name} is stored in "
-            "4 bits; load with load_in_16bit=True, or use another start"
+            f"init_lora_weights={kind!r} starts from the exact weights, and {name} is "
+            "quantized; load with load_in_16bit=True, or use another start"
         )
     if rank > min(weight.shape):
         raise ArgumentError(

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
-from .load import default_device
+from .load import Quantize, default_device
 
 Auto = Literal["auto"]
 
@@ -50,8 +50,8 @@ def choose_quantize(
     load_in_16bit: bool,
     load_in_fp8: bool | str,
     full_finetuning: bool,
-) -> str | None:
-    """ "nf4" or None (16 bits); raises ArgumentError for two precisions asked for by name."""
+) -> Quantize:
+    """ "nf4", "int8" or None (16 bits); raises ArgumentError for two precisions asked for."""
     check_flags(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
@@ -67,15 +67,15 @@ def choose_quantize(
     named = [name for name, value in asked.items() if value]
     if len(named) > 1:
         raise ArgumentError(f"{' and '.join(named)} are both asked for; ask for one precision")
-    not_yet(load_in_8bit=(load_in_8bit, False), load_in_fp8=(load_in_fp8, False))
-    if full_finetuning and named == ["load_in_4bit"]:
+    not_yet(load_in_fp8=(load_in_fp8, False))
+    if full_finetuning and named in (["load_in_4bit"], ["load_in_8bit"]):
         raise ArgumentError(
-            "full_finetuning trains every weight and 4-bit weights are frozen; "
-            "leave load_in_4bit out"
+            "full_finetuning trains every weight, and quantized weights are frozen; "
+            f"leave {named[0]} out"
         )
     if named == ["load_in_16bit"] or full_finetuning or not load_in_4bit:
         return None
-    return "nf4"
+    return "int8" if load_in_8bit else "nf4"
 
 
 def not_yet(**given: tuple[Any, Any]) -> None:

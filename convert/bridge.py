@@ -5,7 +5,7 @@ Parameters without gradient), so that optimizers, trainers and `.to(device)` fin
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ..nn.lora import LoRA, relative
 from ..nn.plan import Plan
 from ..nn.residuals import KEEP, RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
-from ..quant.nf4 import NF4
 from . import batch, memory_plan, report
 from .arguments import Auto, choose_residuals
 from .config import Config
@@ -153,24 +152,15 @@ class CausalLM(nn.Module):
         def register(path: str, leaf: Any) -> Any:
             module, _, name = path.rpartition(".")
             node = self._node(self.origin.family.names.module_to_hf(module))
-            if isinstance(leaf, NF4):
+            if not isinstance(leaf, torch.Tensor):  # quantized: its tensors, the codes first
                 parts = {
-                    key: nn.Parameter(value, requires_grad=False)
-                    for key in ("packed", "absmax", "absmax_scale", "absmax_offset")
-                    if (value := getattr(leaf, key)) is not None
+                    field.name: nn.Parameter(value, requires_grad=False)
+                    for field in fields(leaf)
+                    if isinstance(value := getattr(leaf, field.name), torch.Tensor)
                 }
-                for key, value in parts.items():
-                    node.register_parameter(name if key == "packed" else f"{name}_{key}", value)
-                return NF4(
-                    parts["packed"],
-                    parts["absmax"],
-                    parts.get("absmax_scale"),
-                    parts.get("absmax_offset"),
-                    leaf.shape,
-                    leaf.dtype,
-                    leaf.block,
-                    leaf.kind,
-                )
+                for i, (key, value) in enumerate(parts.items()):
+                    node.register_parameter(f"{name}_{key}" if i else name, value)
+                return replace(leaf, **parts)
             value = nn.Parameter(leaf, requires_grad=trained(path))
             node.register_parameter(prefix + name, value)
             return value
@@ -314,7 +304,7 @@ class CausalLM(nn.Module):
         return embed.device
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many parameters, 4-bit ones counted as what they stand for."""
+        """How many parameters, quantized ones counted as what they stand for."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         if only_trainable:
             return trained
@@ -389,7 +379,7 @@ class CausalLM(nn.Module):
         return super().load_state_dict(state_dict, strict=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # Statistics of 4-bit weights and fp32 adapters must never change dtype with the model.
+        # Statistics of quantized weights and fp32 adapters must never change dtype with the model.
         probe = fn(torch.zeros((), dtype=self._dtype, device=self.device))
         if probe.dtype != self._dtype:
             raise ArgumentError(

@@ -1,7 +1,7 @@
 """A checkpoint's tensors into a tree of params: read one at a time, placed, quantized, checked."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from ..errors import ArgumentError, CheckpointError, ConfigError
 from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
-from ..quant import nf4
+from ..quant import int8, nf4
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
 from .fused import Part, reader, split
@@ -25,11 +25,12 @@ from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 
-Quantize = Literal["nf4"] | None
+Quantize = Literal["nf4", "int8"] | None
 Stored = Entry | Part
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+_QUANTIZERS: dict[str, Callable[..., Any]] = {"nf4": nf4.quantize, "int8": int8.quantize}
 _LOADABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -62,11 +63,12 @@ def load(
 ) -> tuple[ModelSpec, tree.Tree]:
     """(spec, params) of a local folder, a GGUF file, or a hub repository.
 
-    quantize: "nf4" stores every projection of the layers in 4 bits; of a checkpoint that
-    bitsandbytes stored in 4 bits it keeps those that are, as they are, and None dequantizes them.
-    dtype: of the other tensors and of what 4-bit weights dequantize to (default: as stored;
-    bfloat16 where that differs by tensor). device: default the first GPU if there is one, else the
-    CPU. quant_skip: texts; a projection whose checkpoint name contains one stays unquantized.
+    quantize: "nf4" stores every projection of the layers in 4 bits, "int8" in 8 bits a row
+    (LLM.int8); of a checkpoint that bitsandbytes stored in 4 bits "nf4" keeps those that are, as
+    they are, and None dequantizes them. dtype: of the other tensors and of what quantized weights
+    dequantize to (default: as stored; bfloat16 where that differs by tensor). device: default the
+    first GPU if there is one, else the CPU. quant_skip: texts; a projection whose checkpoint name
+    contains one stays unquantized.
 
     Raises SourceError, ConfigError or CheckpointError.
     """
@@ -105,8 +107,8 @@ def load_folder(
     progress: bool = False,
 ) -> Loaded:
     """The model in `folder`, which may also be a GGUF file; `overrides` replace config fields."""
-    if quantize not in (None, "nf4"):
-        raise ArgumentError(f"quantize is {quantize!r}, expected 'nf4' or None")
+    if quantize not in (None, *_QUANTIZERS):
+        raise ArgumentError(f"quantize is {quantize!r}, expected 'nf4', 'int8' or None")
     if dtype is not None and dtype not in _LOADABLE:
         raise ArgumentError(f"dtype is {dtype}, expected one of {_LOADABLE}")
     if isinstance(quant_skip, str) or not all(isinstance(t, str) and t for t in quant_skip):
@@ -119,6 +121,12 @@ def load_folder(
     prequantized = config.quantization_config is not None
     if prequantized:
         check_config(config.quantization_config, path)
+        if quantize == "int8":
+            raise ConfigError(
+                "the checkpoint is stored in 4 bits, of which 8 bits cannot make more; load it "
+                "with load_in_4bit=True, or the 16-bit original with load_in_8bit=True",
+                file=path,
+            )
     family = family_of(config.fields, path)
     spec = family.spec(config.fields, path)
     checkpoint = open_checkpoint(folder) if gguf is None else gguf_checkpoint(gguf)
@@ -136,11 +144,9 @@ def load_folder(
             raise ArgumentError(f"quant_skip has {text!r}, which is in no tensor's name")
     if dtype is None:
         dtype = _common_dtype(chosen)
-    make_four = quantize == "nf4" and not prequantized
-    keep_four = quantize == "nf4"
-    if prequantized and not keep_four:
+    if prequantized and quantize is None:
         config.fields.pop("quantization_config")
-    params = _read_all(chosen, spec, make_four, keep_four, dtype, device, quant_skip, progress)
+    params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, progress)
     stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
     return Loaded(spec, params, config, family, checkpoint, stored, left_out)
 
@@ -241,14 +247,16 @@ def _finite(made: torch.Tensor, info: Stored) -> torch.Tensor:
 def _read_all(
     chosen: Mapping[str, Stored],
     spec: ModelSpec,
-    make_four: bool,
-    keep_four: bool,
+    quantize: Quantize,
     dtype: torch.dtype,
     device: torch.device,
     quant_skip: Sequence[str],
     progress: bool,
 ) -> tree.Tree:
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
+    # What a 4-bit checkpoint keeps in 16 bits stays so.
+    stored_packed = any(isinstance(info, Packed) for info in chosen.values())
+    make = None if quantize is None or stored_packed else _QUANTIZERS[quantize]
     leaves: dict[str, Any] = {}
     total = sum(info.nbytes for info in chosen.values())
     shown = None if progress else True  # None: where there is a terminal
@@ -264,10 +272,10 @@ def _read_all(
             if isinstance(info, Packed):
                 leaf = read_leaf(info, dtype, stager.read)
                 # What computes with 16 bits only, the head for one, loses nothing by that.
-                leaves[path] = leaf if keep_four and may else nf4.dequantize(leaf)
+                leaves[path] = leaf if quantize is not None and may else nf4.dequantize(leaf)
             else:
                 dense = _finite(read_stored(info).to(dtype), info)
-                leaves[path] = nf4.quantize(dense, name=info.name) if make_four and may else dense
+                leaves[path] = make(dense, name=info.name) if make is not None and may else dense
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.
     return tree.from_items({path: leaves[path] for path in want})

@@ -136,7 +136,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
         leaf = params.get(path)
         if path in trained or (leaf is not None and tuple(leaf.shape) != info.shape):
             if not isinstance(leaf, torch.Tensor):
-                raise SaveError(f"{info.name} was changed and is stored in 4 bits, found {leaf!r}")
+                raise SaveError(f"{info.name} was changed and is quantized, found {leaf!r}")
             return leaf
         return adapters.get(path)
 

@@ -78,8 +78,9 @@ class FastLanguageModel:
         """(model, tokenizer) of a local folder, GGUF file or hub repository, or an adapter of one.
 
         model_name is loaded exactly as given, with or without `use_exact_model_name`. The
-        projections of the layers are stored in 4-bit NF4 unless another precision (or
-        `load_in_4bit=False`, which means 16 bits) is asked for. dtype: what is computed in
+        projections of the layers are stored in 4-bit NF4 unless another precision is asked for:
+        `load_in_8bit=True` (LLM.int8: 8 bits a row, products in 8 bits a token but for outlier
+        columns), `load_in_16bit=True` or `load_in_4bit=False` (16 bits). dtype: what is computed in
         (default bfloat16 where the device has it). max_seq_length: the length you mean to train
         at; nothing is ever cut, and rows longer than the model's own context need a
         `rope_scaling`. quant_skip: texts; a projection whose checkpoint name contains one keeps
@@ -154,7 +155,7 @@ class FastLanguageModel:
         eos_ids = end_ids(None, generation_config, config, tokenizer)
         loaded = load_folder(
             base.folder,
-            quantize="nf4" if quantize == "nf4" else None,
+            quantize=quantize,
             dtype=choose_dtype(dtype, device),
             device=device,
             quant_skip=quant_skip,

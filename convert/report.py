@@ -8,6 +8,7 @@ import torch
 from ..nn import tree
 from ..nn.decoder import uncovered
 from ..nn.residuals import Policy
+from ..quant.int8 import Int8
 from ..quant.nf4 import NF4
 
 if TYPE_CHECKING:
@@ -18,20 +19,24 @@ def describe(model: "CausalLM") -> str:
     """The load report: what came from where, in which precision, with every deviation noted."""
     origin, spec = model.origin, model.spec
     leaves = tree.leaves(model.params)
-    quantized = [leaf for leaf in leaves if isinstance(leaf, NF4)]
-    stored = ", ".join(sorted({_stored(leaf) for leaf in quantized}))
+    quantized = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+    stored = ", ".join(sorted({_stored(leaf) for leaf in quantized})) or "quantized"
     revision = f" at {origin.revision}" if origin.revision else ""
     lines = [
         f"{origin.name}{revision}: {origin.family.model_type}, {len(spec.layers)} layers, "
         f"{sum(leaf.numel() for leaf in leaves) / 1e6:,.1f} M parameters on {model.device}",
-        f"{len(quantized)} of {len(leaves)} weights in NF4{f' ({stored})' if stored else ''}, "
+        f"{len(quantized)} of {len(leaves)} weights {stored}, "
         f"{tree.nbytes(model.params) / 2**20:,.1f} MiB; computing in {model.dtype}",
     ]
     return "\n".join([*lines, _backward(model), *origin.notes])
 
 
-def _stored(leaf: NF4) -> str:
-    return f"blocks of {leaf.block}, {'plain' if leaf.absmax_scale is None else 'double-quantized'}"
+def _stored(leaf: NF4 | Int8) -> str:
+    if isinstance(leaf, Int8):
+        apart = f", inputs from {leaf.threshold:g} on apart" if leaf.threshold else ""
+        return f"in int8 (a scale a row{apart})"
+    scales = "plain" if leaf.absmax_scale is None else "double-quantized"
+    return f"in {leaf.kind.upper()} (blocks of {leaf.block}, {scales})"
 
 
 def explain(model: "CausalLM") -> str:
@@ -45,6 +50,8 @@ def explain(model: "CausalLM") -> str:
         adapter = tree.get(model.adapters, *_keys(module))
         if isinstance(leaf, NF4):
             how = f"NF4, dequantized per use ({kernel}) for a dense product"
+        elif isinstance(leaf, Int8):
+            how = "int8, product of 8-bit codes (torch), dequantized in backward"
         else:
             how = f"{str(leaf.dtype).removeprefix('torch.')}, {_use(model, module)}"
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:

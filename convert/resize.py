@@ -8,7 +8,6 @@ import torch
 from ..errors import ArgumentError
 from ..nn import tree
 from ..nn.spec import ModelSpec
-from ..quant.nf4 import NF4
 from .config import Config
 from .tokenizer import Tokenizer
 from .tokenizer_repair import repair
@@ -28,7 +27,7 @@ def resized(
         )
 
     def grow(path: str, leaf: Any) -> Any:
-        if path not in ("embed.weight", "head.weight") or isinstance(leaf, NF4):
+        if path not in ("embed.weight", "head.weight") or not isinstance(leaf, torch.Tensor):
             return leaf
         mean = leaf.float().mean(0, keepdim=True).to(leaf.dtype)
         return torch.cat([leaf, mean.expand(rows - spec.vocab, -1)])

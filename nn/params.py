@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 
 from ..errors import CheckpointError
-from ..quant.nf4 import NF4
 from . import tree
 from .spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec
 
@@ -136,8 +135,3 @@ def _some(names: list[str], limit: int = 5) -> str:
 def count(spec: ModelSpec) -> int:
     """Number of parameters."""
     return sum(torch.Size(p.shape).numel() for p in tree.leaves(param_specs(spec)))
-
-
-def is_quantized(params: tree.Tree) -> bool:
-    """Whether any leaf is stored in 4 bits."""
-    return any(isinstance(leaf, NF4) for leaf in tree.leaves(params))

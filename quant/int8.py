@@ -172,3 +172,11 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         codes, scale = ctx.saved_tensors
         return grad @ _dense(codes, scale, grad.dtype), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, *frozen: Any) -> tuple[Tensor, int]:
+        # One after the other: each member of the batch has outlier columns of its own.
+        if any(dim is not None for dim in in_dims[1:]):
+            raise KernelError("an int8 weight is frozen and cannot be batched by vmap")
+        rows = [apply(_Int8Linear, one, *frozen) for one in x.unbind(in_dims[0])]
+        return torch.stack(rows), 0

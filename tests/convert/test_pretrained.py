@@ -71,7 +71,6 @@ OURS = [
     "memory_budget",
 ]
 NOT_YET = {
-    "load_in_8bit": True,
     "load_in_fp8": "block",
     "offload_embedding": True,
     "float32_mixed_precision": False,
@@ -180,9 +179,9 @@ def test_another_precision_turns_the_default_off() -> None:
     assert quantized(full_finetuning=True) is None
     assert quantized(full_finetuning=True, load_in_16bit=True) is None
     assert quantized(load_in_4bit=False) is None
-    for name in ("load_in_8bit", "load_in_fp8"):
-        with pytest.raises(NotImplementedError, match=name):
-            quantized(**{name: True})
+    assert quantized(load_in_8bit=True) == "int8"
+    with pytest.raises(NotImplementedError, match="load_in_fp8"):
+        quantized(load_in_fp8=True)
 
 
 @pytest.mark.parametrize("other", ["load_in_8bit", "load_in_16bit", "load_in_fp8"])
