@@ -85,8 +85,8 @@ class Kernel:
         if 0 in grid:
             return
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with here:
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             self.jitted[grid](*args, **options)
 
 

@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         torch.zeros(1, device="cuda")  # its context is not part of loading
     before = _own_bytes()
     start = time.perf_counter()
-    FastLanguageModel.from_pretrained(
+    model, _ = FastLanguageModel.from_pretrained(
         args.model,
         dtype=torch.bfloat16,
         load_in_4bit=not args.in_16bit,
@@ -51,6 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         "model": Path(args.model).name,
+        "parameters": model.num_parameters(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "import_torch_s": round(torch_s, 2),
         "import_s": round(import_s, 2),
