@@ -66,6 +66,14 @@ class Fields:
             raise self.error(f"the config has no {name!r}, which its model_type needs")
         return default
 
+    def rename(self, old: str, new: str) -> None:
+        """Read the field `old` as `new`; raises ConfigError where both stand and differ."""
+        if not self.has(old):
+            return self.taken.add(old)
+        if self.has(new) and self.raw[new] != self.raw[old]:
+            raise self.error(f"{old} and {new} mean the same and have different values")
+        self.raw = {**{k: v for k, v in self.raw.items() if k != old}, new: self.raw[old]}
+
     def integer(self, name: str, default: Any = _REQUIRED, *, low: int = 1) -> int:
         """An integer of at least `low`."""
         value = self.take(name, default)

@@ -1,4 +1,5 @@
-"""Stored matrices that are several of our projections, one above the other (Phi-3's qkv_proj).
+"""Stored matrices that are several of our projections, one above the other (Phi-3's qkv_proj), or
+their rows for each kv head in turn (GPT-NeoX's query_key_value).
 
 They are taken apart when a checkpoint is read and put together again when it is merged.
 """
@@ -20,10 +21,11 @@ from .shards import TensorInfo
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a stored tensor."""
+    """Some rows of each of the `groups` of equal size that a stored tensor consists of."""
 
     whole: TensorInfo
     rows: slice
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -39,14 +41,16 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.rows.stop - self.rows.start, *self.whole.shape[1:])
+        return (self.groups * (self.rows.stop - self.rows.start), *self.whole.shape[1:])
 
     @property
     def nbytes(self) -> int:
         return self.whole.nbytes * self.shape[0] // self.whole.shape[0]
 
 
-def split(info: Entry, paths: Sequence[str], want: Mapping[str, ParamSpec]) -> dict[str, Part]:
+def split(
+    info: Entry, paths: Sequence[str], want: Mapping[str, ParamSpec], groups: int = 1
+) -> dict[str, Part]:
     """Our paths -> their rows of `info`; raises CheckpointError for another number of rows."""
     if isinstance(info, Packed):
         raise CheckpointError(
@@ -57,11 +61,11 @@ def split(info: Entry, paths: Sequence[str], want: Mapping[str, ParamSpec]) -> d
         )
     parts, begin = {}, 0
     for path in paths:
-        end = begin + want[path].shape[0]
-        parts[path], begin = Part(info, slice(begin, end)), end
-    if info.shape[:1] != (begin,):
+        end = begin + want[path].shape[0] // groups
+        parts[path], begin = Part(info, slice(begin, end), groups), end
+    if info.shape[:1] != (groups * begin,):
         raise CheckpointError(
-            f"found shape {list(info.shape)}, config.json makes it {begin} rows: "
+            f"found shape {list(info.shape)}, config.json makes it {groups * begin} rows: "
             + ", ".join(f"{want[path].shape[0]} for {path}" for path in paths),
             tensor=info.name,
             file=info.file,
@@ -81,19 +85,20 @@ def reader(
         if last[0] != info.whole:
             last[:] = [info.whole, read(info.whole)]
         whole: torch.Tensor = last[1]
-        return whole[info.rows].clone()
+        return whole.view(info.groups, -1, *whole.shape[1:])[:, info.rows].flatten(0, 1).clone()
 
     return of
 
 
-def joined(name: str, changes: Sequence[Change], rows: Sequence[int]) -> Change:
-    """The parts' changes as one change of the whole, of which they have `rows`.
+def joined(name: str, changes: Sequence[Change], rows: Sequence[int], groups: int = 1) -> Change:
+    """The parts' changes as one change of the whole, of which they have `rows`, in `groups`.
 
     Adapters become one of the summed rank: A's above each other, B's along the diagonal. Raises
     SaveError where only some parts were trained whole.
     """
     if all(isinstance(change, torch.Tensor) for change in changes):
-        return torch.cat([change for change in changes if isinstance(change, torch.Tensor)])
+        above = torch.cat([change for change in changes if isinstance(change, torch.Tensor)])
+        return above[_order(rows, groups).to(above.device)]
     if any(isinstance(change, torch.Tensor) for change in changes):
         raise SaveError(
             f"{name} holds several projections, of which some were trained whole; train all of "
@@ -111,4 +116,10 @@ def joined(name: str, changes: Sequence[Change], rows: Sequence[int]) -> Change:
             b[row : row + count, at] = change.b * change.scale
             column += change.rank
         row += count
-    return LoRA(a, b, 1.0)
+    return LoRA(a, b[_order(rows, groups).to(b.device)], 1.0)
+
+
+def _order(rows: Sequence[int], groups: int) -> torch.Tensor:
+    """Where each stored row lies when the parts are one above the other."""
+    parts = torch.split(torch.arange(sum(rows)), list(rows))
+    return torch.cat([part.view(groups, -1) for part in parts], 1).flatten()

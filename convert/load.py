@@ -166,9 +166,10 @@ def _match(
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
     chosen: dict[str, Stored] = {}
     left_out, unknown = [], []
+    groups = family.names.groups(spec.layers[0].attention.kv_heads)
     for info in found:
         if parts := family.names.parts(info.name):
-            chosen.update(split(info, parts, want))
+            chosen.update(split(info, parts, want, groups))
             continue
         try:
             path = family.names.to_ours(info.name)

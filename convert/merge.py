@@ -125,6 +125,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
     fields.pop("quantization_config", None)
     if four_bits:
         fields["quantization_config"] = merge_4bit.quantization_config(model)
+    groups = names.groups(model.spec.layers[0].attention.kv_heads)
     head = names.to_hf("head.weight")
     apart = model.spec.tied and "head.weight" in trained
     if apart:
@@ -148,7 +149,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
                 raise SaveError(f"{info.name} holds several projections, which 4 bits keep apart")
             rows = [params[path].shape[0] for path in parts]
             changes = [trained.get(path, adapters.get(path)) for path in parts]
-            whole = fused.joined(info.name, changes, rows)
+            whole = fused.joined(info.name, changes, rows, groups)
             shards[files[info.name]].append(_Tensor(info.name, info.dtype, info.shape, info, whole))
             continue
         try:

@@ -43,11 +43,15 @@ GATE_UP = {"model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.ml
 class Names:
     """Both directions of a table; `*` stands for a layer's number.
 
-    `fused`: modules of a checkpoint that hold several of ours, one above the other.
+    `fused`: modules of a checkpoint that hold several of ours, one above the other; `by_head`: once
+    for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of modules in
+    checkpoints -> ours.
     """
 
     table: tuple[tuple[str, str], ...]
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    by_head: bool = False
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -55,7 +59,7 @@ class Names:
 
     @cached_property
     def _hf_to_ours(self) -> dict[str, str]:
-        return {theirs: ours for ours, theirs in self.table}
+        return {theirs: ours for ours, theirs in self.table} | dict(self.aliases)
 
     def module_to_hf(self, path: str) -> str:
         """`layers.3.attn.q` -> `model.layers.3.self_attn.q_proj`; KeyError if there is none."""
@@ -71,6 +75,10 @@ class Names:
         ours = dict(self.fused).get(_pattern(module), ())
         return tuple(f"{_translate({_pattern(module): path}, module)}.{leaf}" for path in ours)
 
+    def groups(self, kv_heads: int) -> int:
+        """How often the parts of a fused tensor follow each other."""
+        return kv_heads if self.by_head else 1
+
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
         module, _, leaf = path.rpartition(".")
@@ -82,10 +90,16 @@ class Names:
         return f"{self.module_to_ours(module)}.{leaf}"
 
 
-def names(*tables: dict[str, str], fused: Mapping[str, tuple[str, ...]] | None = None) -> Names:
+def names(
+    *tables: dict[str, str],
+    fused: Mapping[str, tuple[str, ...]] | None = None,
+    by_head: bool = False,
+    aliases: Mapping[str, str] | None = None,
+) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
-    return Names(tuple(rows.items()), tuple((fused or {}).items()))
+    parts, others = tuple((fused or {}).items()), tuple((aliases or {}).items())
+    return Names(tuple(rows.items()), parts, by_head, others)
 
 
 def _pattern(path: str) -> str:

@@ -14,19 +14,37 @@ from .spec import AttentionSpec, NormSpec
 Visible = torch.Tensor | Documents | None
 
 
-def rotated(
-    q: torch.Tensor, k: torch.Tensor, p: tree.Tree, spec: AttentionSpec, table: Table | None
+def prepared(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    p: tree.Tree,
+    spec: AttentionSpec,
+    table: Table | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Raw q [b, s, h, d], k and v [b, s, k, d], clipped, normalised and rotated where the spec says
+    so.
+    """
+    if spec.clip is not None:
+        q, k, v = (x.clamp(-spec.clip, spec.clip) for x in (q, k, v))
+    if not spec.qk_norm_after:
+        q, k = _normed(q, k, p, spec)
+    if spec.rope is not None and table is not None:
+        q, k = rope_qk(q, k, *table, interleaved=spec.rope.interleaved)
+    if spec.qk_norm_after:
+        q, k = _normed(q, k, p, spec)
+    return q, k, v
+
+
+def _normed(
+    q: torch.Tensor, k: torch.Tensor, p: tree.Tree, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw q [b, s, h, d] and k [b, s, k, d], normalised and rotated where the spec says so."""
-    if spec.qk_norm is not None:
-        q = _head_norm(q, p["q_norm"], spec, spec.qk_norm)
-        k = _head_norm(k, p["k_norm"], spec, spec.qk_norm)
-    if spec.rope is None or table is None:
+    if spec.qk_norm is None:
         return q, k
-    turned: tuple[torch.Tensor, torch.Tensor] = rope_qk(
-        q, k, *table, interleaved=spec.rope.interleaved
+    return (
+        _head_norm(q, p["q_norm"], spec, spec.qk_norm),
+        _head_norm(k, p["k_norm"], spec, spec.qk_norm),
     )
-    return turned
 
 
 def _head_norm(

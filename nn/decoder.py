@@ -13,7 +13,7 @@ from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import rope, tree
 from .activation import activated, inputs
-from .attention import Visible, attend, rotated, visible
+from .attention import Visible, attend, prepared, visible
 from .cache import Cache
 from .fast_layer import Layer as FastLayer
 from .layout import Layout, dense
@@ -44,7 +44,7 @@ def attention(
     q = q.view(b, s, spec.heads, spec.head_dim)
     k = k.view(b, s, spec.kv_heads, spec.head_dim)
     v = v.view(b, s, spec.kv_heads, spec.head_dim)
-    q, k = rotated(q, k, p, spec, table)
+    q, k, v = prepared(q, k, v, p, spec, table)
     if buffers is not None:
         keys, values, at = buffers
         k, v = kv.write(keys, k, at), kv.write(values, v, at)
@@ -78,13 +78,14 @@ def layer(
 ) -> torch.Tensor:
     """One decoder layer: x [b, s, e] -> [b, s, e]."""
     adapters = adapters or {}
-    inner = norm(x, p["attn_norm"], spec.norm) if spec.pre_norm else x
+    inner = norm(x, p.get("attn_norm"), spec.norm) if spec.pre_norm else x
     branch = attention(
         inner, p["attn"], adapters.get("attn"), spec.attention, table, seen, buffers, seed
     )
     mid = add(x, branch, p.get("attn_post_norm"), spec)
-    if not spec.parallel:
-        inner = norm(mid, p["mlp_norm"], spec.norm) if spec.pre_norm else mid
+    if spec.own_norms or not spec.parallel:
+        source = x if spec.parallel else mid
+        inner = norm(source, p.get("mlp_norm"), spec.norm) if spec.pre_norm else source
     branch = mlp(inner, p["mlp"], adapters.get("mlp"), spec, seed)
     return add(mid, branch, p.get("mlp_post_norm"), spec)
 
@@ -179,7 +180,7 @@ def _run(
             x = fast.run(*args)
         else:
             x = _again(layer_spec, layer_seed)(*args, seen[a.window])
-    return norm(x, params["norm"], spec.norm), cache
+    return norm(x, params.get("norm"), spec.norm), cache
 
 
 def covers(p: tree.Tree, seen: Visible) -> bool:

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 from ..kernels.attention import Documents, Saved, attention_backward, attention_forward
 from . import rope, tree
 from .activation import activated, inputs
-from .attention import rotated
+from .attention import prepared
 from .linear import Grads, Wanted, linear, project, pull, seed_after
 from .lora import LoRA
 from .norm import add, add_backward, norm
@@ -63,15 +63,15 @@ class Layer:
     # The pieces, each a function of what it reads.
 
     def _attn_in(self, x: torch.Tensor, p: tree.Tree) -> torch.Tensor:
-        return norm(x, p["attn_norm"], self.spec.norm) if self.spec.pre_norm else x
+        return norm(x, p.get("attn_norm"), self.spec.norm) if self.spec.pre_norm else x
 
     def _mlp_in(self, mid: torch.Tensor, p: tree.Tree) -> torch.Tensor:
-        if self.spec.parallel:
+        if self.spec.parallel and not self.spec.own_norms:
             return self._attn_in(mid, p)
-        return norm(mid, p["mlp_norm"], self.spec.norm) if self.spec.pre_norm else mid
+        return norm(mid, p.get("mlp_norm"), self.spec.norm) if self.spec.pre_norm else mid
 
     def _qkv(self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> Heads:
-        """The raw heads of layer input x, before q/k norm and rotation."""
+        """The raw heads of layer input x, before clipping, q/k norm and rotation."""
         a: AttentionSpec = self.spec.attention
         inner = self._attn_in(x, p)
         q, k, v = project(inner, *_picked(p["attn"], adapters, "attn", "qkv"), self.seed)
@@ -83,8 +83,7 @@ class Layer:
         )
 
     def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table | None) -> Saved:
-        q, k, v = heads
-        q, k = rotated(q, k, p["attn"], self.spec.attention, table)
+        q, k, v = prepared(*heads, p["attn"], self.spec.attention, table)
         return attention_forward(q, k, v, **self._sight())
 
     def _sight(self) -> dict[str, Any]:
@@ -182,8 +181,9 @@ class Layer:
         if "qkv" not in residuals:
             residuals["qkv"] = self._qkv(x.detach(), p, adapters)
         with torch.enable_grad():
-            raw_q, raw_k, v = (t.detach().requires_grad_() for t in residuals.pop("qkv"))
-            q, k = rotated(raw_q, raw_k, p["attn"], self.spec.attention, table)
+            raw = tuple(t.detach().requires_grad_() for t in residuals.pop("qkv"))
+            raw_q, raw_k, raw_v = raw
+            q, k, v = prepared(raw_q, raw_k, raw_v, p["attn"], self.spec.attention, table)
         heads = (q.detach(), k.detach(), v.detach())
         saved = residuals.pop("out", None)
         if saved is None:
@@ -192,8 +192,8 @@ class Layer:
         dout = pulled("attn", ("o",), flat, (dmid,), 3).view(saved.out.shape)
         dq, dk, dv = attention_backward(dout, *heads, saved, **self._sight())
         del saved, flat, dout, heads
-        draw_q, draw_k = torch.autograd.grad((q, k), (raw_q, raw_k), (dq, dk))
-        dys = tuple(t.reshape(*x.shape[:2], -1) for t in (draw_q, draw_k, dv))
+        draw = torch.autograd.grad((q, k, v), raw, (dq, dk, dv))
+        dys = tuple(t.reshape(*x.shape[:2], -1) for t in draw)
         dinner = pulled("attn", ("q", "k", "v"), inner.detach(), dys, 0)
         dx: torch.Tensor = torch.autograd.grad(inner, x, dinner)[0]
         return dx

@@ -9,8 +9,13 @@ from ..kernels.rms_norm import rms_norm
 from .spec import LayerSpec, NormSpec
 
 
-def norm(x: torch.Tensor, p: dict[str, torch.Tensor], spec: NormSpec) -> torch.Tensor:
-    """x [..., d] normalised and weighted, in its dtype; the weight is [d], or [h, d] per head."""
+def norm(x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec) -> torch.Tensor:
+    """x [..., d] normalised and weighted, in its dtype; the weight is [d], or [h, d] per head.
+
+    `p` is None where the spec has no weight.
+    """
+    if p is None:
+        return F.layer_norm(x, x.shape[-1:], eps=spec.eps)
     weight, bias = p["weight"], p.get("bias")
     if spec.kind == "rms":
         return rms_norm(x, weight, spec.eps, offset=spec.offset, cast_first=spec.cast_first)

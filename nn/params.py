@@ -28,8 +28,9 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
     out: dict[str, Any] = {
         "embed": {"weight": ParamSpec((spec.vocab, spec.dim), "ve")},
         "layers": [_layer(layer, spec.dim) for layer in spec.layers],
-        "norm": _norm(spec.norm, (spec.dim,), "e"),
     }
+    if spec.norm.weight:
+        out["norm"] = _norm(spec.norm, (spec.dim,), "e")
     if not spec.tied:
         out["head"] = {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
     return out
@@ -55,10 +56,12 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     here = {
         "attn_norm": layer.pre_norm,
         "attn_post_norm": layer.post_norm,
-        "mlp_norm": layer.pre_norm and not layer.parallel,
+        "mlp_norm": layer.pre_norm and (layer.own_norms or not layer.parallel),
         "mlp_post_norm": layer.post_norm,
     }
-    norms = {name: _norm(layer.norm, (e,), "e") for name, wanted in here.items() if wanted}
+    norms = {name: _norm(layer.norm, (e,), "e") for name, on in here.items() if on}
+    if not layer.norm.weight:
+        norms = {}
     if not layer.mlp.gated:
         del mlp["gate"]
     return {**norms, "attn": attn, "mlp": mlp}

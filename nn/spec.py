@@ -20,7 +20,8 @@ class NormSpec:
 
     `cast_first`: cast to the input's dtype before the product with the weight (Llama); else the
     product is fp32 too (Gemma). `kind` "layer" is LayerNorm: the mean is subtracted first, all of
-    it is fp32, and a `bias` may be added; cast_first means nothing there.
+    it is fp32, and a `bias` may be added; cast_first means nothing there. Without a `weight` it
+    only normalises (LayerNorm alone; OLMo).
     """
 
     eps: float
@@ -28,6 +29,7 @@ class NormSpec:
     cast_first: bool = True
     kind: Literal["rms", "layer"] = "rms"
     bias: bool = False
+    weight: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class AttentionSpec:
     `window`: key j is visible from query i when 0 <= i - j < window (None: no limit). `rope` None:
     no positions at all. `softcap` c: scores are c * tanh(score / c). `qk_norm` acts on each "head"
     with one weight [d] for all, on each of the "heads" with its own (weight [h, d]), or over the
-    whole "width" of the projection (weight [h * d]), by `qk_norm_over`.
+    whole "width" of the projection (weight [h * d]), by `qk_norm_over`, before the rotation or
+    `qk_norm_after` it. `clip` c: what q, k and v projections make is clamped to [-c, c].
     """
 
     heads: int
@@ -79,6 +82,8 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     qk_norm_over: Literal["head", "heads", "width"] = "head"
+    qk_norm_after: bool = False
+    clip: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,8 @@ class LayerSpec:
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     `pre_norm`: each branch's input is normalised; `post_norm`: its output is, before it is added.
-    `parallel`: attention and MLP read the same normalised x, and both are added to x.
+    `parallel`: attention and MLP both read x and are added to it; they share one norm of it, or
+    have `own_norms`.
     `residual_scale` multiplies what a branch adds.
     """
 
@@ -108,6 +114,7 @@ class LayerSpec:
     pre_norm: bool = True
     post_norm: bool = False
     parallel: bool = False
+    own_norms: bool = False
     residual_scale: float = 1.0
 
 

@@ -38,6 +38,9 @@ PARTIAL = {
 OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 77.0}}
 QUARTER = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 
+HALF = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5}
+NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+
 # (family, the switches of its config that this case throws)
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -129,5 +132,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nemotron", {"attention_bias": True, "mlp_bias": True}),
     ("starcoder2", {}),
     ("starcoder2", {"use_bias": False, "sliding_window": 7, "hidden_act": "gelu"}),
+    ("seed_oss", {}),
+    ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    ("olmo", {}),
+    ("olmo", {"clip_qkv": 0.7, "attention_bias": True, "tie_word_embeddings": True}),
+    ("hunyuan_v1_dense", {}),
+    ("hunyuan_v1_dense", {"attention_bias": True, "rope_parameters": NTK_ALPHA}),
+    ("gpt_neox", {}),
+    ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    ("gpt_neox", {"attention_bias": False, "rope_parameters": HALF, "layer_norm_eps": 1e-3}),
+    ("gpt_neox", {"tie_word_embeddings": True, "hidden_act": "gelu_fast"}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

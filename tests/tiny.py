@@ -44,6 +44,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", {"head_dim": 16}),
     "starcoder2": ("Starcoder2", {"bos_token_id": 1, "eos_token_id": 2}),
     "stablelm": ("StableLm", {"hidden_size": 64}),
+    "seed_oss": ("SeedOss", {"pad_token_id": None, "head_dim": 12}),
+    "olmo": ("Olmo", {"pad_token_id": None, "eos_token_id": 2}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"pad_token_id": None, "head_dim": 12}),
+    "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),
 }
 
 

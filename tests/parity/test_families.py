@@ -35,14 +35,19 @@ def load_both(
 
 
 def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch.Tensor]:
-    """transformers' weights, or their gradients, by our paths; fused ones taken apart."""
+    """transformers' weights, or their gradients, by our paths; fused ones taken apart, as views
+    with an axis of kv heads in front where they are stored head by head.
+    """
     names, found = loaded.family.names, {}
+    groups = names.groups(loaded.spec.layers[0].attention.kv_heads)
     shapes = {path: leaf.shape for path, leaf in tree.items(loaded.params)}
     for name, p in model.named_parameters():
         value = p.grad if grad else p.data
         parts = names.parts(name)
         if parts:
-            found.update(zip(parts, value.split([shapes[x][0] for x in parts]), strict=True))
+            value = value.view(groups, -1, *value.shape[1:]) if groups > 1 else value
+            rows = [shapes[x][0] // groups for x in parts]
+            found.update(zip(parts, value.split(rows, int(groups > 1)), strict=True))
         else:
             found[names.to_ours(name)] = value
     return found
@@ -78,7 +83,7 @@ def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: P
     theirs.loss.backward()
     want = theirs_of(model, loaded, grad=True)
     for path, leaf in tree.items(loaded.params):
-        grad = want[path]
+        grad = want[path].reshape(leaf.shape)
         size = grad.norm()
         if path.endswith("k.bias"):
             # What a bias on k shifts alike in all scores cancels (without positions, all of it):
@@ -140,7 +145,7 @@ def test_nf4(family: str, tmp_path: Path) -> None:
             if not isinstance(leaf, NF4):
                 continue
             quantized += 1
-            weight = want[path]
+            weight = want[path].reshape(leaf.shape)
             packed, state = bnb.quantize_4bit(
                 weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
             )
@@ -148,7 +153,7 @@ def test_nf4(family: str, tmp_path: Path) -> None:
             assert torch.equal(leaf.absmax, state.absmax)
             dense = dequantize(leaf, torch.float32)
             assert torch.equal(dense, bnb.dequantize_4bit(packed, state))
-            weight.copy_(dense)
+            want[path].copy_(dense.view_as(want[path]))
     assert quantized == (7 if loaded.spec.layers[0].mlp.gated else 6) * 3
     ids = tokens()
     assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)
