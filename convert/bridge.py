@@ -255,8 +255,11 @@ class CausalLM(nn.Module):
         self.dropout_step += 1
         return (self.dropout_seed * 1_000_003 + self.dropout_step * 10_007) % 2**48
 
-    def generate(self, *args: Any, **keywords: Any) -> torch.Tensor:
-        """Prompts [b, s] -> prompts and answers; the arguments are `generation.generate`'s."""
+    def generate(self, *args: Any, **keywords: Any) -> Any:
+        """Prompts [b, s] -> prompts and answers, as `generation.generate`, whose arguments it has.
+
+        A tensor; with return_dict_in_generate=True a `GenerationOutput`.
+        """
         from .generation import generate
 
         return generate(self, *args, **keywords)

@@ -9,10 +9,11 @@ import torch
 
 from ..errors import ArgumentError, InputError
 from ..nn.generate import generate as run
-from ..nn.sampling import Sampling
 from .bridge import CausalLM
 from .end_ids import end_ids
 from .generation_keywords import check_options, check_waiting, fields_of
+from .generation_output import GenerationOutput, Record
+from .generation_rules import sampling_of
 from .stop_strings import stop_strings as stop_at
 
 Ids = int | Sequence[int] | torch.Tensor | None
@@ -39,6 +40,12 @@ def generate(
     min_p: float | None = None,
     typical_p: float | None = None,
     repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    sequence_bias: Any = None,
+    bad_words_ids: Sequence[Sequence[int]] | None = None,
+    suppress_tokens: Sequence[int] | None = None,
     eos_token_id: Ids = None,
     pad_token_id: int | None = None,
     bos_token_id: int | None = None,
@@ -48,10 +55,13 @@ def generate(
     logits_processor: Sequence[Callable[..., Any]] | None = None,
     stopping_criteria: Sequence[Callable[..., Any]] | None = None,
     num_return_sequences: int | None = None,
+    return_dict_in_generate: bool | None = None,
+    output_scores: bool | None = None,
+    output_logits: bool | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     **options: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | GenerationOutput:
     """Prompts input_ids [b, s] -> prompts and answers [b * num_return_sequences, s + n].
 
     The keywords are transformers'. None means: as `generation_config` (ours, transformers' or a
@@ -68,6 +78,8 @@ def generate(
 
     stop_strings: see `stop_strings.stop_strings`; tokenizer defaults to the model's. streamer: any
     object with put and end. logits_processor and stopping_criteria: callables (input_ids, scores).
+    presence_penalty and frequency_penalty are OpenAI's. return_dict_in_generate: the answer as a
+    `GenerationOutput`, with output_scores and output_logits what every token was chosen from.
     seed or generator: what samples are drawn from; without both a fresh seed. No other generator
     moves. Adapters' dropout is off; the model's training mode is neither read nor changed.
 
@@ -111,20 +123,34 @@ def generate(
     least = setting("min_new_tokens", min_new_tokens, None)
     if least is None:
         least = max(0, setting("min_length", min_length, 0) - ids.shape[1])
-    sampling = Sampling(
-        repetition_penalty=setting("repetition_penalty", repetition_penalty, 1.0),
-        min_new_tokens=least,
+    rules = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "sequence_bias": sequence_bias,
+        "bad_words_ids": bad_words_ids,
+        "suppress_tokens": suppress_tokens,
+    }
+    sampling = sampling_of(
+        lambda name, default: setting(name, rules[name], default),
+        samples=samples,
+        least=least,
+        eos=eos,
     )
-    if samples:
-        sampling = Sampling(
-            temperature=_positive(setting("temperature", temperature, 1.0)),
-            top_k=setting("top_k", top_k, 50),
-            top_p=setting("top_p", top_p, 1.0),
-            min_p=setting("min_p", min_p, 0.0),
-            typical_p=setting("typical_p", typical_p, 1.0),
-            repetition_penalty=sampling.repetition_penalty,
-            min_new_tokens=least,
-        )
+    record = Record(
+        bool(setting("output_scores", output_scores, False)),
+        bool(setting("output_logits", output_logits, False)),
+    )
+    recorded = record.want_scores or record.want_logits
+    as_output = setting("return_dict_in_generate", return_dict_in_generate, False)
+    if recorded and not as_output:
+        raise ArgumentError("output_scores and output_logits need return_dict_in_generate=True")
     stops = [_criterion(criterion) for criterion in stopping_criteria or ()]
     strings = setting("stop_strings", stop_strings, None)
     if strings is not None:
@@ -132,7 +158,7 @@ def generate(
     if streamer is not None:
         streamer.put(ids.cpu())
     try:
-        return run(
+        sequences = run(
             model.computed_params(),
             model.spec,
             ids,
@@ -146,11 +172,13 @@ def generate(
             adjust=_processed(logits_processor) if logits_processor else None,
             on_token=None if streamer is None else lambda token: streamer.put(token.cpu()),
             stop=_any_of(stops) if stops else None,
+            on_scores=record if recorded else None,
         )
     finally:
         # Also after an error: whoever reads the stream in another thread would wait for ever.
         if streamer is not None:
             streamer.end()
+    return record.output(sequences) if as_output else sequences
 
 
 def _check_shapes(ids: Any, mask: Any) -> None:
@@ -222,12 +250,6 @@ def _after_prompt(total: int, width: int) -> int:
             "generate; pass max_new_tokens"
         )
     return total - width
-
-
-def _positive(temperature: Any) -> Any:
-    if temperature == 0:
-        raise ArgumentError("temperature is 0 while sampling; for greedy pass do_sample=False")
-    return temperature
 
 
 def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator:

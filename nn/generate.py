@@ -23,6 +23,7 @@ CHUNK = 512
 Stop = Callable[[torch.Tensor], torch.Tensor]
 OnToken = Callable[[torch.Tensor], None]
 Adjust = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+OnScores = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def generate(
@@ -40,6 +41,7 @@ def generate(
     adjust: Adjust | None = None,
     on_token: OnToken | None = None,
     stop: Stop | None = None,
+    on_scores: OnScores | None = None,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, on the device of the params.
 
@@ -47,7 +49,8 @@ def generate(
     `stop` says so, and is filled with `pad_id` (default: the first of eos_ids, else 0) until all
     have ended. The hooks get ids [b, m], every row's prompt without padding after it (padding, if
     any, stands before) and its answer so far: stop(ids) -> bool [b]; adjust(ids, logits [b, v]) ->
-    logits. on_token([b]) gets each step's tokens.
+    logits. on_token([b]) gets each step's tokens, on_scores(logits [b, v], scores [b, v]) what the
+    model gave and what they were chosen from.
 
     With eos_ids or stop the host waits for the device once a token, to see whether all rows have
     ended; hooks may wait of their own; else nothing does. Draws come from `generator` alone.
@@ -80,6 +83,7 @@ def generate(
             adjust=adjust,
             on_token=on_token,
             stop=stop,
+            on_scores=on_scores,
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(device), new], 1)
@@ -175,6 +179,7 @@ def _run(
     adjust: Adjust | None,
     on_token: OnToken | None,
     stop: Stop | None,
+    on_scores: OnScores | None,
 ) -> torch.Tensor:
     """The new tokens [b, n] after a prompt [b, s] whose padding stands in front."""
     batch, start = prompt.shape
@@ -198,8 +203,16 @@ def _run(
         hook = None if adjust is None else _bound(adjust, ids[:, :end])
         too_soon = end - start < sampling.min_new_tokens and eos.numel() > 0
         scores = rules.scores(
-            logits, sampling, seen=seen, banned=eos if too_soon else None, adjust=hook
+            logits,
+            sampling,
+            seen=seen,
+            ids=_unpadded(ids[:, :end], real) if sampling.reads_ids() else None,
+            start=start,
+            banned=eos if too_soon else None,
+            adjust=hook,
         )
+        if on_scores is not None:
+            on_scores(logits, scores)
         broken = broken | ~(ended | scores.amax(-1).isfinite())
         token = rules.choose(scores, sampling, generator)
         shown = torch.where(ended, pad_id, token)
@@ -246,6 +259,13 @@ def _so_far(
         return ids, None
     new = real.new_ones(ids.shape[0], ids.shape[1] - real.shape[1])
     return ids, torch.cat([real, new], 1)
+
+
+def _unpadded(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """ids [b, m] with -1 for the padding before a prompt."""
+    if real is None:
+        return ids
+    return torch.cat([ids[:, : real.shape[1]].masked_fill(~real, -1), ids[:, real.shape[1] :]], 1)
 
 
 def _bound(adjust: Adjust, ids: torch.Tensor) -> rules.Adjust:

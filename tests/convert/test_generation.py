@@ -98,6 +98,10 @@ KEYWORDS: list[dict[str, Any]] = [
     {"max_new_tokens": 30, "eos_token_id": list(range(40, 99)), "min_length": 14},
     {"max_new_tokens": 12, "do_sample": True, "top_k": 1},
     {"max_new_tokens": 5, "use_cache": False, "num_beams": 1, "return_dict_in_generate": False},
+    {"max_new_tokens": 30, "no_repeat_ngram_size": 2},
+    {"max_new_tokens": 12, "sequence_bias": {(40,): 8.0, (40, 41): 9.0, (41, 40): -9.0}},
+    {"max_new_tokens": 30, "bad_words_ids": [[i] for i in range(4, 50)] + [[60, 61]]},
+    {"max_new_tokens": 30, "suppress_tokens": list(range(4, 60)), "repetition_penalty": 1.2},
     {"generation_config": transformers.GenerationConfig(max_new_tokens=9, eos_token_id=[50, 51])},
 ]
 
@@ -108,6 +112,25 @@ def test_equals_transformers(pair: tuple[Any, CausalLM], keywords: dict[str, Any
     assert torch.equal(
         generate(ours, **prompts(), **keywords), theirs.generate(**prompts(), **keywords)
     )
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_scores_and_logits_are_transformers(pair: tuple[Any, CausalLM], sampled: bool) -> None:
+    theirs, ours = pair
+    asked: dict[str, Any] = {"max_new_tokens": 8, "repetition_penalty": 1.4, "eos_token_id": []}
+    asked |= {"do_sample": True, "top_k": 1} if sampled else {}
+    asked |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    out = generate(ours, **prompts(), **asked)
+    wanted = theirs.generate(**prompts(), **{**asked, "eos_token_id": None})
+    assert torch.equal(out["sequences"], wanted.sequences)
+    for mine, other in ((out.scores, wanted.scores), (out.logits, wanted.logits)):
+        assert len(mine) == len(other) == 8
+        for x, y in zip(mine, other, strict=True):
+            torch.testing.assert_close(x, y)
+    plain = generate(ours, **prompts(), max_new_tokens=4, return_dict_in_generate=True)
+    assert plain.scores is None and plain.logits is None
+    with pytest.raises(ArgumentError, match="return_dict_in_generate"):
+        generate(ours, **prompts(), max_new_tokens=4, output_scores=True)
 
 
 def test_no_limit_is_20_tokens_and_a_warning(pair: tuple[Any, CausalLM]) -> None:
@@ -445,8 +468,9 @@ def test_mode_and_dropout_are_left_alone(pair: tuple[Any, CausalLM]) -> None:
     ("keywords", "error", "says"),
     [
         ({"num_beams": 4}, NotImplementedError, "num_beams=4"),
-        ({"no_repeat_ngram_size": 3}, NotImplementedError, "no_repeat_ngram_size=3"),
-        ({"return_dict_in_generate": True}, NotImplementedError, "return_dict_in_generate"),
+        ({"penalty_alpha": 0.6}, NotImplementedError, "penalty_alpha=0.6"),
+        ({"bad_words_ids": [[]]}, ArgumentError, "bad_words_ids"),
+        ({"sequence_bias": [[1, 2.0]]}, ArgumentError, "sequence_bias"),
         ({"generation_config": {"num_beams": 2}}, NotImplementedError, "num_beams=2"),
         ({"generation_config": 3}, ArgumentError, "int"),
         ({"max_new_token": 4}, TypeError, "did you mean 'max_new_tokens'"),
