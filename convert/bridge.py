@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..nn import decoder, loss, tree
 from ..nn.lora import LoRA, relative
 from ..nn.plan import Plan
-from ..nn.residuals import KEEP, RECOMPUTE, Residuals
+from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from . import batch, memory_plan, report
 from .arguments import Auto, choose_residuals
@@ -24,6 +24,7 @@ from .config import Config
 from .output import CausalLMOutput
 from .registry import Family
 from .shards import Checkpoint
+from .trainee import Trainee
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Origin:
         return self  # nothing in it changes, and it names modules, which cannot be copied
 
 
-class CausalLM(nn.Module):
+class CausalLM(Trainee):
     """A causal language model.
 
     The tree and the Module share storage: an optimizer step through `parameters()` changes what
@@ -167,14 +168,6 @@ class CausalLM(nn.Module):
 
         return tree.map_with_path(register, params)
 
-    def _node(self, name: str) -> nn.Module:
-        node: nn.Module = self
-        for key in name.split("."):
-            if key not in node._modules:
-                node.add_module(key, nn.Module())
-            node = node._modules[key]  # type: ignore[assignment]
-        return node
-
     # Running.
 
     def forward(
@@ -294,8 +287,6 @@ class CausalLM(nn.Module):
         """Which path each projection takes, and why."""
         return report.explain(self)
 
-    # What Hugging Face's trainers and users ask a model for.
-
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
@@ -305,52 +296,6 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         embed: torch.Tensor = self._params["embed"]["weight"]
         return embed.device
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many parameters, quantized ones counted as what they stand for."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        if only_trainable:
-            return trained
-        base: int = sum(leaf.numel() for leaf in tree.leaves(self._params))
-        return base + (0 if self.train_all else trained)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trained, all)."""
-        return self.num_parameters(True), self.num_parameters()
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, in peft's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trained:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trained / total:.4f}"
-        )
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The module whose `weight` is the embedding [v, e]."""
-        return self._node(self.origin.family.names.module_to_hf("embed"))
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The module whose `weight` is the head [v, e]: the embedding's where they are tied."""
-        module = "embed" if self.spec.tied else "head"
-        return self._node(self.origin.family.names.module_to_hf(module))
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Keep the small residuals of each layer, run the large ones again in backward."""
-        self.residuals = RECOMPUTE
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all intermediates for backward."""
-        self.residuals = KEEP
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.residuals != KEEP
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing to do: recomputation here never needs inputs with gradients."""
 
     def for_training(self, use_gradient_checkpointing: bool | str = "unsloth") -> "CausalLM":
         """Training mode; returns the model."""
@@ -379,7 +324,10 @@ class CausalLM(nn.Module):
         if strict and trained != set(state_dict):
             missing, extra = sorted(trained - set(state_dict)), sorted(set(state_dict) - trained)
             raise ArgumentError(f"state_dict does not fit: missing {missing}, extra {extra}")
-        return super().load_state_dict(state_dict, strict=False)
+        found = super().load_state_dict(state_dict, strict=False)
+        # Frozen weights are in no state_dict of ours, so they are not missing.
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+        return found
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Statistics of quantized weights and fp32 adapters must never change dtype with the model.
