@@ -23,6 +23,7 @@ from .arguments import Auto, choose_residuals
 from .config import Config
 from .output import CausalLMOutput
 from .registry import Family
+from .saving import Saving
 from .shards import Checkpoint
 from .trainee import Trainee
 
@@ -44,7 +45,7 @@ class Origin:
         return self  # nothing in it changes, and it names modules, which cannot be copied
 
 
-class CausalLM(Trainee):
+class CausalLM(Saving, Trainee):
     """A causal language model.
 
     The tree and the Module share storage: an optimizer step through `parameters()` changes what
@@ -257,27 +258,7 @@ class CausalLM(Trainee):
 
         return generate(self, *args, **keywords)
 
-    # Saving and reporting.
-
-    def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
-        """Write what is trained: the adapter in peft's format, or the whole model under full
-        fine-tuning. Trainers' further keywords (state_dict, safe_serialization...) change nothing.
-        """
-        from .adapter_file import save_adapter
-        from .merge import save_merged
-
-        if self._adapters or self._trained:
-            save_adapter(self, folder)
-        else:
-            save_merged(self, folder)
-
-    def save_pretrained_merged(
-        self, folder: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit"
-    ) -> None:
-        """Write a whole model with the adapters merged in; see `merge.save_merged`."""
-        from .merge import save_merged
-
-        save_merged(self, folder, tokenizer, save_method)
+    # Reporting; saving is in `Saving`.
 
     def report(self) -> str:
         """What was loaded from where, in which precision."""

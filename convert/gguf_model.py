@@ -29,7 +29,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS = "rope_freqs.weight"
 _INTEGERS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -113,7 +113,7 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
     architecture = gguf.fields["general.architecture"]
     tensors: dict[str, GGUFTensor] = {}
     for name, info in gguf.tensors.items():
-        if name == _ROPE_FREQS:
+        if name == ROPE_FREQS:
             continue
         heads = 0
         if architecture == "llama" and ".attn_q." in name:
@@ -128,6 +128,17 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
         tensors[_hf_name(name, gguf)] = replace(info, heads=heads)
     made = {hf: replace(info, name=hf) for hf, info in tensors.items()}
     return Checkpoint(gguf.file.parent, (gguf.file,), MappingProxyType(made), MappingProxyType({}))
+
+
+def ggml_name(name: str) -> str | None:
+    """The name there of a tensor that Hugging Face calls `name`; None for one that has none."""
+    module, _, leaf = name.rpartition(".")
+    found = {hf: ours for ours, hf in _TOP.items()}.get(module)
+    if found is None and module.startswith("model.layers."):
+        number, _, part = module.removeprefix("model.layers.").partition(".")
+        inner = {hf: ours for ours, hf in _LAYER.items()}.get(part)
+        found = f"blk.{number}.{inner}" if inner else None
+    return f"{found}.{leaf}" if found else None
 
 
 def _hf_name(name: str, gguf: GGUF) -> str:
@@ -172,7 +183,7 @@ def _scaling(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any] | None:
 
 def _llama3(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """Llama 3.1's scaling, which a file holds as a divisor per frequency."""
-    info = gguf.tensors.get(_ROPE_FREQS)
+    info = gguf.tensors.get(ROPE_FREQS)
     if info is None:
         return None
     found = read_tensor(info).float().flatten()

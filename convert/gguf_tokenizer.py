@@ -7,6 +7,7 @@ byte-level BPE, whose splitting rule `tokenizer.ggml.pre` names.
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,10 @@ from .gguf_file import GGUF
 from .tokenizer import Tokenizer
 from .tokenizer_files import rust
 
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
+UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6
 # Tokens are cut everywhere to find their merges.
 _MAX_PIECE = 512
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,6 +30,19 @@ _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2 = ("qwen2", "deepseek-r1-qwen")
 _GPT2 = ("gpt-2", "default")
 _SMOLLM = ("smollm",)
+_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How a byte-level tokenizer cuts a text, as parts of a tokenizer.json.
+
+    ignore_merges: a word that is a token is taken whole.
+    """
+
+    normalizer: dict[str, Any] | None
+    pre_tokenizers: list[dict[str, Any]]
+    ignore_merges: bool = False
 
 
 def read_tokenizer(gguf: GGUF) -> Tokenizer:
@@ -56,10 +70,10 @@ def read_tokenizer(gguf: GGUF) -> Tokenizer:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind != _USER,
+            "special": kind != USER,
         }
         for index, kind in enumerate(kinds)
-        if kind in (_UNKNOWN, _CONTROL, _USER)
+        if kind in (UNKNOWN, CONTROL, USER)
     ]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -93,11 +107,11 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], kinds: list[int]) -> dict[str,
         raise _wrong(gguf, "the tokenizer removes whitespace, which is not supported")
     if any(len(token) > _MAX_PIECE for token in tokens):
         raise _wrong(gguf, f"a token is longer than {_MAX_PIECE} characters")
-    unknown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN]
+    unknown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN]
     prefix = gguf.fields.get("tokenizer.ggml.add_space_prefix", True)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-    before: list[Any] = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    before: list[Any] = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*before, replace]},
@@ -111,16 +125,16 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], kinds: list[int]) -> dict[str,
             "type": "BPE",
             "unk_token": unknown[0] if unknown else None,
             "fuse_unk": True,
-            "byte_fallback": _BYTE in kinds,
+            "byte_fallback": BYTE in kinds,
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": _merges(tokens, kinds, scores),
+            "merges": spm_merges(tokens, kinds, scores),
         },
     }
 
 
-def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[list[str]]:
+def spm_merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[list[str]]:
     """Every way to join two tokens into a third, the one with the best score first."""
-    plain = (1, _USER)
+    plain = (1, USER)
     ids = {
         token: index
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
@@ -143,7 +157,27 @@ def _byte_level(gguf: GGUF, tokens: list[str]) -> dict[str, Any]:
             raise _wrong(gguf, f"the merge {merge!r:.60} is not two tokens")
         merges.append([left, right])
     pre = gguf.fields.get("tokenizer.ggml.pre", "default")
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    try:
+        rule = splits(pre)
+    except KeyError:
+        known = ", ".join((*_GPT2, *_LLAMA3, *_QWEN2, *_SMOLLM))
+        raise _wrong(gguf, f"how {pre!r:.60} splits text is not known; known are {known}") from None
+    return {
+        "normalizer": rule.normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": rule.pre_tokenizers},
+        "post_processor": {**_LEVEL, "use_regex": True},
+        "decoder": {**_LEVEL, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": rule.ignore_merges,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+
+
+def splits(pre: str) -> Splits:
+    """The rule that `tokenizer.ggml.pre` names; KeyError for a name that is not known."""
     if pre in _LLAMA3 or pre in _QWEN2:
         words = _WORDS % ("{1,3}" if pre in _LLAMA3 else "")
         first = {
@@ -152,26 +186,14 @@ def _byte_level(gguf: GGUF, tokens: list[str]) -> dict[str, Any]:
             "behavior": "Isolated",
             "invert": False,
         }
-        splits = [first, {**level, "use_regex": False}]
-    elif pre in _SMOLLM:
-        splits = [{"type": "Digits", "individual_digits": True}, {**level, "use_regex": True}]
-    elif pre in _GPT2:
-        splits = [{**level, "use_regex": True}]
-    else:
-        known = ", ".join((*_GPT2, *_LLAMA3, *_QWEN2, *_SMOLLM))
-        raise _wrong(gguf, f"how {pre!r:.60} splits text is not known; known are {known}")
-    return {
-        "normalizer": {"type": "NFC"} if pre in _QWEN2 else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
-        "post_processor": {**level, "use_regex": True},
-        "decoder": {**level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "ignore_merges": pre in _LLAMA3,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": merges,
-        },
-    }
+        normalizer = {"type": "NFC"} if pre in _QWEN2 else None
+        return Splits(normalizer, [first, {**_LEVEL, "use_regex": False}], pre in _LLAMA3)
+    if pre in _SMOLLM:
+        digits = {"type": "Digits", "individual_digits": True}
+        return Splits(None, [digits, {**_LEVEL, "use_regex": True}])
+    if pre in _GPT2:
+        return Splits(None, [{**_LEVEL, "use_regex": True}])
+    raise KeyError(pre)
 
 
 def _ends(gguf: GGUF, inner: Any, tokens: list[str], model: str) -> Any:

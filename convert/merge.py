@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from .bridge import CausalLM
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_NOT_YET = ("gguf", "torchao", "fp8")
+_NOT_YET = ("torchao", "fp8")
 _FOUR_BITS = ("merged_4bit", "merged_4bit_forced")
 # A whole model must not lie beside an adapter, which its readers would apply once more.
 _REPLACES = (*atomic.MODEL_FILES, *atomic.ADAPTER_FILES, "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """One tensor to write: stored as `info`, if that is given, with what changes, or by `make`."""
 
     name: str
@@ -78,6 +78,8 @@ def save_merged(
         return
     if save_method in _NOT_YET:
         raise NotImplementedError(f"save_method={save_method!r} is not implemented yet")
+    if save_method == "gguf":
+        raise ArgumentError("GGUF files are written by save_pretrained_gguf")
     if save_method not in ("merged_16bit", *_FOUR_BITS):
         raise ArgumentError(
             f"save_method is {save_method!r}, expected 'merged_16bit', 'merged_4bit' or 'lora'"
@@ -115,7 +117,16 @@ def _save(model: "CausalLM", folder: Path, tokenizer: Any, four_bits: bool) -> N
         _verify(model, new, every, meant)
 
 
-def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[str, list[_Tensor]]]:
+def tensors(model: "CausalLM") -> list[Tensor]:
+    """What a merged 16-bit model consists of, under the names of its checkpoint."""
+    fields, shards = _planned(model, False)
+    tied = model.origin.family.spec(fields).tied
+    head = model.origin.family.names.to_hf("head.weight")
+    # A head may be stored though it is the embedding.
+    return [t for shard in shards.values() for t in shard if not (tied and t.name == head)]
+
+
+def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """The fields of config.json, and the tensors of each file to write."""
     checkpoint, names = model.origin.checkpoint, model.origin.family.names
     params = dict(tree.items(model.params))
@@ -142,7 +153,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
         return adapters.get(path)
 
     files = _files(checkpoint)
-    shards: dict[str, list[_Tensor]] = {name: [] for name in files.values()}
+    shards: dict[str, list[Tensor]] = {name: [] for name in files.values()}
     for info in entries(checkpoint):
         if parts := names.parts(info.name):
             if four_bits:
@@ -150,7 +161,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             rows = [params[path].shape[0] for path in parts]
             changes = [trained.get(path, adapters.get(path)) for path in parts]
             whole = fused.joined(info.name, changes, rows, groups)
-            shards[files[info.name]].append(_Tensor(info.name, info.dtype, info.shape, info, whole))
+            shards[files[info.name]].append(Tensor(info.name, info.dtype, info.shape, info, whole))
             continue
         try:
             path = names.to_ours(info.name)
@@ -159,7 +170,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
         leaf = params.get(path)
         if four_bits and isinstance(leaf, NF4):
             shards[files[info.name]] += [
-                _Tensor(name, dtype, shape, None, None, make)
+                Tensor(name, dtype, shape, None, None, make)
                 for name, dtype, shape, make in merge_4bit.parts(
                     info.name, leaf, adapters.get(path)
                 )
@@ -169,12 +180,12 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
         # Weights of a GGUF file differ in dtype, and were trained against in the model's.
         dtype = model.dtype if isinstance(info, GGUFTensor) else info.dtype
-        shards[files[info.name]].append(_Tensor(info.name, dtype, shape, info, made))
+        shards[files[info.name]].append(Tensor(info.name, dtype, shape, info, made))
     if apart and head not in checkpoint.tensors:
         weight = params["head.weight"]
         dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype
         last = list(shards)[-1]
-        shards[last].append(_Tensor(head, dtype, tuple(weight.shape), None, weight))
+        shards[last].append(Tensor(head, dtype, tuple(weight.shape), None, weight))
     return fields, shards
 
 
@@ -186,7 +197,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, str]:
     return dict(sorted(read_index(checkpoint.folder / _INDEX).items(), key=lambda item: item[1]))
 
 
-def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
+def _maker(tensor: Tensor, meant: dict[str, bytes]) -> Any:
     def make() -> torch.Tensor:
         if tensor.make is not None:
             made = tensor.make()
@@ -205,14 +216,14 @@ def _maker(tensor: _Tensor, meant: dict[str, bytes]) -> Any:
     return make
 
 
-def _header(tensors: list[_Tensor]) -> dict[str, str]:
+def _header(tensors: list[Tensor]) -> dict[str, str]:
     infos = [tensor.info for tensor in tensors if tensor.info is not None]
     if any(isinstance(info, GGUFTensor) for info in infos):
         return {"format": "pt"}
     return read_header(infos[0].file)[1] if infos else {"format": "pt"}
 
 
-def _write_index(source: Path, path: Path, shards: dict[str, list[_Tensor]], size: int) -> None:
+def _write_index(source: Path, path: Path, shards: dict[str, list[Tensor]], size: int) -> None:
     index = read_json(source, max_bytes=64 << 20, error=CheckpointError)
     found = index.get("metadata")
     index["metadata"] = {**(found if isinstance(found, dict) else {}), "total_size": size}
@@ -238,7 +249,7 @@ def _copy_tokenizer(source: Path, new: Path) -> None:
             shutil.copyfile(locate(source / templates, path.name), new / templates / path.name)
 
 
-def _verify(model: "CausalLM", new: Path, every: list[_Tensor], meant: dict[str, bytes]) -> None:
+def _verify(model: "CausalLM", new: Path, every: list[Tensor], meant: dict[str, bytes]) -> None:
     """Raise SaveError unless the files in `new` hold what was meant, and that is right."""
     try:
         written = open_checkpoint(new)

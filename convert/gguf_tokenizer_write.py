@@ -1,0 +1,222 @@
+"""A tokenizer as the metadata of a GGUF file, the other way of `gguf_tokenizer`.
+
+llama.cpp has its own tokenizers, which know a byte-level BPE by the name of its splitting rule, and
+a SentencePiece BPE by the scores of its tokens. What they cannot express is refused.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import TokenizerError
+from .gguf_file import GGUF
+from .gguf_tokenizer import BYTE, CONTROL, SPACE, UNKNOWN, USER, read_tokenizer, splits, spm_merges
+from .tokenizer import Tokenizer
+
+_PLAIN, _UNUSED = 1, 5
+_PRES = ("gpt-2", "llama-bpe", "qwen2", "smollm")
+_PROBES = (
+    "Once upon a time, there was a little girl named Lily.",
+    "  two  spaces\n\n\ttab \r\n trailing   ",
+    "\u00dcn\u00efc\u00f6d\u00e9 e\u0301 \u65e5\u672c\u8a9e \u0645\u0631\u062d \U0001f642",
+    "123456 3.14 don't DON'T I'll (x**2)!= {'a': [1,2]} # https://example.com/?q=1",
+    "\u0000\u007f\u00ad\u200b\ufeff",
+    "a",
+    "",
+)
+# Names of special ids, in the file and of the tokenizer's attributes.
+_IDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+
+
+def tokenizer_fields(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
+    """The `tokenizer.…` fields of a model with `size` embeddings; ids without a token are unused.
+
+    Raises TokenizerError for a tokenizer that is no BPE, splits or normalises text in a way that
+    has no name there, has merges that scores cannot express, or has more tokens than `size`.
+    """
+    made = json.loads(tokenizer.to_json())
+    model = made["model"]
+    if model.get("type") != "BPE":
+        raise TokenizerError(
+            f"a tokenizer of the kind {model.get('type')!r:.40} cannot be put into a GGUF file; "
+            "only BPE can (byte-level, or SentencePiece's with byte fallback)"
+        )
+    merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+    tokens, kinds = _tokens(made, size)
+    if _has_bytes(made):
+        kind = "gpt2"
+        fields: dict[str, Any] = {
+            "pre": _splitting(made),
+            "merges": [" ".join(merge) for merge in merges],
+        }
+    else:
+        kind = "llama"
+        fields = {
+            "pre": "default",
+            "scores": _scores(tokens, kinds, merges),
+            "add_space_prefix": _prefix(made),
+        }
+    fields = {"model": kind, "tokens": tokens, "token_type": kinds, **fields}
+    for name, attribute in _IDS.items():
+        index = getattr(tokenizer, f"{attribute}_token_id")
+        if index is not None:
+            fields[f"{name}_token_id"] = index
+    fields |= _ends(tokenizer)
+    named = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    templates = tokenizer.chat_template
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    for name, text in (templates or {}).items():
+        end = "" if name == "default" else f".{name}"
+        named[f"tokenizer.chat_template{end}"] = text
+    return named
+
+
+def check_tokenizer(written: GGUF, tokenizer: Tokenizer) -> None:
+    """Raise TokenizerError unless the file's tokenizer gives the ids of `tokenizer`.
+
+    Over texts of several scripts and, but for a tokenizer that puts a space before a text's very
+    first word only, which llama.cpp cannot do (a warning says so), around its special tokens.
+    """
+    found = read_tokenizer(written)
+    texts = list(_PROBES)
+    made = json.loads(tokenizer.to_json())
+    if any(step.get("prepend_scheme") == "first" for step in _steps(made["pre_tokenizer"])):
+        warnings.warn(
+            "the tokenizer puts a space before the first word of a text; llama.cpp puts one after "
+            "each special token too",
+            stacklevel=2,
+        )
+    else:
+        texts += [f"a {token['content']}b" for token in made["added_tokens"][:64]]
+    for text in texts:
+        for special in (True, False):
+            want = tokenizer(text, add_special_tokens=special)["input_ids"]
+            ids = found(text, add_special_tokens=special)["input_ids"]
+            if ids != want:
+                raise TokenizerError(
+                    f"a GGUF file cannot express this tokenizer: {text!r:.80} would become "
+                    f"{str(ids)[:120]} instead of {str(want)[:120]}"
+                )
+
+
+def _tokens(made: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    model = made["model"]
+    found = {index: (token, _PLAIN) for token, index in model["vocab"].items()}
+    if model.get("byte_fallback"):
+        for byte in range(256):
+            token = f"<0x{byte:02X}>"
+            if token in model["vocab"]:
+                found[model["vocab"][token]] = token, BYTE
+    for added in made["added_tokens"]:
+        if added["lstrip"] or added["rstrip"] or added["single_word"]:
+            raise TokenizerError(
+                f"the token {added['content']!r:.60} takes the spaces beside it or whole words "
+                "only, which a GGUF file cannot say"
+            )
+        found[added["id"]] = added["content"], CONTROL if added["special"] else USER
+    if not _has_bytes(made) and model.get("unk_token") in model["vocab"]:
+        found[model["vocab"][model["unk_token"]]] = model["unk_token"], UNKNOWN
+    if found and max(found) >= size:
+        raise TokenizerError(
+            f"the tokenizer has ids up to {max(found)}, the model {size} embeddings; resize the "
+            "model, or give its own tokenizer"
+        )
+    pairs = [found.get(index, (f"[PAD{index}]", _UNUSED)) for index in range(size)]
+    return [token for token, _ in pairs], [kind for _, kind in pairs]
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as a flat list."""
+    if part is None:
+        return []
+    inner = part.get("normalizers", part.get("pretokenizers"))
+    return [part] if inner is None else [step for each in inner for step in _steps(each)]
+
+
+def _has_bytes(made: Mapping[str, Any]) -> bool:
+    return any(step["type"] == "ByteLevel" for step in _steps(made["pre_tokenizer"]))
+
+
+def _splitting(made: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how a byte-level tokenizer splits text."""
+
+    def essence(normalizer: Any, pre_tokenizer: Any) -> list[Any]:
+        kept = ("type", "pattern", "behavior", "invert", "individual_digits", "use_regex")
+        steps = [*_steps(normalizer), *_steps(pre_tokenizer)]
+        # A ByteLevel without a word on it splits.
+        steps = [{"use_regex": True, **s} if s["type"] == "ByteLevel" else s for s in steps]
+        return [{name: s[name] for name in kept if name in s} for s in steps] + [
+            {"add_prefix_space": any(s.get("add_prefix_space") for s in steps)}
+        ]
+
+    wanted = essence(made["normalizer"], made["pre_tokenizer"])
+    for pre in _PRES:
+        rule = splits(pre)
+        same_merging = bool(made["model"].get("ignore_merges")) == rule.ignore_merges
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": rule.pre_tokenizers}
+        if essence(rule.normalizer, pre_tokenizer) == wanted and same_merging:
+            return pre
+    raise TokenizerError(
+        f"how the tokenizer splits text has no name in a GGUF file; known are {', '.join(_PRES)}, "
+        f"found {json.dumps(wanted)[:300]}"
+    )
+
+
+def _prefix(made: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text; raises for other rules than SentencePiece's."""
+    steps = [*_steps(made["normalizer"]), *_steps(made["pre_tokenizer"])]
+    for step in steps:
+        known = (
+            (step["type"] == "Prepend" and step["prepend"] == SPACE)
+            or (step["type"] == "Replace" and step["content"] == SPACE)
+            or (step["type"] == "Metaspace" and step["replacement"] == SPACE)
+        )
+        if not known:
+            raise TokenizerError(
+                f"the tokenizer changes text by {json.dumps(step)[:200]}, which a GGUF file cannot "
+                "say"
+            )
+    if not any(step["type"] in ("Replace", "Metaspace") for step in steps):
+        raise TokenizerError("the tokenizer is neither byte-level nor SentencePiece's kind")
+    return any(
+        step["type"] == "Prepend"
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
+
+
+def _scores(tokens: list[str], kinds: list[int], merges: list[list[str]]) -> list[float]:
+    """Scores from which `merges` follow: the token that is made first has the highest."""
+    rank: dict[str, int] = {}
+    for left, right in merges:
+        rank.setdefault(left + right, len(rank))
+    scores = []
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        usual = kind in (_PLAIN, USER)
+        scores.append(-float(rank.get(token, len(rank) + index)) if usual else 0.0)
+    # SentencePiece joins any two pieces into a third, in the order of the third's score.
+    implied = spm_merges(tokens, kinds, scores)
+    if sorted(implied) != sorted(merges) or [a + b for a, b in implied] != [
+        a + b for a, b in merges
+    ]:
+        raise TokenizerError(
+            "the tokenizer's merges do not follow from scores of its tokens, which is all that a "
+            "GGUF file can hold for a tokenizer that is not byte-level"
+        )
+    return scores
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, bool]:
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    bos = ids[:1] == [tokenizer.bos_token_id] and ids != plain
+    rest = ids[1:] if bos else ids
+    eos = rest[-1:] == [tokenizer.eos_token_id] and rest != plain
+    if (rest[:-1] if eos else rest) != plain:
+        raise TokenizerError(
+            f"the tokenizer puts tokens around a text ({ids} for {plain}) that are neither bos nor "
+            "eos, which a GGUF file cannot say"
+        )
+    return {"add_bos_token": bos, "add_eos_token": eos}

@@ -1,0 +1,48 @@
+"""The methods by which the bridge saves itself, under their published names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+
+class Saving:
+    """Saving methods of a `CausalLM`; each hands the model to the function that does it."""
+
+    def save_pretrained(self: CausalLM, folder: str | Path, **ignored: Any) -> None:  # type: ignore[misc]
+        """Write what is trained: the adapter in peft's format, or the whole model under full
+        fine-tuning. Trainers' further keywords (state_dict, safe_serialization...) change nothing.
+        """
+        from .adapter_file import save_adapter
+        from .merge import save_merged
+
+        if self._adapters or self._trained:
+            save_adapter(self, folder)
+        else:
+            save_merged(self, folder)
+
+    def save_pretrained_merged(  # type: ignore[misc]
+        self: CausalLM,
+        folder: str | Path,
+        tokenizer: Any = None,
+        save_method: str = "merged_16bit",
+    ) -> None:
+        """Write a whole model with the adapters merged in; see `merge.save_merged`."""
+        from .merge import save_merged
+
+        save_merged(self, folder, tokenizer, save_method)
+
+    def save_pretrained_gguf(  # type: ignore[misc]
+        self: CausalLM,
+        folder: str | Path,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] = "q8_0",
+    ) -> list[Path]:
+        """Write GGUF files with the adapters merged in; see `gguf_write.save_gguf`."""
+        from .gguf_write import save_gguf
+
+        return save_gguf(self, folder, tokenizer, quantization_method)
