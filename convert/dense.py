@@ -123,6 +123,7 @@ def without_gate(spec: ModelSpec) -> ModelSpec:
     """The spec with MLPs of one projection in and one out."""
 
     def changed(layer: LayerSpec) -> LayerSpec:
+        assert isinstance(layer.mlp, MLPSpec)
         return replace(layer, mlp=replace(layer.mlp, gated=False))
 
     return replace(spec, layers=tuple(map(changed, spec.layers)))

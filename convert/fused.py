@@ -4,6 +4,8 @@ their rows for each kv head in turn (GPT-NeoX's query_key_value).
 They are taken apart when a checkpoint is read and put together again when it is merged.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..nn.lora import LoRA
 from ..nn.params import ParamSpec
 from .bnb_file import Entry, Packed
 from .merge_tensor import Change
+from .names import Names
 from .shards import TensorInfo
 
 
@@ -41,11 +44,32 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.groups * (self.rows.stop - self.rows.start), *self.whole.shape[1:])
+        tail = self.whole.shape[-1:] if len(self.whole.shape) > 1 else ()
+        return (self.groups * (self.rows.stop - self.rows.start), *tail)
 
     @property
     def nbytes(self) -> int:
-        return self.whole.nbytes * self.shape[0] // self.whole.shape[0]
+        return self.whole.nbytes * self.shape[0] // _count(self.whole.shape)
+
+
+def parts(names: Names, name: str, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Our paths of the parts of the stored tensor `name`, in its order, where all are `known`.
+
+    A stack [x, out, in] is read as one matrix [x * out, in]: each expert's rows follow the last's.
+    """
+    paths = names.parts(name)
+    if any("*" in path for path in paths):
+        every = itertools.takewhile(
+            lambda made: made[0] in known,
+            ([path.replace("*", str(i)) for path in paths] for i in itertools.count()),
+        )
+        paths = tuple(path for expert in every for path in expert)
+    return paths if all(path in known for path in paths) else ()
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    """The rows of a matrix, a stack of them, or a vector."""
+    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 def split(
@@ -59,18 +83,18 @@ def split(
             tensor=info.name,
             file=info.file,
         )
-    parts, begin = {}, 0
+    made, begin = {}, 0
     for path in paths:
         end = begin + want[path].shape[0] // groups
-        parts[path], begin = Part(info, slice(begin, end), groups), end
-    if info.shape[:1] != (groups * begin,):
+        made[path], begin = Part(info, slice(begin, end), groups), end
+    if _count(info.shape) != groups * begin:
         raise CheckpointError(
             f"found shape {list(info.shape)}, config.json makes it {groups * begin} rows: "
-            + ", ".join(f"{want[path].shape[0]} for {path}" for path in paths),
+            + ", ".join(f"{want[path].shape[0]} for {path}" for path in paths[:6]),
             tensor=info.name,
             file=info.file,
         )
-    return parts
+    return made
 
 
 def reader(
@@ -83,9 +107,10 @@ def reader(
         if isinstance(info, TensorInfo):
             return read(info)
         if last[0] != info.whole:
-            last[:] = [info.whole, read(info.whole)]
-        whole: torch.Tensor = last[1]
-        return whole.view(info.groups, -1, *whole.shape[1:])[:, info.rows].flatten(0, 1).clone()
+            whole = read(info.whole)
+            last[:] = [info.whole, whole.flatten(0, -2) if whole.ndim > 2 else whole]
+        rows: torch.Tensor = last[1]
+        return rows.view(info.groups, -1, *rows.shape[1:])[:, info.rows].flatten(0, 1).clone()
 
     return of
 

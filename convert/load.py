@@ -16,7 +16,7 @@ from ..nn.spec import ModelSpec
 from ..quant import int8, nf4
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
-from .fused import Part, reader, split
+from .fused import Part, parts, reader, split
 from .gguf_file import find, open_gguf
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
@@ -168,8 +168,8 @@ def _match(
     left_out, unknown = [], []
     groups = family.names.groups(spec.layers[0].attention.kv_heads)
     for info in found:
-        if parts := family.names.parts(info.name):
-            chosen.update(split(info, parts, want, groups))
+        if paths := parts(family.names, info.name, want):
+            chosen.update(split(info, paths, want, groups))
             continue
         try:
             path = family.names.to_ours(info.name)

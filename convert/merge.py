@@ -155,12 +155,14 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
     files = _files(checkpoint)
     shards: dict[str, list[Tensor]] = {name: [] for name in files.values()}
     for info in entries(checkpoint):
-        if parts := names.parts(info.name):
+        if parts := fused.parts(names, info.name, params):
             if four_bits:
                 raise SaveError(f"{info.name} holds several projections, which 4 bits keep apart")
             rows = [params[path].shape[0] for path in parts]
             changes = [trained.get(path, adapters.get(path)) for path in parts]
             whole = fused.joined(info.name, changes, rows, groups)
+            if isinstance(whole, torch.Tensor):
+                whole = whole.view(info.shape)
             shards[files[info.name]].append(Tensor(info.name, info.dtype, info.shape, info, whole))
             continue
         try:

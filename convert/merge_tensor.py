@@ -17,13 +17,15 @@ _CHUNK = 1 << 23
 def merged(base: torch.Tensor, adapter: LoRA, name: str) -> torch.Tensor:
     """base [out, in] + scale * b @ a, added in fp32 and rounded once; written into `base`.
 
+    A stack [x, out, in] is read as the matrix [x * out, in].
+
     Raises SaveError for a result that its dtype cannot hold.
     """
     a, b = adapter.a.detach().float().cpu(), adapter.b.detach().float().cpu()
-    for rows in _rows(base):
-        part = base[rows].float() + delta(LoRA(a, b[rows], adapter.scale))
-        base[rows] = part
-        if not bool(base[rows].isfinite().all()):
+    matrix = base.view(-1, base.shape[-1])
+    for rows in _rows(matrix):
+        matrix[rows] = matrix[rows].float() + delta(LoRA(a, b[rows], adapter.scale))
+        if not bool(matrix[rows].isfinite().all()):
             raise SaveError(f"{name} merged has values that are not finite in {base.dtype}")
     return base
 
@@ -38,6 +40,7 @@ def check(base: torch.Tensor, written: torch.Tensor, adapter: LoRA, name: str) -
     stored, single = torch.finfo(base.dtype), torch.finfo(torch.float32)
     # Each row of |b| times each column of |a| is at most the product of their lengths.
     a_size, b_size = a.norm(dim=0), abs(adapter.scale) * b.norm(dim=1)
+    base, written = (t.view(-1, t.shape[-1]) for t in (base, written))
     smallest = stored.smallest_normal * stored.eps
     for rows in _rows(base):
         want = base[rows].double().addmm_(b[rows], a, alpha=adapter.scale)

@@ -37,15 +37,18 @@ SANDWICH_NORMS = {
 }
 # One matrix for both; Phi-3's and GLM's name.
 GATE_UP = {"model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up")}
+# A part of a path that counts layers or experts.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Names:
-    """Both directions of a table; `*` stands for a layer's number.
+    """Both directions of a table; `*` stands for the number of a layer, or of an expert.
 
-    `fused`: modules of a checkpoint that hold several of ours, one above the other; `by_head`: once
-    for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of modules in
-    checkpoints -> ours.
+    A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
+    that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
+    once for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of
+    modules in checkpoints -> ours.
     """
 
     table: tuple[tuple[str, str], ...]
@@ -70,10 +73,15 @@ class Names:
         return _translate(self._hf_to_ours, name)
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """Our paths of the tensors that lie in a fused tensor called `name`; else none."""
+        """Our paths of the tensors that lie in a fused tensor called `name`; else none.
+
+        A `*` that is left in them stands for every expert.
+        """
+        fused = dict(self.fused)
+        if whole := fused.get(_pattern(name)):  # a parameter that no module's `weight` holds
+            return tuple(f"{_fill(path, name)}.weight" for path in whole)
         module, _, leaf = name.rpartition(".")
-        ours = dict(self.fused).get(_pattern(module), ())
-        return tuple(f"{_translate({_pattern(module): path}, module)}.{leaf}" for path in ours)
+        return tuple(f"{_fill(path, module)}.{leaf}" for path in fused.get(_pattern(module), ()))
 
     def groups(self, kv_heads: int) -> int:
         """How often the parts of a fused tensor follow each other."""
@@ -81,11 +89,15 @@ class Names:
 
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
+        if _pattern(path) in self._ours_to_hf:
+            return _translate(self._ours_to_hf, path)
         module, _, leaf = path.rpartition(".")
         return f"{self.module_to_hf(module)}.{leaf}"
 
     def to_ours(self, name: str) -> str:
         """The inverse of `to_hf`; raises KeyError for a name that the table does not have."""
+        if _pattern(name) in self._hf_to_ours:
+            return _translate(self._hf_to_ours, name)
         module, _, leaf = name.rpartition(".")
         return f"{self.module_to_ours(module)}.{leaf}"
 
@@ -103,14 +115,18 @@ def names(
 
 
 def _pattern(path: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", path, count=1)
+    return _NUMBER.sub("*", path)
 
 
 def _translate(table: dict[str, str], path: str) -> str:
-    found = re.search(r"\.(\d+)\.", path)
-    if found is None:
-        return table[path]
     pattern = _pattern(path)
     if pattern not in table:
         raise KeyError(path)
-    return table[pattern].replace("*", found.group(1))
+    return _fill(table[pattern], path)
+
+
+def _fill(pattern: str, path: str) -> str:
+    """`pattern` with the numbers of `path` in place of its `*`."""
+    for number in _NUMBER.findall(path):
+        pattern = pattern.replace("*", number, 1)
+    return pattern

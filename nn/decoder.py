@@ -12,17 +12,18 @@ from ..kernels.attention import Documents
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import rope, tree
-from .activation import activated, inputs
 from .attention import Visible, attend, prepared, visible
 from .cache import Cache
+from .experts import moe
 from .fast_layer import Layer as FastLayer
 from .layout import Layout, dense
 from .linear import linear, project, seed_after
+from .mlp import mlp
 from .norm import add, norm
 from .offload import Offload
 from .remat import remat
 from .residuals import Policy, Residuals, per_layer
-from .spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec
+from .spec import AttentionSpec, LayerSpec, ModelSpec, MoESpec, RopeSpec
 
 Buffers = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -54,17 +55,6 @@ def attention(
     return linear(out, p["o"], get("o"), seed_after(seed, 3))
 
 
-def mlp(
-    x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, spec: LayerSpec, seed: int | None = None
-) -> torch.Tensor:
-    """Normalised x [b, s, e] -> [b, s, e]."""
-    get = (adapters or {}).get
-    names = inputs(spec.mlp)
-    parts = project(x, [p[n] for n in names], [get(n) for n in names], seed_after(seed, 4))
-    hidden = activated(parts, spec.mlp)
-    return linear(hidden, p["down"], get("down"), seed_after(seed, 6))
-
-
 def layer(
     x: torch.Tensor,
     p: tree.Tree,
@@ -86,7 +76,11 @@ def layer(
     if spec.own_norms or not spec.parallel:
         source = x if spec.parallel else mid
         inner = norm(source, p.get("mlp_norm"), spec.norm) if spec.pre_norm else source
-    branch = mlp(inner, p["mlp"], adapters.get("mlp"), spec, seed)
+    mlp_args = inner, p["mlp"], adapters.get("mlp")
+    if isinstance(spec.mlp, MoESpec):
+        branch = moe(*mlp_args, spec.mlp, seed_after(seed, 4))
+    else:
+        branch = mlp(*mlp_args, spec.mlp, seed_after(seed, 4))
     return add(mid, branch, p.get("mlp_post_norm"), spec)
 
 
@@ -194,6 +188,8 @@ def uncovered(spec: LayerSpec) -> str | None:
     """What of a layer `fast_layer` has no code for; None where it has all."""
     if spec.attention.softcap is not None:
         return "soft-capped scores"
+    if isinstance(spec.mlp, MoESpec):
+        return "a mixture of experts"
     return None
 
 

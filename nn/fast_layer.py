@@ -20,7 +20,7 @@ from .lora import LoRA
 from .norm import add, add_backward, norm
 from .offload import Offload
 from .residuals import Policy
-from .spec import AttentionSpec, LayerSpec
+from .spec import AttentionSpec, LayerSpec, MLPSpec
 
 # What o and down make, of which a layer with norms after its branches needs the values.
 BRANCHES = ("attn_branch", "mlp_branch")
@@ -43,6 +43,8 @@ class Layer:
     ) -> None:
         self.index, self.spec, self.documents = index, spec, documents
         self.policy, self.offload, self.seed = policy, offload, seed
+        assert isinstance(spec.mlp, MLPSpec)  # `decoder.uncovered` tells
+        self.mlp = spec.mlp
         self.stays = stays  # on the device, whatever the policy sends away
 
     def fate(self, name: str) -> str:
@@ -93,7 +95,7 @@ class Layer:
 
     def _gate_up(self, mid: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> list[torch.Tensor]:
         inner = self._mlp_in(mid, p)
-        picked = _picked(p["mlp"], adapters, "mlp", inputs(self.spec.mlp))
+        picked = _picked(p["mlp"], adapters, "mlp", inputs(self.mlp))
         return list(project(inner, *picked, seed_after(self.seed, 4)))
 
     # The two directions.
@@ -108,7 +110,7 @@ class Layer:
         o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), seed_after(self.seed, 3))
         mid = add(x, o, p.get("attn_post_norm"), self.spec)
         gate_up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
-        hidden = activated(gate_up, self.spec.mlp)
+        hidden = activated(gate_up, self.mlp)
         down = linear(
             hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), seed_after(self.seed, 6)
         )
@@ -142,7 +144,7 @@ class Layer:
         adapters: tree.Tree,
         grads: dict[tuple[str, str], Grads],
     ) -> torch.Tensor:
-        pulled, names = _Puller(p, adapters, grads, self.seed), inputs(self.spec.mlp)
+        pulled, names = _Puller(p, adapters, grads, self.seed), inputs(self.mlp)
         branch = residuals.pop("mlp_branch", None)
         dy = add_backward(dy, branch, p.get("mlp_post_norm"), self.spec)
         with torch.enable_grad():
@@ -154,7 +156,7 @@ class Layer:
             residuals["gate_up"] = project(inner.detach(), *picked, seed_after(self.seed, 4))
         with torch.enable_grad():
             gate_up = [t.detach().requires_grad_() for t in residuals.pop("gate_up")]
-            hidden = activated(gate_up, self.spec.mlp)
+            hidden = activated(gate_up, self.mlp)
         dhidden = pulled("mlp", ("down",), hidden.detach(), (dy,), 6)
         dgate_up = torch.autograd.grad(hidden, gate_up, dhidden)
         del hidden, gate_up, dhidden

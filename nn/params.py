@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CheckpointError
 from . import tree
-from .spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec
+from .spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
 
 
 def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
-    a, f = layer.attention, layer.mlp.dim
+    a = layer.attention
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     attn = {
         "q": _linear(q, e, "qe", a.qkv_bias),
@@ -48,11 +48,7 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     if a.qk_norm is not None:
         attn["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
         attn["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
-    mlp = {
-        "gate": _linear(f, e, "fe", layer.mlp.bias),
-        "up": _linear(f, e, "fe", layer.mlp.bias),
-        "down": _linear(e, f, "ef", layer.mlp.bias),
-    }
+    mlp = _moe(layer.mlp, e) if isinstance(layer.mlp, MoESpec) else _mlp(layer.mlp, e)
     here = {
         "attn_norm": layer.pre_norm,
         "attn_post_norm": layer.post_norm,
@@ -62,9 +58,28 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     norms = {name: _norm(layer.norm, (e,), "e") for name, on in here.items() if on}
     if not layer.norm.weight:
         norms = {}
-    if not layer.mlp.gated:
-        del mlp["gate"]
     return {**norms, "attn": attn, "mlp": mlp}
+
+
+def _mlp(mlp: MLPSpec, e: int) -> dict[str, Any]:
+    made = {"gate": _linear(mlp.dim, e, "fe", mlp.bias)} if mlp.gated else {}
+    made["up"] = _linear(mlp.dim, e, "fe", mlp.bias)
+    made["down"] = _linear(e, mlp.dim, "ef", mlp.bias)
+    return made
+
+
+def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
+    # One leaf an expert: each is quantized, adapted and dequantized for itself.
+    router = {"weight": ParamSpec((moe.experts, e), "xe")}
+    if moe.router == "sigmoid":
+        router["bias"] = ParamSpec((moe.experts,), "x", init="zeros")
+    made: dict[str, Any] = {"router": router}
+    made["experts"] = [_mlp(moe.expert, e) for _ in range(moe.experts)]
+    if moe.shared is not None:
+        made["shared"] = _mlp(moe.shared, e)
+    if moe.shared_gate:
+        made["shared_gate"] = {"weight": ParamSpec((1, e), "1e")}
+    return made
 
 
 def _linear(out: int, inp: int, axes: str, bias: bool) -> dict[str, ParamSpec]:

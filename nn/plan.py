@@ -153,7 +153,7 @@ def _hidden_copies(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> bool:
     sent = sum(_size(layer, spec, shape, name) for name in ("x", "out", "mid"))
     a = layer.attention
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    weights = spec.dim * (2 * q + 2 * kv + (2 + layer.mlp.gated) * layer.mlp.dim)
+    weights = spec.dim * (2 * q + 2 * kv + sum((2 + mlp.gated) * mlp.dim for mlp in layer.mlps))
     forward = 2 * shape.tokens * weights / _PRODUCTS
     forward += _recompute_seconds(layer, spec, shape, "out")
     return _COPY_START + sent / _COPY <= forward
@@ -193,16 +193,18 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     Attention: q, k and v as projected and as rotated, their gradients twice over (fp32 in some
     backends), the output's gradient. Both: some hidden states and two dequantized weights.
     """
-    a, f = layer.attention, layer.mlp.dim
+    a, f = layer.attention, max(mlp.dim for mlp in layer.mlps)
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    inputs = 1 + layer.mlp.gated
     sizes = bytes_per_token(layer, spec.dim, shape.itemsize)
 
     def again(name: str) -> int:
         fate = "recompute" if uncovered(layer) else getattr(policy, name)
         return sizes[name] if fate == "recompute" else 0
 
-    mlp = (inputs + 2) * f * shape.itemsize + again("gate_up")
+    hidden = sum((3 + mlp.gated) * mlp.dim for mlp in layer.mlps)
+    mlp = hidden * shape.itemsize + again("gate_up")
+    if len(layer.mlps) > 1:  # each expert's copy of its tokens, what it makes of them, weighed
+        mlp += len(layer.mlps) * spec.dim * (2 * shape.itemsize + 4)
     attention = (3 * (q + 2 * kv) + 2 * q) * shape.itemsize + q * 4
     attention += again("qkv") + again("out")
     # Expanded heads' gradients of k and v, which some backends make before they sum groups.

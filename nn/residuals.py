@@ -49,7 +49,7 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
         "qkv": (q + 2 * kv) * itemsize,
         "out": q * itemsize + a.heads * 4,
         "mid": ((not spec.parallel) + 2 * spec.post_norm) * dim * itemsize,
-        "gate_up": (1 + spec.mlp.gated) * spec.mlp.dim * itemsize,
+        "gate_up": sum((1 + mlp.gated) * mlp.dim for mlp in spec.mlps) * itemsize,
     }
 
 

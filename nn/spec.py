@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+Router = Literal["softmax", "top_softmax", "sigmoid"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -99,6 +100,31 @@ class MLPSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MoESpec:
+    """A mixture: of `experts` MLPs each token passes `active`, chosen and weighed by a router.
+
+    The router's logits are x W^T [x] in x's dtype, all that follows is fp32. By `router`,
+    "softmax": the largest of softmax(logits) are taken, and are the weights; "top_softmax": the
+    largest logits are taken, the weights are their softmax; "sigmoid": the weights are sigmoids,
+    taken are the largest of sigmoid + bias (a trained [x]) within the `active_groups` best of
+    `groups` equal groups, of which each counts with the sum of its two largest. `normalise`: the
+    weights are divided by their sum; then they are multiplied with `scale`. `shared` is an MLP that
+    every token passes, times sigmoid(x w^T) where `shared_gate`.
+    """
+
+    experts: int
+    active: int
+    expert: MLPSpec
+    router: Router = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    active_groups: int = 1
+    shared: MLPSpec | None = None
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -110,12 +136,21 @@ class LayerSpec:
 
     norm: NormSpec
     attention: AttentionSpec
-    mlp: MLPSpec
+    mlp: MLPSpec | MoESpec
     pre_norm: bool = True
     post_norm: bool = False
     parallel: bool = False
     own_norms: bool = False
     residual_scale: float = 1.0
+
+    @property
+    def mlps(self) -> tuple[MLPSpec, ...]:
+        """The MLPs that one token passes."""
+        if isinstance(self.mlp, MLPSpec):
+            return (self.mlp,)
+        return (self.mlp.expert,) * self.mlp.active + (
+            (self.mlp.shared,) if self.mlp.shared else ()
+        )
 
 
 @dataclass(frozen=True, slots=True)

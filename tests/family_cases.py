@@ -142,5 +142,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
     ("gpt_neox", {"attention_bias": False, "rope_parameters": HALF, "layer_norm_eps": 1e-3}),
     ("gpt_neox", {"tie_word_embeddings": True, "hidden_act": "gelu_fast"}),
+    ("mixtral", {}),
+    ("mixtral", {"num_experts_per_tok": 3, "sliding_window": 7, "hidden_act": "gelu"}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "num_experts_per_tok": 3}),
+    ("qwen3_moe", {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 6}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [0], "num_experts_per_tok": 2}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "qkv_bias": False}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

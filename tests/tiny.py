@@ -18,6 +18,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts": 6, "moe_intermediate_size": 64}
 # Family: the name of its classes in transformers, and what its tiny model needs beside SIZES.
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -43,6 +44,15 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("Arcee", {}),
     "nemotron": ("Nemotron", {"head_dim": 16}),
     "starcoder2": ("Starcoder2", {"bos_token_id": 1, "eos_token_id": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**EXPERTS, "num_experts_per_tok": 2, "head_dim": 12},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**EXPERTS, "shared_expert_intermediate_size": 128},
+    ),
     "stablelm": ("StableLm", {"hidden_size": 64}),
     "seed_oss": ("SeedOss", {"pad_token_id": None, "head_dim": 12}),
     "olmo": ("Olmo", {"pad_token_id": None, "eos_token_id": 2}),

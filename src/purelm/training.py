@@ -15,7 +15,6 @@ import torch
 
 from .convert.bridge import CausalLM
 from .errors import ArgumentError, TrainingError
-from .nn import decoder
 from .rows import Row, collate, pack
 
 ScheduleKind = Literal["cosine", "linear", "constant"]
@@ -118,7 +117,7 @@ def packs(model: CausalLM) -> bool:
     return (
         model.device.type == "cuda"
         and model.dtype in (torch.bfloat16, torch.float16)
-        and all(decoder.uncovered(layer) is None for layer in model.spec.layers)
+        and all(layer.attention.softcap is None for layer in model.spec.layers)
     )
 
 

@@ -1,0 +1,79 @@
+"""The fields that mixtures of experts have in common, read into the `MoESpec` of their layers."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..nn.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
+from .config_fields import Fields
+from .dense import ACTIVATIONS
+
+
+def expert_names(
+    block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> dict[str, str]:
+    """The names of a router and its experts, stored one by one in the module `block` of a layer."""
+    inner = f"model.layers.*.{block}.experts.*"
+    return {
+        "layers.*.mlp.router": f"model.layers.*.{block}.gate",
+        "layers.*.mlp.experts.*.gate": f"{inner}.{gate}",
+        "layers.*.mlp.experts.*.up": f"{inner}.{up}",
+        "layers.*.mlp.experts.*.down": f"{inner}.{down}",
+    }
+
+
+def stacked(block: str) -> dict[str, tuple[str, ...]]:
+    """The two tensors [x, 2f, e] and [x, e, f] that transformers 5 has in place of `experts.*`."""
+    experts = f"model.layers.*.{block}.experts"
+    return {
+        f"{experts}.gate_up_proj": ("layers.*.mlp.experts.*.gate", "layers.*.mlp.experts.*.up"),
+        f"{experts}.down_proj": ("layers.*.mlp.experts.*.down",),
+    }
+
+
+def mlp_spec(fields: Fields, width: str, default: int) -> MLPSpec:
+    """An expert, as wide as the field `width` says."""
+    return MLPSpec(fields.integer(width, default), fields.choice("hidden_act", ACTIVATIONS, "silu"))
+
+
+def moe_spec(
+    fields: Fields,
+    mlp: MLPSpec,
+    *,
+    count: str = "num_experts",
+    experts: int,
+    active: int,
+    **others: Any,
+) -> MoESpec:
+    """A mixture of MLPs like `mlp`; `count` names the field of how many, `others` as in `MoESpec`.
+
+    Raises ConfigError where a token would pass more experts than there are, or for a loss term.
+    """
+    number = fields.integer(count, experts)
+    picked = fields.integer("num_experts_per_tok", active)
+    if picked > number:
+        raise fields.error(f"num_experts_per_tok is {picked}, and {count} is {number}")
+    # The auxiliary loss, which transformers adds only where the logits are asked for.
+    fields.expect("output_router_logits", False)
+    fields.take("router_aux_loss_coef", 0.0)
+    return MoESpec(number, picked, mlp, **others)
+
+
+def with_experts(spec: ModelSpec, moe: MoESpec, dense: frozenset[int] = frozenset()) -> ModelSpec:
+    """The spec with this mixture in every layer that is not in `dense`."""
+
+    def changed(i: int, layer: LayerSpec) -> LayerSpec:
+        return layer if i in dense else replace(layer, mlp=moe)
+
+    return replace(spec, layers=tuple(changed(i, x) for i, x in enumerate(spec.layers)))
+
+
+def dense_layers(fields: Fields) -> frozenset[int]:
+    """The layers without experts, by `decoder_sparse_step` and `mlp_only_layers` (Qwen)."""
+    depth = fields.integer("num_hidden_layers")
+    step = fields.integer("decoder_sparse_step", 1)
+    only = fields.take("mlp_only_layers", [])
+    if not isinstance(only, list) or not all(type(i) is int and 0 <= i < depth for i in only):
+        raise fields.error(
+            f"mlp_only_layers is {only!r:.200}, expected numbers of the {depth} layers"
+        )
+    return frozenset(i for i in range(depth) if i in only or (i + 1) % step)

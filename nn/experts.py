@@ -1,0 +1,116 @@
+"""Mixtures of experts: each token passes a few of many MLPs, chosen and weighed by a router.
+
+Tokens are sorted by expert, each expert multiplies its own in one go, and a token sums up what its
+experts made of it. Expert weights are leaves of their own, so a 4-bit one is dequantized alone, in
+forward and again in backward, and never kept. The one wait for the device is for how many tokens
+each expert has.
+"""
+
+from typing import Any
+
+import torch
+
+from . import tree
+from .linear import linear, seed_after
+from .mlp import mlp
+from .spec import MoESpec
+
+# Dropout seeds of one layer's experts lie this far apart, beyond those of all other projections.
+_SEED_STEP = 1_000_003
+
+
+def moe(
+    x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, spec: MoESpec, seed: int | None = None
+) -> torch.Tensor:
+    """Normalised x [b, s, e] -> [b, s, e]: the weighed sum of each token's experts, plus `shared`.
+
+    Differentiable in x, params and adapters; which experts a token gets is not. An expert without
+    tokens is skipped, unless something of it is trained, which then gets zero gradients.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    weights, chosen = route(flat, p["router"], spec)
+    mix = _every_token if torch._C._are_functorch_transforms_active() else _sorted_tokens
+    out = mix(flat, weights, chosen, p["experts"], adapters, spec, seed)
+    if spec.shared is not None:
+        shared = mlp(flat, p["shared"], tree.get(adapters, "shared"), spec.shared, seed)
+        if spec.shared_gate:
+            shared = linear(flat, p["shared_gate"]).sigmoid() * shared
+        out = out + shared
+    return out.view(x.shape)
+
+
+def route(
+    x: torch.Tensor, router: dict[str, torch.Tensor], spec: MoESpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [t, e] -> each token's weights [t, active] (fp32 or wider) and experts [t, active]."""
+    logits = linear(x, {"weight": router["weight"]})
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if spec.router == "top_softmax":
+        top, chosen = logits.topk(spec.active, dim=-1)
+        weights = top.softmax(-1)
+    elif spec.router == "softmax":
+        weights, chosen = logits.softmax(-1).topk(spec.active, dim=-1)
+        if spec.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+    else:
+        scores = logits.sigmoid()
+        chosen = _within_groups(scores.detach() + router["bias"].detach(), spec)
+        weights = scores.gather(-1, chosen)
+        if spec.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return (weights if spec.scale == 1.0 else weights * spec.scale), chosen
+
+
+def _within_groups(scores: torch.Tensor, spec: MoESpec) -> torch.Tensor:
+    """scores [t, x] -> the experts [t, active] with the largest, in the best groups only."""
+    if spec.active_groups < spec.groups:
+        grouped = scores.view(len(scores), spec.groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(spec.active_groups, dim=-1).indices
+        left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        scores = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+    return scores.topk(spec.active, dim=-1).indices
+
+
+def _sorted_tokens(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    experts: list[Any],
+    adapters: tree.Tree,
+    spec: MoESpec,
+    seed: int | None,
+) -> torch.Tensor:
+    """Each expert on its own tokens: x [t, e] -> [t, e]."""
+    order = chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=spec.experts).tolist()
+    rows = x[order // spec.active].split_with_sizes(counts)
+    made = []
+    for i, (p, own) in enumerate(zip(experts, rows, strict=True)):
+        adapter = tree.get(adapters, "experts", i)
+        if len(own) or any(t.requires_grad for t in tree.tensors([p, adapter])):
+            made.append(mlp(own, p, adapter, spec.expert, _seed(seed, i)))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    each = torch.cat(made)[back].view(*chosen.shape, -1)
+    return (each * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _every_token(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    experts: list[Any],
+    adapters: tree.Tree,
+    spec: MoESpec,
+    seed: int | None,
+) -> torch.Tensor:
+    """The same with every expert on every token, for transforms, which cannot sort by value."""
+    out = torch.zeros_like(x, dtype=weights.dtype)
+    for i, p in enumerate(experts):
+        made = mlp(x, p, tree.get(adapters, "experts", i), spec.expert, _seed(seed, i))
+        out = out + made * (weights * (chosen == i)).sum(-1, keepdim=True)
+    return out.to(x.dtype)
+
+
+def _seed(seed: int | None, expert: int) -> int | None:
+    return seed_after(seed, _SEED_STEP * (expert + 1))
