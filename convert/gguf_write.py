@@ -17,7 +17,7 @@ import torch
 
 from ..errors import ArgumentError, ConfigError, LoadError, SaveError
 from ..nn.rope import inverse_frequencies
-from ..nn.spec import ModelSpec
+from ..nn.spec import MLPSpec, ModelSpec
 from . import atomic, merge
 from .bnb_file import read_dense
 from .gguf_file import GGUFTensor, open_gguf
@@ -213,7 +213,8 @@ def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
     written = {tensor.name for tensor in merge.tensors(model)}
     tied = model.origin.family.names.to_hf("head.weight") not in written
     spec = replace(spec, layers=layers, max_positions=context, tied=tied)
-    first = layers[0].attention
+    first, mlp = layers[0].attention, layers[0].mlp
+    assert isinstance(mlp, MLPSpec)  # no architecture of `_ARCHITECTURES` has experts
     rope = first.rope
     if rope is None:
         raise ConfigError("a layer has no rotary embedding, which a GGUF file cannot say")
@@ -222,7 +223,7 @@ def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
         "context_length": context,
         "embedding_length": spec.dim,
         "block_count": len(layers),
-        "feed_forward_length": layers[0].mlp.dim,
+        "feed_forward_length": mlp.dim,
         "attention.head_count": first.heads,
         "attention.head_count_kv": first.kv_heads,
         "attention.key_length": first.head_dim,
