@@ -66,6 +66,12 @@ class Fields:
             raise self.error(f"the config has no {name!r}, which its model_type needs")
         return default
 
+    def put(self, name: str, value: Any) -> None:
+        """A field that a family computes; raises ConfigError where another value stands."""
+        if self.has(name) and self.raw[name] != value:
+            raise self.error(f"{name} is {self.raw[name]!r:.200}; the other fields make it {value}")
+        self.raw = {**self.raw, name: value}
+
     def rename(self, old: str, new: str) -> None:
         """Read the field `old` as `new`; raises ConfigError where both stand and differ."""
         if not self.has(old):

@@ -180,6 +180,9 @@ def _match(
         elif path == "head.weight" and spec.tied:
             _check_tied(found, family, info)
             left_out.append(info.name)
+        elif (value := family.names.constant(info.name)) is not None:
+            _check_constant(info, value)
+            left_out.append(info.name)
         elif _DERIVED.search(info.name):
             left_out.append(info.name)
         else:
@@ -215,6 +218,16 @@ def _check_tied(found: Sequence[Entry], family: Family, head: Entry) -> None:
             "set it to false in config.json to use both",
             tensor=head.name,
             file=head.file,
+        )
+
+
+def _check_constant(info: Entry, value: float) -> None:
+    stored = read_dense(info)
+    if not torch.equal(stored, torch.full_like(stored, value)):
+        raise CheckpointError(
+            f"found values other than {value}, the only one its model_type is computed with",
+            tensor=info.name,
+            file=info.file,
         )
 
 

@@ -48,13 +48,15 @@ class Names:
     A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
     once for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of
-    modules in checkpoints -> ours.
+    modules in checkpoints -> ours. `constants`: stored tensors that always have one value, which
+    is not read.
     """
 
     table: tuple[tuple[str, str], ...]
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     by_head: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
+    constants: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -87,6 +89,10 @@ class Names:
         """How often the parts of a fused tensor follow each other."""
         return kv_heads if self.by_head else 1
 
+    def constant(self, name: str) -> float | None:
+        """The value that a stored tensor always has, or None for one that is read."""
+        return dict(self.constants).get(_pattern(name))
+
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
         if _pattern(path) in self._ours_to_hf:
@@ -107,11 +113,12 @@ def names(
     fused: Mapping[str, tuple[str, ...]] | None = None,
     by_head: bool = False,
     aliases: Mapping[str, str] | None = None,
+    constants: Mapping[str, float] | None = None,
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
     parts, others = tuple((fused or {}).items()), tuple((aliases or {}).items())
-    return Names(tuple(rows.items()), parts, by_head, others)
+    return Names(tuple(rows.items()), parts, by_head, others, tuple((constants or {}).items()))
 
 
 def _pattern(path: str) -> str:

@@ -8,11 +8,13 @@ from ..errors import ConfigError
 from ..nn.spec import ModelSpec
 from .config_fields import Fields
 from .families import (
+    apertus,
     arcee,
     cohere,
     cohere2,
     ernie4_5,
     exaone4,
+    falcon,
     gemma,
     gemma2,
     gemma3_text,
@@ -24,12 +26,14 @@ from .families import (
     hunyuan_v1_dense,
     llama,
     ministral,
+    ministral3,
     mistral,
     mixtral,
     nemotron,
     olmo,
     olmo2,
     olmo3,
+    phi,
     phi3,
     qwen2,
     qwen2_moe,
@@ -98,6 +102,10 @@ FAMILIES = {
         Family("olmo", olmo, "OlmoForCausalLM"),
         Family("hunyuan_v1_dense", hunyuan_v1_dense, "HunYuanDenseV1ForCausalLM"),
         Family("gpt_neox", gpt_neox, "GPTNeoXForCausalLM"),
+        Family("phi", phi, "PhiForCausalLM"),
+        Family("ministral3", ministral3, "Ministral3ForCausalLM"),
+        Family("falcon", falcon, "FalconForCausalLM"),
+        Family("apertus", apertus, "ApertusForCausalLM"),
     )
 }
 

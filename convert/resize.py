@@ -27,10 +27,12 @@ def resized(
         )
 
     def grow(path: str, leaf: Any) -> Any:
-        if path not in ("embed.weight", "head.weight") or not isinstance(leaf, torch.Tensor):
+        if path not in ("embed.weight", "head.weight", "head.bias") or not isinstance(
+            leaf, torch.Tensor
+        ):
             return leaf
         mean = leaf.float().mean(0, keepdim=True).to(leaf.dtype)
-        return torch.cat([leaf, mean.expand(rows - spec.vocab, -1)])
+        return torch.cat([leaf, mean.expand(rows - spec.vocab, *leaf.shape[1:])])
 
     config.vocab_size = rows
     return replace(spec, vocab=rows), tree.map_with_path(grow, params)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.gated import gated
-from .spec import MLPSpec
+from . import tree
+from .spec import XIELU_BETA, XIELU_EPS, MLPSpec
 
 
 def inputs(spec: MLPSpec) -> tuple[str, ...]:
@@ -14,8 +15,8 @@ def inputs(spec: MLPSpec) -> tuple[str, ...]:
     return ("gate", "up") if spec.gated else ("up",)
 
 
-def activated(parts: Sequence[torch.Tensor], spec: MLPSpec) -> torch.Tensor:
-    """The outputs of `inputs`, each [..., f] -> the input [..., f] of `down`."""
+def activated(parts: Sequence[torch.Tensor], spec: MLPSpec, p: tree.Tree) -> torch.Tensor:
+    """The outputs of `inputs`, each [..., f] -> the input [..., f] of `down`; `p` is the MLP's."""
     if spec.gated:
         gate, up = parts
         return gated(gate, up, spec.activation)
@@ -24,4 +25,17 @@ def activated(parts: Sequence[torch.Tensor], spec: MLPSpec) -> torch.Tensor:
         return F.silu(up)
     if spec.activation == "relu2":
         return F.relu(up).square()
+    if spec.activation == "xielu":
+        return xielu(up, p["act"]["alpha_p"], p["act"]["alpha_n"])
     return F.gelu(up, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+
+
+def xielu(x: torch.Tensor, alpha_p: torch.Tensor, alpha_n: torch.Tensor) -> torch.Tensor:
+    """x [..., f] through the integral of an expanded ELU (arXiv 2411.13010); the alphas are [1].
+
+    a_p x^2 + beta x above 0, a_n (expm1(min(x, eps)) - x) + beta x below it, with
+    a_p = softplus(alpha_p) and a_n = beta + softplus(alpha_n).
+    """
+    above, below = F.softplus(alpha_p), XIELU_BETA + F.softplus(alpha_n)
+    curved = torch.where(x > 0, above * x * x, (torch.expm1(x.clamp(max=XIELU_EPS)) - x) * below)
+    return curved + XIELU_BETA * x

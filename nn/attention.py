@@ -30,7 +30,9 @@ def prepared(
     if not spec.qk_norm_after:
         q, k = _normed(q, k, p, spec)
     if spec.rope is not None and table is not None:
-        q, k = rope_qk(q, k, *table, interleaved=spec.rope.interleaved)
+        q, k = rope_qk(q, k, table.cos, table.sin, interleaved=spec.rope.interleaved)
+        if table.query_scale is not None:
+            q = q * table.query_scale[..., None, None].to(q.dtype)
     if spec.qk_norm_after:
         q, k = _normed(q, k, p, spec)
     return q, k, v

@@ -206,6 +206,8 @@ def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:
 def logits(params: tree.Tree, spec: ModelSpec, x: torch.Tensor) -> torch.Tensor:
     """Hidden states [..., e] -> logits [..., v], scaled and capped (in fp32, rounded once)."""
     out = base_linear(x, head_weight(params, spec))
+    if spec.head_bias:
+        out = out + params["head"]["bias"].to(out.dtype)
     if spec.logit_scale == 1.0 and spec.logit_softcap is None:
         return out
     wide = out.to(torch.promote_types(out.dtype, torch.float32)) * spec.logit_scale

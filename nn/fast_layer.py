@@ -110,7 +110,7 @@ class Layer:
         o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), seed_after(self.seed, 3))
         mid = add(x, o, p.get("attn_post_norm"), self.spec)
         gate_up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
-        hidden = activated(gate_up, self.mlp)
+        hidden = activated(gate_up, self.mlp, p["mlp"])
         down = linear(
             hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), seed_after(self.seed, 6)
         )
@@ -156,7 +156,7 @@ class Layer:
             residuals["gate_up"] = project(inner.detach(), *picked, seed_after(self.seed, 4))
         with torch.enable_grad():
             gate_up = [t.detach().requires_grad_() for t in residuals.pop("gate_up")]
-            hidden = activated(gate_up, self.mlp)
+            hidden = activated(gate_up, self.mlp, p["mlp"])
         dhidden = pulled("mlp", ("down",), hidden.detach(), (dy,), 6)
         dgate_up = torch.autograd.grad(hidden, gate_up, dhidden)
         del hidden, gate_up, dhidden

@@ -39,8 +39,13 @@ def next_token(
     """
     target = shift(labels, layout).reshape(-1)
     weight = weight_of(head_weight(params, spec), x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if spec.head_bias:
+        # A column of the matrix, whose feature is 1 in every row: one copy of the matrix a loss.
+        bias = params["head"]["bias"].to(weight.dtype)
+        weight, flat = torch.cat([weight, bias[:, None]], 1), F.pad(flat, (0, 1), value=1.0)
     total = linear_cross_entropy(
-        x.reshape(-1, x.shape[-1]),
+        flat,
         weight,
         target,
         softcap=spec.logit_softcap,

@@ -15,5 +15,5 @@ def mlp(
     get = (adapters or {}).get
     names = inputs(spec)
     parts = project(x, [p[n] for n in names], [get(n) for n in names], seed)
-    hidden = activated(parts, spec)
+    hidden = activated(parts, spec, p)
     return linear(hidden, p["down"], get("down"), seed_after(seed, 2))

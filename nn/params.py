@@ -3,6 +3,7 @@
 One description drives initialising, checking, loading, memory planning and quantization.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from ..errors import CheckpointError
 from . import tree
 from .spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
 
+# Where xIELU's scalars start: softplus makes them 0.8, and 0.3 above beta (arXiv 2411.13010).
+XIELU = {name: math.log(math.expm1(x)) for name, x in {"alpha_p": 0.8, "alpha_n": 0.3}.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
@@ -19,7 +23,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: str
-    init: Literal["normal", "zeros", "ones"] = "normal"
+    init: Literal["normal", "zeros", "ones"] | float = "normal"
     quantize: bool = False
 
 
@@ -33,6 +37,8 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
         out["norm"] = _norm(spec.norm, (spec.dim,), "e")
     if not spec.tied:
         out["head"] = {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
+        if spec.head_bias:
+            out["head"]["bias"] = ParamSpec((spec.vocab,), "v", init="zeros")
     return out
 
 
@@ -65,6 +71,8 @@ def _mlp(mlp: MLPSpec, e: int) -> dict[str, Any]:
     made = {"gate": _linear(mlp.dim, e, "fe", mlp.bias)} if mlp.gated else {}
     made["up"] = _linear(mlp.dim, e, "fe", mlp.bias)
     made["down"] = _linear(e, mlp.dim, "ef", mlp.bias)
+    if mlp.activation == "xielu":
+        made["act"] = {name: ParamSpec((1,), "1", init=value) for name, value in XIELU.items()}
     return made
 
 
@@ -122,7 +130,8 @@ def init(
             drawn = torch.empty(p.shape, device=generator.device)
             drawn.normal_(0.0, spec.init_std, generator=generator)
         else:
-            drawn = torch.full(p.shape, float(p.init == "ones"), device=generator.device)
+            value = {"zeros": 0.0, "ones": 1.0}[p.init] if isinstance(p.init, str) else p.init
+            drawn = torch.full(p.shape, value, device=generator.device)
         return drawn.to(device=device, dtype=dtype)
 
     return tree.map(draw, param_specs(spec))

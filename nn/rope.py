@@ -5,16 +5,25 @@ operations.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from .spec import RopeSpec
 
-Table = tuple[torch.Tensor, torch.Tensor]
+
+class Table(NamedTuple):
+    """cos and sin [b, s, dim], each angle at both of its features, and what queries are multiplied
+    with [b, s], if with anything; all in fp32.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    query_scale: torch.Tensor | None = None
 
 
 def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
-    """cos and sin [b, s, dim] in fp32 for positions [b, s], each angle at both of its features."""
+    """The table of positions [b, s]."""
     inv_freq = inverse_frequencies(rope, positions)
     angles = positions[..., None].float() * inv_freq
     if rope.interleaved:
@@ -22,7 +31,13 @@ def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
     else:
         angles = torch.cat([angles, angles], dim=-1)
     factor = attention_factor(rope)
-    return angles.cos() * factor, angles.sin() * factor
+    return Table(angles.cos() * factor, angles.sin() * factor, _query_scale(rope, positions))
+
+
+def _query_scale(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor | None:
+    if not rope.query_beta:
+        return None
+    return 1 + rope.query_beta * torch.log(1 + torch.floor(positions / rope.original_positions))
 
 
 def attention_factor(rope: RopeSpec) -> float:

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"]
 Router = Literal["softmax", "top_softmax", "sigmoid"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+# Constants of xIELU (arXiv 2411.13010, sec. 4).
+XIELU_BETA, XIELU_EPS = 0.5, -1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class RopeSpec:
     `kind` and the scaling fields follow transformers' `modeling_rope_utils`. `interleaved`: feature
     2i is turned with 2i + 1 (GPT-J, Cohere), else i with i + dim / 2. "longrope" divides the
     frequencies by `long_factors` once a row is longer than `original_positions`, else by
-    `short_factors`.
+    `short_factors`. `query_beta` b: rotated queries at position i are multiplied with
+    1 + b log(1 + floor(i / `original_positions`)) (Llama 4's temperature tuning).
     """
 
     dim: int
@@ -59,6 +63,7 @@ class RopeSpec:
     interleaved: bool = False
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    query_beta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class AttentionSpec:
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
     """down(activation(gate(x)) * up(x)) with hidden width `dim` (f); without a gate,
-    down(activation(up(x))).
+    down(activation(up(x))). "xielu" has two scalars of its own and no gate.
     """
 
     dim: int
@@ -155,7 +160,8 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder: embedding, layers, final norm, head (the embedding's matrix if `tied`).
+    """A decoder: embedding, layers, final norm, head (the embedding's matrix if `tied`), with a
+    bias if `head_bias`, which a tied one has not.
 
     Embeddings are multiplied with `embed_scale`, which is rounded to their dtype first where
     `embed_scale_rounded`. Logits are multiplied with `logit_scale`, then capped at c =
@@ -173,6 +179,7 @@ class ModelSpec:
     embed_scale_rounded: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    head_bias: bool = False
 
     def ropes(self) -> Iterator[RopeSpec]:
         """The distinct rotary embeddings, in the order of their first layer."""

@@ -41,6 +41,10 @@ QUARTER = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
 HALF = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5}
 NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
 
+TEMPERED = {**YARN, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.3}
+
+MHA = {"multi_query": False, "num_key_value_heads": 4}
+
 # (family, the switches of its config that this case throws)
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -151,5 +155,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [0], "num_experts_per_tok": 2}),
     ("qwen2_moe", {"decoder_sparse_step": 2, "qkv_bias": False}),
     ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    ("phi", {}),
+    ("phi", {"qk_layernorm": True, "hidden_act": "gelu", "num_key_value_heads": 4}),
+    ("phi", {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}}),
+    ("ministral3", {"rope_parameters": TEMPERED}),
+    ("ministral3", {}),
+    ("ministral3", {"sliding_window": 7, "rope_parameters": {**TEMPERED, "mscale": 0.7}}),
+    ("falcon", {}),
+    ("falcon", {**MHA, "parallel_attn": False, "bias": True}),
+    ("falcon", {**MHA, "tie_word_embeddings": False}),
+    ("falcon", {"new_decoder_architecture": True, "bias": True, "activation": "gelu_new"}),
+    ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+    ("apertus", {}),
+    ("apertus", {"rope_parameters": LLAMA3, "attention_bias": True, "num_key_value_heads": 4}),
+    ("apertus", {"hidden_act": "silu", "tie_word_embeddings": True}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

@@ -57,7 +57,19 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOss", {"pad_token_id": None, "head_dim": 12}),
     "olmo": ("Olmo", {"pad_token_id": None, "eos_token_id": 2}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"pad_token_id": None, "head_dim": 12}),
+    "phi": ("Phi", {"hidden_size": 64}),
+    "ministral3": ("Ministral3", {"pad_token_id": None, "head_dim": 12}),
+    "falcon": ("Falcon", {"hidden_size": 64}),
+    "apertus": ("Apertus", {"pad_token_id": None}),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),
+}
+# Families that call a size otherwise, or (None) compute it.
+_SIZES: dict[str, dict[str, str | None]] = {
+    "falcon": {
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": None,
+    },
 }
 
 
@@ -65,7 +77,10 @@ def config(family: str, **fields: Any) -> Any:
     """transformers' config of a family, tiny unless `fields` say otherwise."""
     kind, extra = _KINDS[family]
     suffix = "TextConfig" if family.endswith("_text") else "Config"
-    return getattr(transformers, kind + suffix)(**{**SIZES, **extra, **fields})
+    names = _SIZES.get(family, {})
+    every = {names.get(n, n): value for n, value in {**SIZES, **extra, **fields}.items()}
+    every.pop(None, None)
+    return getattr(transformers, kind + suffix)(**every)
 
 
 def spread(model: Any, seed: int = 0) -> None:

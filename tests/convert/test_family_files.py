@@ -1,0 +1,83 @@
+"""What families' files have beside what is read: other names, constants, odd configs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bridged
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from purelm.convert.load import load_folder
+from purelm.convert.registry import family_of
+from purelm.convert.resize import resized
+from purelm.errors import CheckpointError, ConfigError
+from purelm.nn import decoder, loss
+
+
+def rewritten(folder: Path, change: Any) -> Path:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    return folder
+
+
+def test_either_name_of_a_head(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.hf_model("gpt_neox"), tmp_path / "model")
+    assert "embed_out.weight" in load_file(folder / "model.safetensors")
+    before = bridged.bridge(folder)(bridged.ids()).logits
+    rewritten(folder, lambda t: {k.replace("embed_out", "lm_head"): v for k, v in t.items()})
+    assert torch.equal(bridged.bridge(folder)(bridged.ids()).logits, before)
+
+
+def test_a_constant_that_is_another(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.hf_model("apertus"), tmp_path / "model")
+    name = "model.layers.1.mlp.act_fn.beta"
+    rewritten(folder, lambda t: {**t, name: torch.tensor(0.25)})
+    with pytest.raises(CheckpointError, match=r"other than 0\.5.*layers\.1\.mlp\.act_fn\.beta"):
+        bridged.bridge(folder)
+
+
+def test_a_head_with_a_bias_grows(tmp_path: Path) -> None:
+    """Old tokens keep their logits; the new ones have the mean's."""
+    folder = tiny.save(tiny.hf_model("phi"), tmp_path / "model")
+    loaded = load_folder(folder, quantize=None, dtype=None, device=torch.device("cpu"))
+    ids = bridged.ids()
+    before = decoder.forward(loaded.params, loaded.spec, ids)
+    spec, params = resized(loaded.spec, loaded.params, loaded.config, 107)
+    after = decoder.forward(params, spec, ids)
+    torch.testing.assert_close(after[..., :99], before, rtol=1e-6, atol=1e-6)
+    mean = before.mean(-1, keepdim=True).expand(-1, -1, 8)
+    torch.testing.assert_close(after[..., 99:], mean, rtol=1e-4, atol=1e-5)
+    assert loss.loss(params, spec, ids, ids).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "said"),
+    [
+        ("falcon", {"alibi": True}, "alibi"),
+        ("falcon", {"parallel_attn": False, "new_decoder_architecture": True}, "parallel_attn"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
+        ("falcon", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ("gpt_neox", {"rotary_emb_base": 5.0, "rope_theta": 6.0}, "rope_theta"),
+        ("ministral3", {"rope_parameters": {"rope_theta": 1e4}}, "llama_4_scaling_beta"),
+        ("hunyuan_v1_dense", {"rope_parameters": [1]}, "rope_parameters"),
+    ],
+)
+def test_configs_that_no_model_has(
+    family: str, changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    tiny.config(family).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    family_of(fields).spec(fields)
+    with pytest.raises(ConfigError, match=said):
+        family_of(fields).spec({**fields, **changed})
+
+
+def test_old_names_of_the_rotary_fields() -> None:
+    fields = {**tiny.config("gpt_neox").to_dict(), "rotary_pct": 0.5, "rotary_emb_base": 77}
+    del fields["rope_parameters"]
+    rope = family_of(fields).spec(fields).layers[0].attention.rope
+    assert rope is not None and (rope.dim, rope.theta) == (8, 77.0)
