@@ -122,11 +122,16 @@ def resolve(
 def _check_arguments(name: str, token: str | bool | None, subfolder: str | None) -> None:
     if not name or "\0" in name:
         raise SourceError(f"expected a folder or a repository id, found {name!r}")
+    check_token(token)
+    if subfolder is not None and not all(_PLAIN.fullmatch(p) for p in subfolder.split("/")):
+        raise ArgumentError(f"subfolder must be plain names joined by '/', found {subfolder!r}")
+
+
+def check_token(token: str | bool | None) -> None:
+    """Raise ArgumentError for a token that cannot stand in a request."""
     # The HTTP client's own message would show the header, with the token in it.
     if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
         raise ArgumentError("token must be printable ASCII without spaces; check how it was pasted")
-    if subfolder is not None and not all(_PLAIN.fullmatch(p) for p in subfolder.split("/")):
-        raise ArgumentError(f"subfolder must be plain names joined by '/', found {subfolder!r}")
 
 
 def _local(name: str, path: Path, revision: str | None, subfolder: str | None) -> Source:
@@ -285,7 +290,7 @@ def _explain(
     elif isinstance(problem, errors.LocalEntryNotFoundError):
         text = _not_cached(problem, where, revision)
     else:
-        text = f"{where} could not be downloaded: {type(problem).__name__}: {_first_line(problem)}"
+        text = f"{where} could not be downloaded: {type(problem).__name__}: {first_line(problem)}"
     if isinstance(token, str):
         text = text.replace(token, "***")
     return SourceError(text)
@@ -304,10 +309,11 @@ def _not_cached(problem: BaseException, where: str, revision: str | None) -> str
         )
     return (
         f"{what} is not, or not completely, in the cache and the hub cannot be reached: "
-        f"{type(cause).__name__}: {_first_line(cause)}; try again, or give a local folder"
+        f"{type(cause).__name__}: {first_line(cause)}; try again, or give a local folder"
     )
 
 
-def _first_line(problem: BaseException) -> str:
+def first_line(problem: BaseException) -> str:
+    """The first line of an exception's message, not too long."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return lines[0][:300] if lines else "no reason given"

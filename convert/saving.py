@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
+    from .push import Pushed
 
 
 class Saving:
@@ -46,3 +47,50 @@ class Saving:
         from .gguf_write import save_gguf
 
         return save_gguf(self, folder, tokenizer, quantization_method)
+
+    def push_to_hub(  # type: ignore[misc]
+        self: CausalLM, repo_id: str, tokenizer: Any = None, **options: Any
+    ) -> Pushed:
+        """Send what `save_pretrained` writes to the hub; `options` are those of `push.push`."""
+        from .adapter_file import save_adapter
+        from .merge import save_merged
+        from .push import push
+
+        trained = bool(self._adapters or self._trained)
+        save = save_adapter if trained else save_merged
+        kind = "adapter" if trained else "merged"
+        return push(self, repo_id, lambda folder: save(self, folder, tokenizer), kind, **options)
+
+    def push_to_hub_merged(  # type: ignore[misc]
+        self: CausalLM,
+        repo_id: str,
+        tokenizer: Any = None,
+        save_method: str = "merged_16bit",
+        **options: Any,
+    ) -> Pushed:
+        """Send what `save_pretrained_merged` writes to the hub; `options` as in `push.push`."""
+        from .merge import save_merged
+        from .push import push
+
+        def save(folder: Path) -> None:
+            save_merged(self, folder, tokenizer, save_method)
+
+        return push(
+            self, repo_id, save, "adapter" if save_method == "lora" else "merged", **options
+        )
+
+    def push_to_hub_gguf(  # type: ignore[misc]
+        self: CausalLM,
+        repo_id: str,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] = "q8_0",
+        **options: Any,
+    ) -> Pushed:
+        """Send what `save_pretrained_gguf` writes to the hub; `options` as in `push.push`."""
+        from .gguf_write import save_gguf
+        from .push import push
+
+        def save(folder: Path) -> None:
+            save_gguf(self, folder, tokenizer, quantization_method)
+
+        return push(self, repo_id, save, "gguf", **options)

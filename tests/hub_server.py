@@ -1,4 +1,5 @@
-"""A stand-in for the hub's HTTP API on this machine, enough for huggingface_hub to download from.
+"""A stand-in for the hub's HTTP API on this machine, enough for huggingface_hub to download from
+and, given `Uploads`, to write to.
 
     with Hub({"owner/name": {"main": folder, "v1": older}}, gated={"owner/name": "hf_good"}) as
     hub:
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from hub_upload import Uploads
+
 
 @dataclass(frozen=True)
 class Request:
@@ -50,6 +53,7 @@ class Hub:
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
     log: list[Request] = field(default_factory=list)
+    uploads: Uploads | None = None
 
     def __enter__(self) -> Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
@@ -93,6 +97,7 @@ class Hub:
             self.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         return self
 
@@ -141,11 +146,36 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._serve()
 
-    def _serve(self) -> None:
+    def do_POST(self) -> None:
+        self._write()
+
+    def do_PUT(self) -> None:
+        self._write()
+
+    def _noted(self) -> Request:
         authorization = self.headers.get("Authorization")
         token = authorization.removeprefix("Bearer ") if authorization else None
-        path = unquote(urlsplit(self.path).path)
-        self.hub.log.append(Request(self.command, path, token))
+        request = Request(self.command, unquote(urlsplit(self.path).path), token)
+        self.hub.log.append(request)
+        return request
+
+    def _write(self) -> None:
+        request = self._noted()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.hub.uploads is None:
+            return self._refuse(403, "", "this hub takes no uploads")
+        answer = self.hub.uploads.answer(self.hub, request, body, urlsplit(self.path).query)
+        if isinstance(answer, int):
+            return self._refuse(answer, "", "refused")
+        self._json(answer, answer.pop("status", 200))
+
+    def _serve(self) -> None:
+        request = self._noted()
+        path, token = request.path, request.token
+        if path == "/api/whoami-v2" and self.hub.uploads is not None:
+            if token not in self.hub.uploads.tokens:
+                return self._refuse(401, "", "Invalid credentials")
+            return self._json({"name": self.hub.uploads.tokens[token], "type": "user"})
         api = path.startswith("/api/models/")
         parts = path.removeprefix("/api/models/").strip("/").split("/")
         repo = next((r for r in ("/".join(parts[:2]), parts[0]) if r in self.hub.repos), None)
@@ -254,13 +284,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(content)
 
-    def _json(self, value: object) -> None:
+    def _json(self, value: object, status: int = 200) -> None:
         content = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def _refuse(self, status: int, code: str, message: str, commit: str | None = None) -> None:
@@ -273,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
 

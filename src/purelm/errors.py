@@ -74,3 +74,7 @@ class TrainingError(PurelmError, ArithmeticError):
 
 class SaveError(PurelmError, OSError):
     """Something could not be written; what stood there before is untouched."""
+
+
+class UploadError(PurelmError, OSError):
+    """A repository of the hub could not be written; its content is as it was."""
