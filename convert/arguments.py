@@ -8,6 +8,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
+from ..quant import fake
 from .load import Quantize, default_device
 
 Auto = Literal["auto"]
@@ -145,6 +146,18 @@ def choose_residuals(use_gradient_checkpointing: bool | str | None) -> Policy | 
     raise ArgumentError(
         f"use_gradient_checkpointing is {use_gradient_checkpointing!r}, "
         "expected True, False, 'unsloth' or 'auto'"
+    )
+
+
+def check_scheme(qat_scheme: str | None) -> None:
+    """Raise ArgumentError for a `qat_scheme` that is none of ours, saying why."""
+    if qat_scheme is None or qat_scheme in fake.SCHEMES:
+        return
+    why = ""
+    if qat_scheme in fake.NEWER:
+        why = ": its products need a GPU of compute capability 10 or above, which is not supported"
+    raise ArgumentError(
+        f"qat_scheme is {qat_scheme!r}, expected one of {', '.join(fake.SCHEMES)}{why}"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..nn import decoder, loss, tree
+from ..nn import decoder, loss, qat, tree
 from ..nn.lora import LoRA, relative
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
@@ -79,6 +79,7 @@ class CausalLM(Saving, Trainee):
         # Under "auto": the plan of every shape of batch that was met, in order.
         self.plans: dict[tuple[int, int], Plan] = {}
         self.train_all = train_all
+        self.qat_scheme: str | None = None
         self.peft_config: dict[str, Any] = {}
         self.tokenizer: Any = None
         self._dtype = dtype
@@ -108,6 +109,15 @@ class CausalLM(Saving, Trainee):
     def trained(self) -> tree.Tree:
         """The live tree of trained copies of frozen params (`modules_to_save`, biases)."""
         return self._trained
+
+    def round_weights(self, qat_scheme: str | None) -> None:
+        """Compute as if projections were stored by `qat_scheme` (quant/fake.py); None ends it.
+
+        Raises ArgumentError and KernelError, as `qat.wrap`.
+        """
+        if qat_scheme is not None:
+            qat.wrap(self.params, self.spec, qat_scheme)
+        self.qat_scheme = qat_scheme
 
     def set_adapters(
         self, adapters: tree.Tree, trained: tree.Tree | None = None, start: tree.Tree | None = None
@@ -237,11 +247,14 @@ class CausalLM(Saving, Trainee):
         return torch.autocast(self.device.type, enabled=False)
 
     def computed_params(self) -> tree.Tree:
-        """`params` as a pass computes with them: fp32 trained copies in the model's dtype."""
-        if not self._trained:
-            return self._params
-        cast = tree.map(lambda leaf: leaf.to(self._dtype), self._trained)
-        return tree.combine(cast, self._params)
+        """`params` as a pass computes with them: fp32 trained copies in the model's dtype, weights
+        rounded under a `qat_scheme`.
+        """
+        params = self._params
+        if self._trained:
+            cast = tree.map(lambda leaf: leaf.to(self._dtype), self._trained)
+            params = tree.combine(cast, params)
+        return qat.wrap(params, self.spec, self.qat_scheme) if self.qat_scheme else params
 
     def _next_seed(self) -> int | None:
         if not self.training or not any(leaf.dropout for leaf in tree.leaves(self._adapters)):

@@ -9,7 +9,7 @@ from ..errors import ArgumentError
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from . import adapter_start, peft_targets
-from .arguments import Auto, not_yet
+from .arguments import Auto, check_scheme, not_yet
 from .lora_config import DEFAULT_TARGETS, PeftConfig, check_texts, checked_mapping, wrong
 from .names import Names
 from .peft_targets import Plan, plan
@@ -45,7 +45,6 @@ def configure(
     loftq_config: Mapping[str, Any] | None = None,
     target_parameters: Iterable[str] | None = None,
     ensure_weight_tying: bool | None = None,
-    qat_scheme: str | None = None,
     base_model_name_or_path: str | None = None,
     revision: str | None = None,
 ) -> tuple[PeftConfig, tuple[str, ...]]:
@@ -64,7 +63,6 @@ def configure(
         loftq_config=(loftq_config or None, None),
         target_parameters=(target_parameters or None, None),
         ensure_weight_tying=(ensure_weight_tying, None),
-        qat_scheme=(qat_scheme, None),
     )
     targets, saved, notes = _targets(target_modules, modules_to_save, spec, names)
     layers = _layers(layers_to_transform, finetune_last_n_layers, len(spec.layers))
@@ -94,14 +92,18 @@ def apply(
     *,
     residuals: Residuals | Auto = RECOMPUTE,
     random_state: int = 3407,
+    qat_scheme: str | None = None,
     **arguments: Any,
 ) -> "CausalLM":
     """Put fresh adapters on `model`: `arguments` are those of `configure`.
+
+    qat_scheme: train for being stored so after merging; the weight with its adapter is rounded.
 
     A model that already wears adapters which these arguments would give keeps them, trained or
     reloaded as they are. Raises ArgumentError for other adapters, and what `configure` and `plan`
     raise.
     """
+    check_scheme(qat_scheme)
     names = model.origin.family.names
     config, notes = configure(
         model.spec,
@@ -110,6 +112,12 @@ def apply(
         revision=model.origin.revision,
         **arguments,
     )
+    if qat_scheme is not None and config.lora_dropout:
+        raise ArgumentError(
+            f"lora_dropout={config.lora_dropout} acts on the adapter alone, which "
+            f"qat_scheme={qat_scheme!r} rounds as one with its weight; use lora_dropout=0"
+        )
+    model.round_weights(qat_scheme)
     found = plan(config, model.spec, names)
     worn = model.peft_config.get("default")
     if worn is None:

@@ -14,6 +14,7 @@ from .arguments import (
     DEFAULT_4BIT,
     check_budget,
     check_flags,
+    check_scheme,
     choose_device,
     choose_dtype,
     choose_quantize,
@@ -88,7 +89,9 @@ class FastLanguageModel:
         little, the rest is run again, "unsloth": less, on the host too); "auto" keeps what fits
         into memory_budget, in bytes with the weights included (default: what is free on the device
         at the first step of each shape, less a margin); `explain()` shows the plan, and gradients
-        are the same under each. A parameter that is not implemented yet raises
+        are the same under each. qat_scheme: with full_finetuning, train for being stored in that
+        format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds
+        (weights, or activations-weights). A parameter that is not implemented yet raises
         NotImplementedError for any value but its default.
 
         Raises SourceError, ConfigError, CheckpointError, TokenizerError, AdapterError for files,
@@ -120,12 +123,17 @@ class FastLanguageModel:
             float8_kv_cache=(float8_kv_cache, False),
             max_lora_rank=(max_lora_rank, 64),
             disable_log_stats=(disable_log_stats, True),
-            qat_scheme=(qat_scheme, None),
             unsloth_tiled_mlp=(unsloth_tiled_mlp, False),
             text_only=(text_only, False),
             prefer_prequantized=(prefer_prequantized, False),
             compute=(compute, None),
         )
+        check_scheme(qat_scheme)
+        if qat_scheme is not None and not full_finetuning:
+            raise ArgumentError(
+                f"qat_scheme={qat_scheme!r} goes with full_finetuning=True here; to train adapters "
+                "give it to get_peft_model"
+            )
         _check_length(max_seq_length)
         adapter_start.check_seed(random_state)
         if not isinstance(model_name, str | os.PathLike):
@@ -187,6 +195,7 @@ class FastLanguageModel:
             memory_budget=memory_budget,
             seed=random_state,
         )
+        model.round_weights(qat_scheme)
         tokenizer.padding_side = "left"
         tokenizer.model_max_length = max(max_seq_length or 0, spec.max_positions)
         model.tokenizer = tokenizer

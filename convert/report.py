@@ -54,6 +54,8 @@ def explain(model: "CausalLM") -> str:
             how = "int8, product of 8-bit codes (torch), dequantized in backward"
         else:
             how = f"{str(leaf.dtype).removeprefix('torch.')}, {_use(model, module)}"
+        if model.qat_scheme and module not in ("embed", "head"):
+            how += f", rounded as {model.qat_scheme} with its adapter"
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             how += ", trained"
         if adapter is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.attention import Documents
+from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import rope, tree
@@ -178,8 +179,10 @@ def _run(
 
 
 def covers(p: tree.Tree, seen: Visible) -> bool:
-    """Whether `fast_layer` can run it: frozen params, no mask, no transform."""
+    """Whether `fast_layer` can run it: frozen params as they are, no mask, no transform."""
     if torch._C._are_functorch_transforms_active() or isinstance(seen, torch.Tensor):
+        return False
+    if any(isinstance(leaf, Fake) for leaf in tree.leaves(p)):
         return False
     return not any(t.requires_grad for t in tree.tensors(p))
 

@@ -12,8 +12,10 @@ import torch
 from torch.utils import _pytree
 
 from ..kernels.launch import apply
+from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from ..quant.linear import weight_of
+from . import qat
 from .lora import LoRA
 
 Projection = dict[str, Any]
@@ -37,6 +39,8 @@ def project(
     `seed` drives the adapters' dropout (None: no dropout): the same seed drops the same features,
     so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and adapters.
     """
+    if any(isinstance(p["weight"], Fake) for p in projections):
+        return qat.project(x, projections, adapters, seed)
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return tuple(_in_place(x, projections, adapters, seed)[: len(projections)])
     flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))

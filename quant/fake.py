@@ -2,7 +2,8 @@
 
 A model trained so loses little when it is later stored in that format. Each scheme says how weights
 and how activations are rounded, by the arithmetic of torchao's converters, for which such a model
-is meant: scales have the dtype of what they scale. Gradients pass straight through the rounding (arXiv 1308.3432).
+is meant: scales have the dtype of what they scale. Gradients pass straight through the rounding
+(arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def symmetric(bits: int) -> Round:
     """Groups [..., n] in steps of their largest magnitude over half the range of `bits`-bit
     integers, zero kept exactly.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    high = (1 << (bits - 1)) - 1
+    low = -high - 1
 
     def rounded(w: Tensor) -> Tensor:
         scale = (w.abs().amax(-1, keepdim=True) / ((high - low) / 2)).clamp(min=_EPS)
@@ -110,12 +112,16 @@ class Fake:
         return self.weight.device
 
 
-pytree.register_pytree_node(
-    Fake,
-    lambda leaf: ([leaf.weight], leaf.scheme),
-    lambda children, scheme: Fake(*children, scheme),  # type: ignore[arg-type]
-    serialized_type_name="purelm.Fake",
-)
+def _split(leaf: Fake) -> tuple[list[Any], str]:
+    return [leaf.weight], leaf.scheme
+
+
+def _join(parts: Any, scheme: Any) -> Fake:
+    (weight,) = parts
+    return Fake(weight, scheme)
+
+
+pytree.register_pytree_node(Fake, _split, _join, serialized_type_name="purelm.Fake")
 
 
 def check(shape: Any, scheme: str, name: str) -> None:
@@ -135,18 +141,23 @@ def weight_of(leaf: Fake) -> Tensor:
     scheme, w = SCHEMES[leaf.scheme], leaf.weight
     rounded = w.detach()
     if leaf.scheme == "fp8-int4":  # the format's 4-bit codes stand for values in fp8
-        rounded = e4m3(rounded)
-    groups = rounded if scheme.group is None else rounded.unflatten(-1, (-1, scheme.group))
-    return _straight(w, scheme.weight(groups).view(w.shape))
+        rounded = _rounded(e4m3, rounded)
+    groups = rounded if scheme.group is None else rounded.view(*w.shape[:-1], -1, scheme.group)
+    return _straight(w, _rounded(scheme.weight, groups).view(w.shape))
 
 
 def linear(x: Tensor, leaf: Fake, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> [..., out], input and weight rounded; gradients pass straight through."""
     activation = SCHEMES[leaf.scheme].activation
     if activation is not None:
-        x = _straight(x, activation(x.detach()))
+        x = _straight(x, _rounded(activation, x.detach()))
     weight = weight_of(leaf).to(x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _rounded(how: Round, x: Tensor) -> Tensor:
+    # Scales and their inverses leave float16's range.
+    return how(x.float()).to(x.dtype) if x.dtype == torch.float16 else how(x)
 
 
 def _straight(x: Tensor, rounded: Tensor) -> Tensor:

@@ -289,7 +289,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
         ("loftq_config", {"loftq_bits": 4}),
         ("target_parameters", ["x"]),
         ("ensure_weight_tying", True),
-        ("qat_scheme", "int4"),
         ("init_lora_weights", "eva"),
     ],
 )

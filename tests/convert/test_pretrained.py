@@ -79,7 +79,6 @@ NOT_YET = {
     "float8_kv_cache": True,
     "max_lora_rank": 128,
     "disable_log_stats": False,
-    "qat_scheme": "int4",
     "unsloth_tiled_mlp": "arctic",
     "text_only": True,
     "prefer_prequantized": True,

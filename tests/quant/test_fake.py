@@ -72,15 +72,16 @@ def test_weights_lie_on_the_formats_grid(scheme, rows, blocks, seed, dtype) -> N
     assert ((rounded.float() - w.float()).abs() <= 1.1 * step * largest).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_hard_values(scheme: str) -> None:
-    zeros = torch.zeros(2, 128)
+def test_hard_values(scheme: str, dtype: torch.dtype) -> None:
+    zeros = torch.zeros(2, 128, dtype=dtype)
     assert torch.equal(fake.weight_of(Fake(zeros, scheme)), zeros)
-    spike = torch.zeros(1, 128)
+    spike = torch.zeros(1, 128, dtype=dtype)
     spike[0, 5] = 1e4
     assert fake.weight_of(Fake(spike, scheme)).isfinite().all()
-    x = torch.zeros(3, 128)
-    assert torch.equal(fake.linear(x, Fake(zeros, scheme)), torch.zeros(3, 2))
+    x = torch.zeros(3, 128, dtype=dtype)
+    assert torch.equal(fake.linear(x, Fake(zeros, scheme)), torch.zeros(3, 2, dtype=dtype))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
