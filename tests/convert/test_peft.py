@@ -129,7 +129,9 @@ def test_peft_loads_ours(case: str, tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ours = model(ids).logits.detach()
     assert not torch.allclose(ours, before)
-    bridged.same_logits(ours, theirs(ids).logits.detach())
+    # Of a start inside the weight two terms of its size are taken off each other.
+    cancels = arguments.get("init_lora_weights") in ("olora", "pissa", "pissa_niter_4")
+    bridged.same_logits(ours, theirs(ids).logits.detach(), limit=1e-5 if cancels else 5e-6)
 
     again = bridged.bridge(folder)
     names = again.origin.family.names
@@ -215,7 +217,7 @@ def test_starts_are_pefts(kind: str, tmp_path: Path) -> None:
 
 def test_starts_inside_4_bit_weights_are_refused(tmp_path: Path) -> None:
     _, folder = hf("llama", {}, tmp_path)
-    with pytest.raises(ArgumentError, match=r"pissa.*q_proj is stored in 4 bits"):
+    with pytest.raises(ArgumentError, match=r"pissa.*q_proj is quantized"):
         peft_config.apply(bridged.bridge(folder, quantize="nf4"), r=4, init_lora_weights="pissa")
 
 
