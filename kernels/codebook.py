@@ -93,10 +93,24 @@ def midpoints(levels: Tensor) -> Tensor:
     return (levels[:-1] + levels[1:]) / 2
 
 
+def nf4_bins(device: torch.device | None = None) -> Tensor:
+    """fp32 [2, 32] by the low five bits of round(15 x): the one NF4 threshold in that bin (infinity
+    where none is), and how many thresholds lie in lower bins.
+    """
+    thresholds = thresholds_of("nf4")
+    at = (thresholds * 15.0).round().int()
+    bins = torch.full((2, 32), float("inf"))
+    for i in range(-16, 16):
+        if bool((at == i).any()):
+            bins[0, i % 32] = thresholds[at == i].item()
+        bins[1, i % 32] = (at < i).sum()
+    return bins.to(device)
+
+
 @functools.cache
 def device_tables(device: torch.device, kind: str = "nf4") -> tuple[Tensor, ...]:
-    """(levels by code, midpoints, dynamic map, its midpoints, codes in ascending order) on a
-    device, made once for the launches there.
+    """(levels by code, midpoints, dynamic map, its midpoints, codes in ascending order,
+    NF4's bins) on a device, made once for the launches there.
     """
     with torch.inference_mode(False), torch.no_grad():
         dynamic = dynamic_map()
@@ -106,5 +120,6 @@ def device_tables(device: torch.device, kind: str = "nf4") -> tuple[Tensor, ...]
             dynamic,
             midpoints(dynamic),
             order_of(kind),
+            nf4_bins(),
         ]
         return tuple(table.to(device) for table in tables)

@@ -17,6 +17,7 @@ from .launch import language as tl
 GROUP = 256  # absmax values that share one scale under double quantization
 TINY = 1e-38  # what an absmax below it counts as
 UNIT = 64  # weights of one row of a dequantizing tile; they share their absmax
+BIN_MAGIC = 12582912.0  # 1.5 * 2^23: added to a small number, it leaves its integer in the low bits
 ABSMAX_ROWS = 4  # groups that a program of the second quantization takes
 
 
@@ -63,12 +64,25 @@ def _nf4_code(b_x, p_mid):
 
 
 @jit
+def _binned_nf4_code(b_x, p_bins):
+    """The same through a table: of the 31 bins round(15 x) each holds at most one threshold, the
+    first row of `p_bins`; the second row is how many lie in the bins before. Bisection is bound by
+    its selects, this by memory.
+    """
+    # The sum's lowest bits are the rounded product; any 5 bits index the table, so NaN may pass.
+    b_bin = (b_x * 15.0 + BIN_MAGIC).to(tl.int32, bitcast=True) & 31
+    b_code = tl.load(p_bins + 32 + b_bin).to(tl.int32)
+    return tl.where(b_x > tl.load(p_bins + b_bin), b_code + 1, b_code)
+
+
+@jit
 def _quantize_kernel(
     p_w,
     p_packed,
     p_absmax,
     p_mid,
     p_order,
+    p_bins,
     count,
     blocks,
     BLOCK: tl.constexpr,
@@ -93,9 +107,10 @@ def _quantize_kernel(
         b_most = tl.broadcast_to(b_safe[:, None], (ROWS, BLOCK))
         b_x = tl.where(m_short[:, None], tl.div_rn(b_w, b_most), b_x)
         b_absmax = tl.where(m_short & (b_absmax < b_tiny), b_tiny, b_absmax)
-    b_code = _nf4_code(b_x, p_mid)
     if p_order is not None:
-        b_code = tl.load(p_order + b_code)
+        b_code = tl.load(p_order + _nf4_code(b_x, p_mid))
+    else:
+        b_code = _binned_nf4_code(b_x, p_bins)
     b_code = b_code.to(tl.uint8)
     b_first, b_second = tl.split(tl.reshape(b_code, (ROWS, BLOCK // 2, 2)))
     o_byte = o_block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
@@ -191,6 +206,7 @@ def _launch_quantize(flat: Tensor, block: int, kind: str = "nf4") -> tuple[Tenso
         absmax,
         tables[1],
         None if kind == "nf4" else tables[4],
+        tables[5],
         count,
         blocks,
         BLOCK=block,
@@ -238,7 +254,7 @@ def _fill(
     block: int,
     kind: str,
 ) -> None:
-    levels, _, dynamic, _, _ = codebook.device_tables(packed.device, kind)
+    levels, _, dynamic, *_ = codebook.device_tables(packed.device, kind)
     config = dequantize_config(block)
     width = min(block, UNIT)
     _dequantize_kernel(

@@ -10,14 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import codebook
+from . import codebook, nf4_decode
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
+from .nf4_decode import _codes, _pairs
 from .nf4_launch import GROUP, UNIT
 
 MOST_ROWS = 64
 # Programs that fill a GPU of 132 multiprocessors twice.
 ENOUGH = 264
+# Codes of one 32-bit word.
+WORD = 8
 
 
 class Config(NamedTuple):
@@ -35,17 +38,18 @@ def config_for(
     rows: int, outputs: int, width: int, block: int, dtype: torch.dtype = torch.bfloat16
 ) -> Config:
     """The cut for `rows` of x [rows, width] and a weight [outputs, width]."""
-    runs = width // min(block, UNIT)
+    unit = min(block, UNIT)
+    runs = width // unit
     if rows == 1:
-        tile = 4 if outputs >= 4 * ENOUGH else 2
-        step = min(8 * tile, power_of_two(runs))
+        tile, warps = 8, 4
+        step = min(4096 // unit, power_of_two(runs))
     else:
-        tile = 64
+        tile, warps = 64, 4
         weights = 128 if rows <= 16 and dtype != torch.float32 else 64
-        step = min(weights // min(block, UNIT), power_of_two(runs))
+        step = min(weights // unit, power_of_two(runs))
     programs = ceil_div(outputs, tile)
     split = min(ceil_div(ENOUGH, programs), ceil_div(runs, step), 16)
-    return Config(tile, step, split, 4)
+    return Config(tile, step, split, warps)
 
 
 def takes(rows: int, shape: tuple[int, ...], block: int) -> bool:
@@ -67,7 +71,7 @@ def _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE: tl.conste
 @jit
 def _vector_kernel(
     p_x,
-    p_packed,
+    p_words,
     p_absmax,
     p_scale,
     p_offset,
@@ -86,30 +90,47 @@ def _vector_kernel(
     RUNS: tl.constexpr,
     RANK: tl.constexpr,
     DOUBLE: tl.constexpr,
+    DECODE: tl.constexpr,
+    UNSCALE: tl.constexpr,
 ):
-    # Runs [begin, end) of OUTPUTS outputs; RUNS of them a step.
+    # Runs [begin, end) of OUTPUTS outputs; RUNS of them a step. x in 16 bits comes as words too.
     o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m_n = o_n < outputs
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, runs)
     o_first = o_n.to(tl.int64) * runs
+    WORDS: tl.constexpr = WIDTH // WORD
+    o_word = tl.arange(0, WORDS)
     b_sum = tl.zeros([OUTPUTS, RUNS], dtype=tl.float32)
     for i in range(begin, end, RUNS):
         o_run = i + tl.arange(0, RUNS)
         m_run = o_run < end
-        o_x = o_run[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        b_x = tl.load(p_x + o_x, mask=m_run[:, None], other=0.0).to(tl.float32)
-        b_even, b_odd = tl.split(tl.reshape(b_x, (RUNS, WIDTH // 2, 2)))
         o = o_first[:, None] + o_run[None, :]
         mask = m_n[:, None] & m_run[None, :]
+        o_w = o[:, :, None] * WORDS + o_word[None, None, :]
+        b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
+        o_x = (o_run[:, None] * WORDS + o_word[None, :])[None, :, :]
+        m_x = m_run[None, :, None]
+        if DECODE is None:
+            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
+            b_part = b_0 * tl.load(p_x + o_x * 8, mask=m_x, other=0.0)
+            b_part += b_1 * tl.load(p_x + o_x * 8 + 1, mask=m_x, other=0.0)
+            b_part += b_2 * tl.load(p_x + o_x * 8 + 2, mask=m_x, other=0.0)
+            b_part += b_3 * tl.load(p_x + o_x * 8 + 3, mask=m_x, other=0.0)
+            b_part += b_4 * tl.load(p_x + o_x * 8 + 4, mask=m_x, other=0.0)
+            b_part += b_5 * tl.load(p_x + o_x * 8 + 5, mask=m_x, other=0.0)
+            b_part += b_6 * tl.load(p_x + o_x * 8 + 6, mask=m_x, other=0.0)
+            b_part += b_7 * tl.load(p_x + o_x * 8 + 7, mask=m_x, other=0.0)
+        else:
+            b_0, b_1, b_2, b_3 = _pairs(b_words, DECODE)
+            b_part = _pair_product(b_0, p_x, o_x * 4, m_x)
+            b_part += _pair_product(b_1, p_x, o_x * 4 + 1, m_x)
+            b_part += _pair_product(b_2, p_x, o_x * 4 + 2, m_x)
+            b_part += _pair_product(b_3, p_x, o_x * 4 + 3, m_x)
         o_block = o // (BLOCK // WIDTH)
         b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
-        o_byte = o[:, :, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, None, :]
-        b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
-        b_part = tl.load(p_levels + (b_packed >> 4)) * b_even[None, :, :]
-        b_part += tl.load(p_levels + (b_packed & 15)) * b_odd[None, :, :]
         b_sum += tl.sum(b_part, axis=2) * b_absmax
-    b_y = tl.sum(b_sum, axis=1)
+    b_y = tl.sum(b_sum, axis=1) * UNSCALE
     if RANK > 0:
         if tl.program_id(1) == 0:
             o_r = tl.arange(0, RANK)
@@ -123,9 +144,30 @@ def _vector_kernel(
 
 
 @jit
+def _half(b_pair, HIGH: tl.constexpr):
+    """The low or high 16 bits of each word, a fp16 number, as fp32."""
+    if HIGH:
+        b_pair = b_pair >> 16
+    return (b_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def _pair_product(b_pair, p_x, o, mask):
+    """Two fp16 levels of a word times two neighbours of x (p_x [0] fp16 or bf16 pairs as int32)."""
+    p_pairs = p_x.to(tl.pointer_type(tl.int32))
+    b_x = tl.load(p_pairs + o, mask=mask, other=0)
+    if p_x.dtype.element_ty == tl.bfloat16:
+        b_even = (b_x << 16).to(tl.float32, bitcast=True)
+        b_odd = (b_x & -65536).to(tl.float32, bitcast=True)
+    else:
+        b_even, b_odd = _half(b_x, False), _half(b_x, True)
+    return _half(b_pair, False) * b_even + _half(b_pair, True) * b_odd
+
+
+@jit
 def _rows_kernel(
     p_x,
-    p_packed,
+    p_words,
     p_absmax,
     p_scale,
     p_offset,
@@ -146,6 +188,8 @@ def _rows_kernel(
     RUNS: tl.constexpr,
     RANK: tl.constexpr,
     DOUBLE: tl.constexpr,
+    DECODE: tl.constexpr,
+    UNSCALE: tl.constexpr,
 ):
     # As in _vector_kernel, for ROWS rows of x at once.
     o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -155,6 +199,7 @@ def _rows_kernel(
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, runs)
     o_first = o_n.to(tl.int64) * runs
+    WORDS: tl.constexpr = WIDTH // WORD
     dtype: tl.constexpr = p_x.dtype.element_ty
     b_y = tl.zeros([OUTPUTS, ROWS], dtype=tl.float32)
     for i in range(begin, end, RUNS):
@@ -164,19 +209,28 @@ def _rows_kernel(
         o_x = o_m[:, None] * (runs * WIDTH) + o_k[None, :]
         m_x = m_m[:, None] & (o_k < end * WIDTH)[None, :]
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
-        b_even, b_odd = tl.split(tl.reshape(b_x, (ROWS, RUNS * WIDTH // 2, 2)))
         o = o_first[:, None] + o_run[None, :]
         mask = m_n[:, None] & m_run[None, :]
         o_block = o // (BLOCK // WIDTH)
         b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
-        o_byte = o[:, :, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, None, :]
-        b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
-        b_first = tl.load(p_levels + (b_packed >> 4)) * b_absmax[:, :, None]
-        b_second = tl.load(p_levels + (b_packed & 15)) * b_absmax[:, :, None]
-        b_first = tl.reshape(b_first.to(dtype), (OUTPUTS, RUNS * WIDTH // 2))
-        b_second = tl.reshape(b_second.to(dtype), (OUTPUTS, RUNS * WIDTH // 2))
-        b_y = tl.dot(b_first, tl.trans(b_even), b_y, input_precision="ieee")
-        b_y = tl.dot(b_second, tl.trans(b_odd), b_y, input_precision="ieee")
+        b_absmax = (b_absmax * UNSCALE)[:, :, None]
+        o_w = o[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+        b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
+        if DECODE is None:
+            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
+        else:
+            b_01, b_23, b_45, b_67 = _pairs(b_words, DECODE)
+            b_0, b_1 = _half(b_01, False), _half(b_01, True)
+            b_2, b_3 = _half(b_23, False), _half(b_23, True)
+            b_4, b_5 = _half(b_45, False), _half(b_45, True)
+            b_6, b_7 = _half(b_67, False), _half(b_67, True)
+        b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
+        b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
+        b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
+        b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
+        b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
+        b_w = tl.reshape(b_w, (OUTPUTS, RUNS * WIDTH))
+        b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
     if RANK > 0:
         if tl.program_id(1) == 0:
             o_r = tl.arange(0, RANK)
@@ -189,6 +243,12 @@ def _rows_kernel(
     o_y = tl.program_id(1) * rows * outputs + o_m[None, :] * outputs + o_n[:, None]
     m_y = m_m[None, :] & m_n[:, None]
     tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_y)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, as wide accesses want it; a copy where it must."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @operator(
@@ -213,13 +273,14 @@ def _launch_matvec(
     rows, width = x.shape
     unit = min(block, UNIT)
     config = config_for(rows, outputs, width, block, x.dtype)
-    levels, _, dynamic, _, _ = codebook.device_tables(x.device, kind)
+    levels, _, dynamic, *_ = codebook.device_tables(x.device, kind)
     runs = width // unit
     share = ceil_div(ceil_div(runs, config.split), config.runs) * config.runs
     split = ceil_div(runs, share)
     out = x.new_empty((split, rows, outputs), dtype=x.dtype if split == 1 else torch.float32)
     rank = 0 if b is None else b.shape[1]
-    tensors = (x.contiguous(), packed, absmax, absmax_scale, absmax_offset, levels, dynamic)
+    wide = x.dtype == torch.float32
+    tensors = (_aligned(x), _aligned(packed).view(torch.int32), absmax, absmax_scale, absmax_offset, levels, dynamic)
     term = [None if t is None else t.to(x.dtype).contiguous() for t in (low, b)]
     options = {
         "BLOCK": block,
@@ -227,6 +288,8 @@ def _launch_matvec(
         "OUTPUTS": config.outputs,
         "RUNS": config.runs,
         "DOUBLE": absmax_scale is not None,
+        "DECODE": None if wide else nf4_decode.instructions(kind),
+        "UNSCALE": 1.0 if wide else 1.0 / nf4_decode.SCALES[kind],
         "num_warps": config.num_warps,
     }
     grid = (ceil_div(outputs, config.outputs), split)

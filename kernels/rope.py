@@ -135,21 +135,29 @@ def _turn(
     b_cos2,
     b_sin1,
     b_sin2,
-    o_1,
-    o_2,
-    m_half,
     heads,
     dim,
     rot,
     stride_head,
+    INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
     HEADS: tl.constexpr,
+    HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
     o_head = tl.arange(0, HEADS).to(tl.int64)[:, None]
-    mask = (o_head < heads) & m_half[None, :]
-    b_1 = tl.load(p_in + o_head * stride_head + o_1[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_2 = tl.load(p_in + o_head * stride_head + o_2[None, :], mask=mask, other=0.0).to(tl.float32)
+    if INTERLEAVED:
+        # Neighbours are loaded together and parted in registers: wide accesses.
+        o_pair = tl.arange(0, 2 * HALF)[None, :]
+        mask = (o_head < heads) & (o_pair < rot)
+        b_in = tl.load(p_in + o_head * stride_head + o_pair, mask=mask, other=0.0).to(tl.float32)
+        b_1, b_2 = tl.split(tl.reshape(b_in, (HEADS, HALF, 2)))
+    else:
+        o_half = tl.arange(0, HALF)[None, :]
+        mask = (o_head < heads) & (o_half < rot // 2)
+        p_1 = p_in + o_head * stride_head + o_half
+        b_1 = tl.load(p_1, mask=mask, other=0.0).to(tl.float32)
+        b_2 = tl.load(p_1 + rot // 2, mask=mask, other=0.0).to(tl.float32)
     if INVERSE:
         b_out1 = b_1 * b_cos1 + b_2 * b_sin2
         b_out2 = b_2 * b_cos2 - b_1 * b_sin1
@@ -157,8 +165,13 @@ def _turn(
         b_out1 = b_1 * b_cos1 - b_2 * b_sin1
         b_out2 = b_2 * b_cos2 + b_1 * b_sin2
     type_out = p_out.dtype.element_ty
-    tl.store(p_out + o_head * dim + o_1[None, :], b_out1.to(type_out), mask=mask)
-    tl.store(p_out + o_head * dim + o_2[None, :], b_out2.to(type_out), mask=mask)
+    if INTERLEAVED:
+        b_out = tl.reshape(tl.join(b_out1, b_out2), (HEADS, 2 * HALF))
+        tl.store(p_out + o_head * dim + o_pair, b_out.to(type_out), mask=mask)
+    else:
+        p_out1 = p_out + o_head * dim + o_half
+        tl.store(p_out1, b_out1.to(type_out), mask=mask)
+        tl.store(p_out1 + rot // 2, b_out2.to(type_out), mask=mask)
     if REST > 0:
         o_rest = rot + tl.arange(0, REST)[None, :]
         m_rest = (o_head < heads) & (o_rest < dim)
@@ -196,31 +209,33 @@ def _rope_kernel(
     i_token = tl.program_id(0).to(tl.int64)
     i_row = i_token // length
     i_place = i_token % length
-    o_half = tl.arange(0, HALF)
-    m_half = o_half < rot // 2
+    p_cos += i_row * stride_cos_row + i_place * rot
+    p_sin += i_row * stride_cos_row + i_place * rot
     if INTERLEAVED:
-        o_1 = 2 * o_half
-        o_2 = o_1 + 1
+        o_pair = tl.arange(0, 2 * HALF)
+        b_cos = tl.load(p_cos + o_pair, mask=o_pair < rot, other=0.0)
+        b_sin = tl.load(p_sin + o_pair, mask=o_pair < rot, other=0.0)
+        b_cos1, b_cos2 = tl.split(tl.reshape(b_cos, (1, HALF, 2)))
+        b_sin1, b_sin2 = tl.split(tl.reshape(b_sin, (1, HALF, 2)))
     else:
-        o_1 = o_half
-        o_2 = o_half + rot // 2
-    o_angle = i_row * stride_cos_row + i_place * rot
-    b_cos1 = tl.load(p_cos + o_angle + o_1, mask=m_half, other=0.0)[None, :]
-    b_cos2 = tl.load(p_cos + o_angle + o_2, mask=m_half, other=0.0)[None, :]
-    b_sin1 = tl.load(p_sin + o_angle + o_1, mask=m_half, other=0.0)[None, :]
-    b_sin2 = tl.load(p_sin + o_angle + o_2, mask=m_half, other=0.0)[None, :]
+        o_half = tl.arange(0, HALF)
+        m_half = o_half < rot // 2
+        b_cos1 = tl.load(p_cos + o_half, mask=m_half, other=0.0)[None, :]
+        b_cos2 = tl.load(p_cos + rot // 2 + o_half, mask=m_half, other=0.0)[None, :]
+        b_sin1 = tl.load(p_sin + o_half, mask=m_half, other=0.0)[None, :]
+        b_sin2 = tl.load(p_sin + rot // 2 + o_half, mask=m_half, other=0.0)[None, :]
     _turn(
         p_q + i_row * stride_q_row + i_place * stride_q_token,
         p_q_out + i_token * heads_q * dim,
-        b_cos1, b_cos2, b_sin1, b_sin2, o_1, o_2, m_half,
-        heads_q, dim, rot, stride_q_head, INVERSE, HEADS_Q, REST,
+        b_cos1, b_cos2, b_sin1, b_sin2,
+        heads_q, dim, rot, stride_q_head, INTERLEAVED, INVERSE, HEADS_Q, HALF, REST,
     )  # fmt: skip
     if HEADS_K > 0:
         _turn(
             p_k + i_row * stride_k_row + i_place * stride_k_token,
             p_k_out + i_token * heads_k * dim,
-            b_cos1, b_cos2, b_sin1, b_sin2, o_1, o_2, m_half,
-            heads_k, dim, rot, stride_k_head, INVERSE, HEADS_K, REST,
+            b_cos1, b_cos2, b_sin1, b_sin2,
+            heads_k, dim, rot, stride_k_head, INTERLEAVED, INVERSE, HEADS_K, HALF, REST,
         )  # fmt: skip
 
 

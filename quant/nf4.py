@@ -92,16 +92,19 @@ def quantize(
     `name` and their count.
     """
     packed, absmax = kernel.quantize(w, block, kind)
-    if not bool(torch.isfinite(absmax).all()):
+    scale = offset = None
+    maxima = absmax
+    if double:
+        absmax, scale, offset = kernel.quantize_absmax(maxima)
+    # One number tells (a mean may overflow without cause, then all are looked at).
+    sign = maxima.amax() if offset is None else offset
+    if not math.isfinite(float(sign)) and not bool(torch.isfinite(maxima).all()):
         count = int((~torch.isfinite(w)).sum())
         raise KernelError(
             f"tensor {name!r} {list(w.shape)}: {count} of {w.numel()} values are NaN or infinite; "
             f"{kind.upper()} needs finite weights, so load it without quantization or repair the "
             "checkpoint"
         )
-    scale = offset = None
-    if double:
-        absmax, scale, offset = kernel.quantize_absmax(absmax)
     return NF4(packed, absmax, scale, offset, w.shape, w.dtype, block, kind)
 
 

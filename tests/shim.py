@@ -178,6 +178,53 @@ def _patch_numbers(interpreter: Any, tl: Any) -> None:
             raise AssertionError(str(msg))
 
     builder.create_assert = create_assert
+    builder.create_inline_asm = _inline_asm
+
+
+def _inline_asm(
+    self: Any, asm: str, constraints: str, inputs: Any, types: Any, pure: bool, pack: int
+) -> Any:
+    """The few PTX instructions on 32-bit words that the kernels use; another raises."""
+    import types as namespaces
+
+    import triton.runtime.interpreter as interpreter
+
+    assert pack == 1, "one word an instance"
+    wanted = sum(part.startswith("=") for part in constraints.split(","))
+    names: dict[str, Any] = {
+        f"${wanted + i}": h.data.astype(np.int32).view(np.uint32) for i, h in enumerate(inputs)
+    }
+    shape = names[f"${wanted}"].shape
+
+    def value(text: str) -> np.ndarray:
+        return names[text] if text in names else np.full(shape, int(text, 0), np.uint32)
+
+    def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+        both = (b.astype(np.uint64) << np.uint64(32)) | a
+        out = np.zeros(shape, np.uint32)
+        for i in range(4):
+            nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
+            assert (nibble < 8).all(), "a selector that copies signs"
+            byte = (both >> (np.uint64(8) * nibble)) & np.uint64(255)
+            out |= byte.astype(np.uint32) << np.uint32(8 * i)
+        return out
+
+    does: dict[str, Callable[..., np.ndarray]] = {
+        "and.b32": np.bitwise_and,
+        "or.b32": np.bitwise_or,
+        "shr.u32": np.right_shift,
+        "prmt.b32": permuted,
+    }
+    for line in asm.strip("{} ").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if name and name != ".reg":
+            target, *sources = (part.strip() for part in rest.split(","))
+            names[target] = does[name](*(value(text) for text in sources))
+    handles = [
+        interpreter.TensorHandle(names[f"${i}"].view(np.int32), kind.scalar)
+        for i, kind in enumerate(types)
+    ]
+    return namespaces.SimpleNamespace(get_result=handles.__getitem__)
 
 
 def _patch_memory(interpreter: Any, tl: Any) -> None:

@@ -23,6 +23,7 @@ from purelm.kernels import (
     cross_entropy,
     gated,
     nf4,
+    nf4_decode,
     nf4_launch,
     nf4_matvec_launch,
     rms_norm,
@@ -56,13 +57,13 @@ def nf4_cases(every: bool) -> Iterator[Case]:
             yield Case(
                 f"nf4_quantize block={block} {dtype}",
                 nf4_launch._quantize_kernel,
-                (dtype, U8, F32, F32, None, count, count // block),
+                (dtype, U8, F32, F32, None, F32, count, count // block),
                 {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
             )
         yield Case(
             f"fp4_quantize block={block}",
             nf4_launch._quantize_kernel,
-            (BF16, U8, F32, F32, U8, count, count // block),
+            (BF16, U8, F32, F32, U8, F32, count, count // block),
             {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
         )
         config = nf4_launch.dequantize_config(block)
@@ -104,7 +105,7 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
         runs = width // unit
         absmax = (U8, F32, F32) if double else (F32, None, None)
         term = (dtype, dtype) if rank else (None, None)
-        tensors = (dtype, U8, *absmax, F32, F32, *term, F32 if config.split > 1 else dtype)
+        tensors = (dtype, torch.int32, *absmax, F32, F32, *term, F32 if config.split > 1 else dtype)
         one = rows == 1
         yield Case(
             f"nf4_matvec {rows}x{width}x{outputs} {block=} {dtype} {double=} {rank=}",
@@ -117,6 +118,8 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
                 "RUNS": config.runs,
                 "RANK": rank,
                 "DOUBLE": double,
+                "DECODE": None if dtype == F32 else nf4_decode.instructions("nf4"),
+                "UNSCALE": 0.5,
                 "num_warps": config.num_warps,
                 **({} if one else {"ROWS": max(16, power_of_two(rows))}),
             },
