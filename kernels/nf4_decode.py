@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from . import codebook
 from .launch import jit
@@ -27,48 +28,69 @@ SCALES = {"nf4": 1.5751953125, "fp4": 1.5}
 
 
 @functools.cache
-def instructions(kind: str) -> str:
-    """PTX from a word ($4) to four pairs of scaled fp16 levels ($0 to $3), in the order of the
-    codes, the first of each pair in the low half.
+def table(kind: str, device: torch.device) -> Tensor:
+    """int32 [8]: the low bytes of the sixteen scaled fp16 levels, four a word, then the high
+    ones.
     """
-    levels = (codebook.levels_of(kind).double() * SCALES[kind]).to(torch.float16)
-    bits = [int(b) & 0xFFFF for b in levels.view(torch.int16)]
-    low, high = (_registers([b >> shift & 0xFF for b in bits]) for shift in (0, 8))
+    with torch.inference_mode(False), torch.no_grad():
+        levels = (codebook.levels_of(kind).double() * SCALES[kind]).to(torch.float16)
+        planes = levels.view(torch.uint8).view(16, 2).mT.contiguous()
+        return planes.view(torch.int32).flatten().to(device)
+
+
+def _instructions() -> str:
+    """PTX from a word ($8) and the table ($9 to $16) to the scaled levels of its codes in order
+    ($0 to $7, fp32).
+    """
     lines = [
-        ".reg .b32 s, m, a, b, l, h;",
-        "and.b32 s, $4, 0x77777777;",
-        "shr.u32 m, $4, 1;",
+        ".reg .b32 s, m, a, b, l, h, p, q;",
+        ".reg .b16 c, d, e, f;",
+        "and.b32 s, $8, 0x77777777;",
+        "shr.u32 m, $8, 1;",
         "and.b32 m, m, 0x44444444;",
         "or.b32 m, m, 0x32103210;",
     ]
-    for i in (0, 2):
-        for plane, table in (("l", low), ("h", high)):
+    for i in (0, 4):
+        for plane, first in (("l", 9), ("h", 13)):
             lines += [
-                f"prmt.b32 a, {table[0]}, {table[1]}, s;",
-                f"prmt.b32 b, {table[2]}, {table[3]}, s;",
+                f"prmt.b32 a, ${first}, ${first + 1}, s;",
+                f"prmt.b32 b, ${first + 2}, ${first + 3}, s;",
                 f"prmt.b32 {plane}, a, b, m;",
             ]
         # Of two codes in a byte the first is the high nibble.
-        lines += [f"prmt.b32 ${i}, l, h, 0x4051;", f"prmt.b32 ${i + 1}, l, h, 0x6273;"]
+        lines += [
+            "prmt.b32 p, l, h, 0x4051;",
+            "prmt.b32 q, l, h, 0x6273;",
+            "mov.b32 {c, d}, p;",
+            "mov.b32 {e, f}, q;",
+        ]
+        lines += [f"cvt.f32.f16 ${i + j}, {half};" for j, half in enumerate("cdef")]
         if i == 0:
             lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
     return "{ " + " ".join(lines) + " }"
 
 
-def _registers(table: list[int]) -> list[str]:
-    """Sixteen bytes as four little-endian words."""
-    return [
-        f"0x{int.from_bytes(bytes(table[i : i + 4]), 'little'):08x}" for i in range(0, 16, 4)
-    ]
+DECODE = _instructions()
 
 
 @jit
-def _pairs(b_words, DECODE: tl.constexpr):
+def _levels(b_words, p_table, DECODE: tl.constexpr):
+    """The eight scaled fp32 levels of each word's codes, in order."""
     return tl.inline_asm_elementwise(
         DECODE,
-        "=&r,=&r,=&r,=&r,r",
-        [b_words],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r",
+        [
+            b_words,
+            tl.load(p_table),
+            tl.load(p_table + 1),
+            tl.load(p_table + 2),
+            tl.load(p_table + 3),
+            tl.load(p_table + 4),
+            tl.load(p_table + 5),
+            tl.load(p_table + 6),
+            tl.load(p_table + 7),
+        ],
+        dtype=(tl.float32,) * 8,
         is_pure=True,
         pack=1,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import codebook, nf4_decode
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
-from .nf4_decode import _codes, _pairs
+from .nf4_decode import _codes, _levels
 from .nf4_launch import GROUP, UNIT
 
 MOST_ROWS = 64
@@ -100,36 +100,41 @@ def _vector_kernel(
     end = tl.minimum(begin + share, runs)
     o_first = o_n.to(tl.int64) * runs
     WORDS: tl.constexpr = WIDTH // WORD
-    o_word = tl.arange(0, WORDS)
     b_sum = tl.zeros([OUTPUTS, RUNS], dtype=tl.float32)
     for i in range(begin, end, RUNS):
-        o_run = i + tl.arange(0, RUNS)
-        m_run = o_run < end
-        o = o_first[:, None] + o_run[None, :]
-        mask = m_n[:, None] & m_run[None, :]
-        o_w = o[:, :, None] * WORDS + o_word[None, None, :]
-        b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
-        o_x = (o_run[:, None] * WORDS + o_word[None, :])[None, :, :]
-        m_x = m_run[None, :, None]
+        o_word = i * WORDS + tl.arange(0, RUNS * WORDS)[None, :]
+        m_word = o_word < end * WORDS
+        mask = m_n[:, None] & m_word
+        o_w = o_first[:, None] * WORDS + o_word
         if DECODE is None:
+            p_word = p_x + o_word * 8
+            b_x0 = tl.load(p_word, mask=m_word, other=0.0)
+            b_x1 = tl.load(p_word + 1, mask=m_word, other=0.0)
+            b_x2 = tl.load(p_word + 2, mask=m_word, other=0.0)
+            b_x3 = tl.load(p_word + 3, mask=m_word, other=0.0)
+            b_x4 = tl.load(p_word + 4, mask=m_word, other=0.0)
+            b_x5 = tl.load(p_word + 5, mask=m_word, other=0.0)
+            b_x6 = tl.load(p_word + 6, mask=m_word, other=0.0)
+            b_x7 = tl.load(p_word + 7, mask=m_word, other=0.0)
+            b_words = tl.load(p_words + o_w, mask=mask, other=0)
             b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
-            b_part = b_0 * tl.load(p_x + o_x * 8, mask=m_x, other=0.0)
-            b_part += b_1 * tl.load(p_x + o_x * 8 + 1, mask=m_x, other=0.0)
-            b_part += b_2 * tl.load(p_x + o_x * 8 + 2, mask=m_x, other=0.0)
-            b_part += b_3 * tl.load(p_x + o_x * 8 + 3, mask=m_x, other=0.0)
-            b_part += b_4 * tl.load(p_x + o_x * 8 + 4, mask=m_x, other=0.0)
-            b_part += b_5 * tl.load(p_x + o_x * 8 + 5, mask=m_x, other=0.0)
-            b_part += b_6 * tl.load(p_x + o_x * 8 + 6, mask=m_x, other=0.0)
-            b_part += b_7 * tl.load(p_x + o_x * 8 + 7, mask=m_x, other=0.0)
         else:
-            b_0, b_1, b_2, b_3 = _pairs(b_words, DECODE)
-            b_part = _pair_product(b_0, p_x, o_x * 4, m_x)
-            b_part += _pair_product(b_1, p_x, o_x * 4 + 1, m_x)
-            b_part += _pair_product(b_2, p_x, o_x * 4 + 2, m_x)
-            b_part += _pair_product(b_3, p_x, o_x * 4 + 3, m_x)
+            # x is read before the weight: of two layouts Triton then keeps the weight's.
+            b_x0, b_x1 = _two(p_x, o_word * 4, m_word)
+            b_x2, b_x3 = _two(p_x, o_word * 4 + 1, m_word)
+            b_x4, b_x5 = _two(p_x, o_word * 4 + 2, m_word)
+            b_x6, b_x7 = _two(p_x, o_word * 4 + 3, m_word)
+            b_words = tl.load(p_words + o_w, mask=mask, other=0)
+            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
+        b_part = b_0 * b_x0 + b_1 * b_x1 + b_2 * b_x2 + b_3 * b_x3
+        b_part = b_part + b_4 * b_x4 + b_5 * b_x5 + b_6 * b_x6 + b_7 * b_x7
+        b_part = tl.sum(tl.reshape(b_part, (OUTPUTS, RUNS, WORDS)), axis=2)
+        o_run = i + tl.arange(0, RUNS)
+        o = o_first[:, None] + o_run[None, :]
+        mask = m_n[:, None] & (o_run < end)[None, :]
         o_block = o // (BLOCK // WIDTH)
         b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
-        b_sum += tl.sum(b_part, axis=2) * b_absmax
+        b_sum += b_part * b_absmax
     b_y = tl.sum(b_sum, axis=1) * UNSCALE
     if RANK > 0:
         if tl.program_id(1) == 0:
@@ -152,16 +157,13 @@ def _half(b_pair, HIGH: tl.constexpr):
 
 
 @jit
-def _pair_product(b_pair, p_x, o, mask):
-    """Two fp16 levels of a word times two neighbours of x (p_x [0] fp16 or bf16 pairs as int32)."""
-    p_pairs = p_x.to(tl.pointer_type(tl.int32))
-    b_x = tl.load(p_pairs + o, mask=mask, other=0)
+def _two(p_x, o, mask):
+    """Two neighbours of x in fp16 or bf16, read as the word `o`, as fp32."""
+    b_x = tl.load(p_x.to(tl.pointer_type(tl.int32)) + o, mask=mask, other=0)
     if p_x.dtype.element_ty == tl.bfloat16:
-        b_even = (b_x << 16).to(tl.float32, bitcast=True)
-        b_odd = (b_x & -65536).to(tl.float32, bitcast=True)
+        return (b_x << 16).to(tl.float32, bitcast=True), (b_x & -65536).to(tl.float32, bitcast=True)
     else:
-        b_even, b_odd = _half(b_x, False), _half(b_x, True)
-    return _half(b_pair, False) * b_even + _half(b_pair, True) * b_odd
+        return _half(b_x, False), _half(b_x, True)
 
 
 @jit
@@ -219,11 +221,7 @@ def _rows_kernel(
         if DECODE is None:
             b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
         else:
-            b_01, b_23, b_45, b_67 = _pairs(b_words, DECODE)
-            b_0, b_1 = _half(b_01, False), _half(b_01, True)
-            b_2, b_3 = _half(b_23, False), _half(b_23, True)
-            b_4, b_5 = _half(b_45, False), _half(b_45, True)
-            b_6, b_7 = _half(b_67, False), _half(b_67, True)
+            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
         b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
         b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
         b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
@@ -280,6 +278,8 @@ def _launch_matvec(
     out = x.new_empty((split, rows, outputs), dtype=x.dtype if split == 1 else torch.float32)
     rank = 0 if b is None else b.shape[1]
     wide = x.dtype == torch.float32
+    if not wide:
+        levels = nf4_decode.table(kind, x.device)
     tensors = (_aligned(x), _aligned(packed).view(torch.int32), absmax, absmax_scale, absmax_offset, levels, dynamic)
     term = [None if t is None else t.to(x.dtype).contiguous() for t in (low, b)]
     options = {
@@ -288,7 +288,7 @@ def _launch_matvec(
         "OUTPUTS": config.outputs,
         "RUNS": config.runs,
         "DOUBLE": absmax_scale is not None,
-        "DECODE": None if wide else nf4_decode.instructions(kind),
+        "DECODE": None if wide else nf4_decode.DECODE,
         "UNSCALE": 1.0 if wide else 1.0 / nf4_decode.SCALES[kind],
         "num_warps": config.num_warps,
     }

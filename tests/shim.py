@@ -192,7 +192,8 @@ def _inline_asm(
     assert pack == 1, "one word an instance"
     wanted = sum(part.startswith("=") for part in constraints.split(","))
     names: dict[str, Any] = {
-        f"${wanted + i}": h.data.astype(np.int32).view(np.uint32) for i, h in enumerate(inputs)
+        f"${wanted + i}": np.atleast_1d(h.data).astype(np.int32).view(np.uint32)
+        for i, h in enumerate(inputs)
     }
     shape = names[f"${wanted}"].shape
 
@@ -214,14 +215,20 @@ def _inline_asm(
         "or.b32": np.bitwise_or,
         "shr.u32": np.right_shift,
         "prmt.b32": permuted,
+        "cvt.f32.f16": lambda bits: bits.astype(np.uint16).view(np.float16).astype(np.float32),
     }
     for line in asm.strip("{} ").split(";"):
         name, _, rest = line.strip().partition(" ")
-        if name and name != ".reg":
+        if name == "mov.b32":
+            low, high, word = (part.strip("{} ") for part in rest.split(","))
+            names[low], names[high] = names[word] & np.uint32(0xFFFF), names[word] >> np.uint32(16)
+        elif name and name != ".reg":
             target, *sources = (part.strip() for part in rest.split(","))
             names[target] = does[name](*(value(text) for text in sources))
     handles = [
-        interpreter.TensorHandle(names[f"${i}"].view(np.int32), kind.scalar)
+        interpreter.TensorHandle(
+            names[f"${i}"].view(interpreter._get_np_dtype(kind.scalar)), kind.scalar
+        )
         for i, kind in enumerate(types)
     ]
     return namespaces.SimpleNamespace(get_result=handles.__getitem__)

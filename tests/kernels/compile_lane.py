@@ -31,11 +31,12 @@ from purelm.kernels import (
 )
 from purelm.kernels.launch import Kernel, power_of_two
 
-F32, F16, BF16, U8, I64 = (
+F32, F16, BF16, U8, I32, I64 = (
     torch.float32,
     torch.float16,
     torch.bfloat16,
     torch.uint8,
+    torch.int32,
     torch.int64,
 )
 
@@ -105,7 +106,8 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
         runs = width // unit
         absmax = (U8, F32, F32) if double else (F32, None, None)
         term = (dtype, dtype) if rank else (None, None)
-        tensors = (dtype, torch.int32, *absmax, F32, F32, *term, F32 if config.split > 1 else dtype)
+        levels = F32 if dtype == F32 else I32
+        tensors = (dtype, I32, *absmax, levels, F32, *term, F32 if config.split > 1 else dtype)
         one = rows == 1
         yield Case(
             f"nf4_matvec {rows}x{width}x{outputs} {block=} {dtype} {double=} {rank=}",
@@ -118,7 +120,7 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
                 "RUNS": config.runs,
                 "RANK": rank,
                 "DOUBLE": double,
-                "DECODE": None if dtype == F32 else nf4_decode.instructions("nf4"),
+                "DECODE": None if dtype == F32 else nf4_decode.DECODE,
                 "UNSCALE": 0.5,
                 "num_warps": config.num_warps,
                 **({} if one else {"ROWS": max(16, power_of_two(rows))}),
