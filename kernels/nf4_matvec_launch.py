@@ -280,7 +280,15 @@ def _launch_matvec(
     wide = x.dtype == torch.float32
     if not wide:
         levels = nf4_decode.table(kind, x.device)
-    tensors = (_aligned(x), _aligned(packed).view(torch.int32), absmax, absmax_scale, absmax_offset, levels, dynamic)
+    tensors = (
+        _aligned(x),
+        _aligned(packed).view(torch.int32),
+        absmax,
+        absmax_scale,
+        absmax_offset,
+        levels,
+        dynamic,
+    )
     term = [None if t is None else t.to(x.dtype).contiguous() for t in (low, b)]
     options = {
         "BLOCK": block,

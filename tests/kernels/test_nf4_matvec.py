@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracles import assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels import nf4
+from purelm.kernels import codebook, nf4, nf4_decode
 from purelm.kernels import nf4_matvec_launch as launches
 from purelm.kernels.nf4_matvec import matvec, matvec_reference
 
@@ -77,6 +77,15 @@ def test_inputs_of_one_sign(interpreted, poisoned, rows, kind):
     """Errors of the levels would add up here."""
     x, parts, low, b = drawn(rows, 24, 1024, 64, True, kind, torch.bfloat16, 0, 5)
     check(torch.ones_like(x), parts, 24, 64, kind, low, b)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_table(kind):
+    """The decoder's scaled fp16 levels are the levels, far closer than a 16-bit product needs."""
+    planes = nf4_decode.table(kind, torch.device("cpu")).view(torch.uint8).view(2, 16)
+    scaled = planes.mT.contiguous().view(torch.float16).double().flatten()
+    error = scaled / nf4_decode.SCALES[kind] - codebook.levels_of(kind).double()
+    assert float(error.abs().max()) < 2.0**-12 and abs(float(error.mean())) < 2.0**-15
 
 
 @pytest.mark.parametrize("rows", [1, 3])
