@@ -23,10 +23,37 @@ from .shards import TensorInfo
 
 
 @dataclass(frozen=True)
+class Turned:
+    """A stored matrix [in, out], seen as [out, in]."""
+
+    whole: TensorInfo
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def file(self) -> Path:
+        return self.whole.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape[::-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes
+
+
+@dataclass(frozen=True)
 class Part:
     """Some rows of each of the `groups` of equal size that a stored tensor consists of."""
 
-    whole: TensorInfo
+    whole: TensorInfo | Turned
     rows: slice
     groups: int = 1
 
@@ -72,8 +99,27 @@ def _count(shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
+def turned(info: Entry) -> Turned:
+    """`info` seen transposed; raises CheckpointError for one in 4 bits."""
+    if isinstance(info, Packed):
+        raise CheckpointError(
+            "a weight that is stored [in, out] is in 4 bits, which is not read; load the 16-bit "
+            "original, which purelm quantizes while loading",
+            tensor=info.name,
+            file=info.file,
+        )
+    return Turned(info)
+
+
+def turned_change(change: Change) -> Change:
+    """The change of a weight [out, in] as that of its transpose."""
+    if isinstance(change, LoRA):
+        return LoRA(change.b.T, change.a.T, change.scale)
+    return None if change is None else change.T.contiguous()
+
+
 def split(
-    info: Entry, paths: Sequence[str], want: Mapping[str, ParamSpec], groups: int = 1
+    info: Entry | Turned, paths: Sequence[str], want: Mapping[str, ParamSpec], groups: int = 1
 ) -> dict[str, Part]:
     """Our paths -> their rows of `info`; raises CheckpointError for another number of rows."""
     if isinstance(info, Packed):
@@ -99,15 +145,19 @@ def split(
 
 def reader(
     read: Callable[[TensorInfo], torch.Tensor],
-) -> Callable[[TensorInfo | Part], torch.Tensor]:
-    """`read` for parts too; the last whole is remembered, so that parts in a row read it once."""
+) -> Callable[[TensorInfo | Turned | Part], torch.Tensor]:
+    """`read` for what is turned and for parts too; the last whole is remembered, so that parts in a
+    row read it once.
+    """
     last: list[Any] = [None, None]
 
-    def of(info: TensorInfo | Part) -> torch.Tensor:
+    def of(info: TensorInfo | Turned | Part) -> torch.Tensor:
         if isinstance(info, TensorInfo):
             return read(info)
+        if isinstance(info, Turned):
+            return read(info.whole).T.contiguous()
         if last[0] != info.whole:
-            whole = read(info.whole)
+            whole = of(info.whole)
             last[:] = [info.whole, whole.flatten(0, -2) if whole.ndim > 2 else whole]
         rows: torch.Tensor = last[1]
         return rows.view(info.groups, -1, *rows.shape[1:])[:, info.rows].flatten(0, 1).clone()

@@ -16,7 +16,7 @@ from ..nn.spec import ModelSpec
 from ..quant import int8, nf4
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
-from .fused import Part, parts, reader, split
+from .fused import Part, Turned, parts, reader, split, turned
 from .gguf_file import find, open_gguf
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
@@ -26,10 +26,10 @@ from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 
 Quantize = Literal["nf4", "int8"] | None
-Stored = Entry | Part
+Stored = Entry | Turned | Part
 
 # Buffers that old checkpoints carry and that follow from the config.
-_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 _QUANTIZERS: dict[str, Callable[..., Any]] = {"nf4": nf4.quantize, "int8": int8.quantize}
 _LOADABLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -167,7 +167,8 @@ def _match(
     chosen: dict[str, Stored] = {}
     left_out, unknown = [], []
     groups = family.names.groups(spec.layers[0].attention.kv_heads)
-    for info in found:
+    for entry in found:
+        info = turned(entry) if family.names.is_transposed(entry.name) else entry
         if paths := parts(family.names, info.name, want):
             chosen.update(split(info, paths, want, groups))
             continue
@@ -178,10 +179,10 @@ def _match(
         if path in want:
             chosen[path] = info
         elif path == "head.weight" and spec.tied:
-            _check_tied(found, family, info)
+            _check_tied(found, family, entry)
             left_out.append(info.name)
         elif (value := family.names.constant(info.name)) is not None:
-            _check_constant(info, value)
+            _check_constant(entry, value)
             left_out.append(info.name)
         elif _DERIVED.search(info.name):
             left_out.append(info.name)

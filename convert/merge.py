@@ -161,6 +161,8 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             rows = [params[path].shape[0] for path in parts]
             changes = [trained.get(path, adapters.get(path)) for path in parts]
             whole = fused.joined(info.name, changes, rows, groups)
+            if names.is_transposed(info.name):
+                whole = fused.turned_change(whole)
             if isinstance(whole, torch.Tensor):
                 whole = whole.view(info.shape)
             shards[files[info.name]].append(Tensor(info.name, info.dtype, info.shape, info, whole))
@@ -178,7 +180,10 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
                 )
             ]
             continue
-        made = change(path, info) if path else None
+        if names.is_transposed(info.name):
+            made = fused.turned_change(trained.get(path, adapters.get(path)))
+        else:
+            made = change(path, info) if path else None
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
         # Weights of a GGUF file differ in dtype, and were trained against in the model's.
         dtype = model.dtype if isinstance(info, GGUFTensor) else info.dtype

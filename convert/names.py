@@ -1,7 +1,7 @@
 """A family's tensor names: module paths, ours and Hugging Face's, in a two-way table."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,7 +49,7 @@ class Names:
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
     once for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of
     modules in checkpoints -> ours. `constants`: stored tensors that always have one value, which
-    is not read.
+    is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D).
     """
 
     table: tuple[tuple[str, str], ...]
@@ -57,6 +57,7 @@ class Names:
     by_head: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
     constants: tuple[tuple[str, float], ...] = ()
+    transposed: frozenset[str] = frozenset()
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -93,6 +94,11 @@ class Names:
         """The value that a stored tensor always has, or None for one that is read."""
         return dict(self.constants).get(_pattern(name))
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the stored tensor `name` is a weight [in, out]."""
+        module, _, leaf = name.rpartition(".")
+        return leaf == "weight" and _pattern(module) in self.transposed
+
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
         if _pattern(path) in self._ours_to_hf:
@@ -114,11 +120,19 @@ def names(
     by_head: bool = False,
     aliases: Mapping[str, str] | None = None,
     constants: Mapping[str, float] | None = None,
+    transposed: Iterable[str] = (),
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
     parts, others = tuple((fused or {}).items()), tuple((aliases or {}).items())
-    return Names(tuple(rows.items()), parts, by_head, others, tuple((constants or {}).items()))
+    return Names(
+        tuple(rows.items()),
+        parts,
+        by_head,
+        others,
+        tuple((constants or {}).items()),
+        frozenset(transposed),
+    )
 
 
 def _pattern(path: str) -> str:

@@ -20,6 +20,7 @@ from .families import (
     gemma3_text,
     glm,
     glm4,
+    gpt2,
     gpt_neox,
     granite,
     helium,
@@ -106,6 +107,7 @@ FAMILIES = {
         Family("ministral3", ministral3, "Ministral3ForCausalLM"),
         Family("falcon", falcon, "FalconForCausalLM"),
         Family("apertus", apertus, "ApertusForCausalLM"),
+        Family("gpt2", gpt2, "GPT2LMHeadModel"),
     )
 }
 

@@ -145,6 +145,8 @@ def _run(
     seed: int | None,
 ) -> tuple[torch.Tensor, Cache | None]:
     x = embed(params, spec, tokens)
+    if spec.learned_positions:
+        x = x + F.embedding(layout.positions, params["positions"]["weight"])
     start, segments = 0, layout.segments
     if cache is not None:
         start = cache.length

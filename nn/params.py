@@ -33,6 +33,8 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
         "embed": {"weight": ParamSpec((spec.vocab, spec.dim), "ve")},
         "layers": [_layer(layer, spec.dim) for layer in spec.layers],
     }
+    if spec.learned_positions:
+        out["positions"] = {"weight": ParamSpec((spec.max_positions, spec.dim), "pe")}
     if spec.norm.weight:
         out["norm"] = _norm(spec.norm, (spec.dim,), "e")
     if not spec.tied:

@@ -165,7 +165,8 @@ class ModelSpec:
 
     Embeddings are multiplied with `embed_scale`, which is rounded to their dtype first where
     `embed_scale_rounded`. Logits are multiplied with `logit_scale`, then capped at c =
-    `logit_softcap`: c * tanh(logit / c).
+    `logit_softcap`: c * tanh(logit / c). With `learned_positions` each of the `max_positions` has a
+    row of its own, which is added to the embedding.
     """
 
     vocab: int
@@ -180,6 +181,7 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     head_bias: bool = False
+    learned_positions: bool = False
 
     def ropes(self) -> Iterator[RopeSpec]:
         """The distinct rotary embeddings, in the order of their first layer."""

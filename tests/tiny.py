@@ -61,10 +61,20 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("Ministral3", {"pad_token_id": None, "head_dim": 12}),
     "falcon": ("Falcon", {"hidden_size": 64}),
     "apertus": ("Apertus", {"pad_token_id": None}),
+    "gpt2": ("GPT2", {"bos_token_id": 1, "eos_token_id": 2}),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),
 }
 # Families that call a size otherwise, or (None) compute it.
 _SIZES: dict[str, dict[str, str | None]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "num_key_value_heads": None,
+        "head_dim": None,
+    },
     "falcon": {
         "intermediate_size": "ffn_hidden_size",
         "num_key_value_heads": "num_kv_heads",
@@ -90,7 +100,7 @@ def spread(model: Any, seed: int = 0) -> None:
         for name, p in model.named_parameters():
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
-                is_norm = "norm" in name
+                is_norm = "norm" in name or ".ln_" in name
                 p.copy_(drawn * 0.3 + (1.0 if is_norm else 0.0))
             else:
                 p.copy_(drawn * (1.5 / p.shape[-1] ** 0.5))
@@ -100,7 +110,8 @@ def hf_model(family: str, *, seed: int = 0, **fields: Any) -> Any:
     """transformers' model in fp32 with spread weights, eager attention, in eval mode."""
     made = config(family, **fields)
     made._attn_implementation = "eager"
-    cls = getattr(transformers, f"{_KINDS[family][0]}ForCausalLM")
+    end = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
+    cls = getattr(transformers, _KINDS[family][0] + end)
     model = cls(made).float().eval()
     spread(model, seed)
     model.tie_weights()

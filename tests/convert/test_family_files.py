@@ -31,6 +31,34 @@ def test_either_name_of_a_head(tmp_path: Path) -> None:
     assert torch.equal(bridged.bridge(folder)(bridged.ids()).logits, before)
 
 
+def test_files_without_a_prefix_and_with_masks(tmp_path: Path) -> None:
+    """As GPT-2's first files are; weights are stored [in, out], and are not views of the file."""
+    folder = tiny.save(tiny.hf_model("gpt2"), tmp_path / "model")
+    before = bridged.bridge(folder)(bridged.ids()).logits
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(3)}
+    rewritten(
+        folder, lambda t: {**{k.removeprefix("transformer."): v for k, v in t.items()}, **masks}
+    )
+    model = bridged.bridge(folder)
+    assert torch.equal(model(bridged.ids()).logits, before)
+    stored = load_file(folder / "model.safetensors")["h.1.mlp.c_fc.weight"]
+    up = model.params["layers"][1]["mlp"]["up"]["weight"]
+    assert torch.equal(up, stored.T) and up.is_contiguous()
+
+
+def test_transposed_weights_trained_whole_are_written_as_they_were(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.hf_model("gpt2"), tmp_path / "model")
+    model = bridged.bridge(folder, train_all=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained_merged(tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value * 1.5), name
+
+
 def test_a_constant_that_is_another(tmp_path: Path) -> None:
     folder = tiny.save(tiny.hf_model("apertus"), tmp_path / "model")
     name = "model.layers.1.mlp.act_fn.beta"

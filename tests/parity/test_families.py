@@ -45,6 +45,7 @@ def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch
     shapes = {path: leaf.shape for path, leaf in tree.items(loaded.params)}
     for name, p in model.named_parameters():
         value = p.grad if grad else p.data
+        value = value.T if names.is_transposed(name) else value
         if paths := parts(names, name, shapes):
             value = value.flatten(0, -2) if value.ndim > 2 else value
             value = value.view(groups, -1, *value.shape[1:]) if groups > 1 else value
