@@ -128,13 +128,16 @@ class Layer:
         p: tree.Tree,
         adapters: tree.Tree,
         table: rope.Table | None,
-    ) -> tuple[torch.Tensor, dict[tuple[str, str], Grads]]:
-        """dx and each adapter's gradients; residuals that are not there are computed again."""
+        need_dx: bool = True,
+    ) -> tuple[torch.Tensor | None, dict[tuple[str, str], Grads]]:
+        """dx (None if not needed: the first layer with adapters) and each adapter's gradients;
+        residuals that are not there are computed again.
+        """
         grads: dict[tuple[str, str], Grads] = {}
         dmid = dy + self._mlp_backward(dy, residuals, p, adapters, grads)
         dbranch = dy if self.spec.parallel else dmid
-        dx = dmid + self._attention_backward(dbranch, residuals, p, adapters, table, grads)
-        return dx, grads
+        dx = self._attention_backward(dbranch, residuals, p, adapters, table, grads, need_dx)
+        return None if dx is None else dmid + dx, grads
 
     def _mlp_backward(
         self,
@@ -173,7 +176,8 @@ class Layer:
         adapters: tree.Tree,
         table: rope.Table | None,
         grads: dict[tuple[str, str], Grads],
-    ) -> torch.Tensor:
+        need_dx: bool,
+    ) -> torch.Tensor | None:
         pulled = _Puller(p, adapters, grads, self.seed)
         branch = residuals.pop("attn_branch", None)
         dmid = add_backward(dmid, branch, p.get("attn_post_norm"), self.spec)
@@ -196,7 +200,9 @@ class Layer:
         del saved, flat, dout, heads
         draw = torch.autograd.grad((q, k, v), raw, (dq, dk, dv))
         dys = tuple(t.reshape(*x.shape[:2], -1) for t in draw)
-        dinner = pulled("attn", ("q", "k", "v"), inner.detach(), dys, 0)
+        dinner = pulled("attn", ("q", "k", "v"), inner.detach(), dys, 0, need_dx)
+        if dinner is None:
+            return None
         dx: torch.Tensor = torch.autograd.grad(inner, x, dinner)[0]
         return dx
 
@@ -214,13 +220,19 @@ class _Puller:
         self.p, self.adapters, self.grads, self.seed = p, adapters, grads, seed
 
     def __call__(
-        self, part: str, names: Any, x: torch.Tensor, dys: tuple[torch.Tensor, ...], step: int
-    ) -> torch.Tensor:
+        self,
+        part: str,
+        names: Any,
+        x: torch.Tensor,
+        dys: tuple[torch.Tensor, ...],
+        step: int,
+        need_x: bool = True,
+    ) -> Any:
         projections, found = _picked(self.p[part], self.adapters, part, names)
         wanted = [Wanted(a=f is not None, b=f is not None) for f in found]
-        dx, grads = pull(x, projections, found, seed_after(self.seed, step), dys, wanted)
+        seed = seed_after(self.seed, step)
+        dx, grads = pull(x, projections, found, seed, dys, wanted, need_x=need_x)
         self.grads.update({(part, n): g for n, g in zip(names, grads, strict=True)})
-        assert dx is not None
         return dx
 
 
@@ -236,13 +248,24 @@ class _Bound(NamedTuple):
 
 def _cast(adapters: tree.Tree, dtype: torch.dtype) -> tree.Tree:
     """The adapters as the products read them: once a pass, not once a product."""
-
-    def cast(leaf: LoRA) -> LoRA:
-        b = leaf.b if leaf.scale == 1.0 else leaf.b * leaf.scale
-        return LoRA(leaf.a.to(dtype), b.to(dtype), 1.0, leaf.dropout)
-
     with torch.no_grad():
-        return tree.map(cast, adapters)
+        leaves = tree.leaves(adapters)
+        bs = [leaf.b if leaf.scale == 1.0 else leaf.b * leaf.scale for leaf in leaves]
+        cast = iter(
+            _to([t for leaf, b in zip(leaves, bs, strict=True) for t in (leaf.a, b)], dtype)
+        )
+        return tree.map(lambda leaf: LoRA(next(cast), next(cast), 1.0, leaf.dropout), adapters)
+
+
+def _to(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Each in `dtype`: on a GPU one launch for all of them, where there would be one for each."""
+    others = [t for t in tensors if t.dtype != dtype]
+    if not others:
+        return tensors
+    made = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in others]
+    torch._foreach_copy_(made, others)
+    fresh = iter(made)
+    return [t if t.dtype == dtype else next(fresh) for t in tensors]
 
 
 def _picked(p: tree.Tree, adapters: tree.Tree, part: str, names: Any) -> tuple[Any, Any]:
@@ -282,13 +305,20 @@ class _Run(torch.autograd.Function):
         if layer.offload is not None:
             residuals.update(layer.offload.fetch(layer.index) or {})
         del saved, leaves
-        dx, found = layer.backward(grads[0], residuals, p, adapters, table)
-        out: list[torch.Tensor | None] = []
-        for path, leaf in trained.items():
+        need_dx = ctx.needs_input_grad[1]
+        dx, found = layer.backward(grads[0], residuals, p, adapters, table, need_dx)
+        raw: list[torch.Tensor] = []
+        for path in trained:
             part, _, name = path.partition(".")
             grad = found[part, name]
-            a, b = grad.a, grad.b
-            assert a is not None and b is not None
-            b = b.to(leaf.b.dtype)
-            out += [a.to(leaf.a.dtype), b if leaf.scale == 1.0 else b * leaf.scale]
+            assert grad.a is not None and grad.b is not None
+            raw += [grad.a, grad.b]
+        leaves = list(trained.values())
+        # Autograd checks dtypes against what is trained; adapters have one dtype, nearly always.
+        out = _to(raw, leaves[0].a.dtype) if leaves else []
+        for i, leaf in enumerate(leaves):
+            if leaf.scale != 1.0:
+                out[2 * i + 1] = out[2 * i + 1] * leaf.scale
+            out[2 * i] = out[2 * i].to(leaf.a.dtype)
+            out[2 * i + 1] = out[2 * i + 1].to(leaf.b.dtype)
         return None, dx, *out

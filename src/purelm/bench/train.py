@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gradient-checkpointing", choices=[*_CHECKPOINTING], default="unsloth")
     parser.add_argument("--budget-gib", type=float, help="memory_budget, for auto")
+    parser.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
     parser.add_argument("--optimizer", choices=["adamw8bit", "adamw"], default="adamw8bit")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--trace", type=Path, help="write a profile of one step here")
@@ -47,6 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     torch_s = time.perf_counter() - start
     from purelm import FastLanguageModel
+    from purelm.graphed import GraphedStep
 
     result: dict[str, Any] = {
         "peer": "purelm",
@@ -56,6 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rank": args.rank,
         "gradient_checkpointing": args.gradient_checkpointing,
         "optimizer": args.optimizer,
+        "graph": args.graph,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "import_torch_s": round(torch_s, 2),
@@ -94,13 +97,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     losses, seconds = [], []
+    graphed = GraphedStep(model) if args.graph else None
 
     def step(i: int) -> None:
         _sync(cuda)
         begun = time.perf_counter()
         ids = batches[i % 2]
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        if graphed is not None:
+            loss = graphed(ids, ids)
+        else:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         _sync(cuda)
