@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Of the free memory: what fragments, and what libraries take for themselves.
 _MARGIN = 0.08
+# What libraries allocate for themselves through torch on a GPU: matrix products' workspace.
+_WORKSPACE = 64 * 2**20
 # Rows of like length share a plan, made for the longest of them.
 _STEP = 256
 
@@ -44,6 +46,7 @@ def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
             scores=backend_for(probe) == "reference",
         )
         fixed = max(_lasting(model), _allocated(device))
+        fixed += _WORKSPACE if device.type == "cuda" else 0
         budget = model.memory_budget
         budget = fixed + _free(device) if budget is None else budget
         found = plan(model.spec, shape, budget=budget, fixed=fixed)

@@ -56,7 +56,8 @@ class Plan:
         numbered = list(enumerate(self.policies))
         for policy, some in groupby(numbered, key=lambda pair: pair[1]):
             places = [i for i, _ in some]
-            parts.append(f"layers {places[0]}-{places[-1]}: {_words(policy)}")
+            where = f"s {places[0]}-{places[-1]}" if len(places) > 1 else f" {places[0]}"
+            parts.append(f"layer{where}: {_words(policy)}")
         return (
             f"{self.shape.batch} x {self.shape.length} tokens, {self.peak / GIB:.2f} GiB planned "
             f"of a budget of {self.budget / GIB:.2f} GiB; {'; '.join(parts)}"

@@ -30,7 +30,8 @@ class GraphedStep:
     """What `model(ids, labels=labels).loss.backward()` does, replayed from a graph.
 
     The first call with a shape runs eagerly, captures and replays; later calls with that shape
-    replay. Losses and gradients are those of the eager step to the bit. Gradients are added to the
+    replay. Losses and gradients are those of the eager step to the bit, as far as that repeats
+    itself (cuDNN's attention backward does not always). Gradients are added to the
     parameters' `.grad`, so an optimizer, clipping and `zero_grad` work as ever. Each shape keeps
     the memory of its step for as long as this object lives; all shapes share one pool.
 
