@@ -22,6 +22,7 @@ from ..kernels.nf4 import BLOCKS, block_absmax
 from ..kernels.nf4_launch import GROUP
 from ..quant import nf4
 from ..quant.nf4 import NF4
+from . import fp8_file
 from .gguf_file import GGUFTensor, read_tensor
 from .json_file import parse_json
 from .shards import Checkpoint, TensorInfo, read
@@ -76,8 +77,8 @@ def check_config(stored: Any, file: Path) -> None:
             method = "bitsandbytes, not in 4 bits"
     raise ConfigError(
         f"the checkpoint is stored quantized ({method!s:.60}), which is not read yet, only "
-        "bitsandbytes' nf4 in uint8 is; load the 16-bit original, which purelm quantizes while "
-        "loading",
+        "bitsandbytes' nf4 in uint8 and fp8 are; load the 16-bit original, which purelm quantizes "
+        "while loading",
         file=file,
     )
 
@@ -93,11 +94,14 @@ def entries(checkpoint: Checkpoint) -> list[Entry]:
         if found := _PART.fullmatch(name):
             parts.setdefault(found.group(1), {})[found.group(2)] = info
     made: list[Entry] = []
+    whole = fp8_file.entries(checkpoint.tensors)
     for info in checkpoint.in_file_order():
+        if info.name not in whole:
+            continue
         if info.name in parts:
             made.append(_packed(info, parts.pop(info.name)))
         elif not _PART.fullmatch(info.name):
-            made.append(info)
+            made.append(whole[info.name])
     if parts:
         name, alone = next(iter(parts.items()))
         raise CheckpointError(
@@ -225,6 +229,8 @@ def read_dense(entry: Entry) -> torch.Tensor:
     """A weight on the CPU in its own dtype, dequantized if need be."""
     if isinstance(entry, Packed):
         return nf4.dequantize(read_leaf(entry, entry.dtype))
+    if isinstance(entry, fp8_file.FP8Tensor):
+        return fp8_file.dequantize(read(entry.codes), read(entry.scale)).to(entry.dtype)
     return read_tensor(entry) if isinstance(entry, GGUFTensor) else read(entry)
 
 

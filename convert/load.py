@@ -14,6 +14,7 @@ from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
 from ..quant import int8, nf4
+from . import fp8_file
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
 from .fused import Part, Turned, parts, reader, split, turned
@@ -45,6 +46,7 @@ class Loaded:
     checkpoint: Checkpoint
     stored_dtypes: tuple[torch.dtype, ...]
     left_out: tuple[str, ...] = field(default=())
+    dequantized_from: str | None = None
 
 
 def load(
@@ -65,8 +67,9 @@ def load(
 
     quantize: "nf4" stores every projection of the layers in 4 bits, "int8" in 8 bits a row
     (LLM.int8); of a checkpoint that bitsandbytes stored in 4 bits "nf4" keeps those that are, as
-    they are, and None dequantizes them. dtype: of the other tensors and of what quantized weights
-    dequantize to (default: as stored; bfloat16 where that differs by tensor). device: default the
+    they are, and None dequantizes them. Weights in fp8 are dequantized first. dtype: of the other
+    tensors and of what quantized weights dequantize to (default: as stored; bfloat16 where that
+    differs by tensor, and for fp8). device: default the
     first GPU if there is one, else the CPU. quant_skip: texts; a projection whose checkpoint name
     contains one stays unquantized.
 
@@ -118,6 +121,10 @@ def load_folder(
     path = Path(folder) / "config.json" if gguf is None else gguf.file
     config = Config.from_folder(folder) if gguf is None else Config(config_fields(gguf), str(file))
     config.update(dict(overrides or {}))
+    stored_fp8 = fp8_file.is_fp8(config.quantization_config, path)
+    if stored_fp8:
+        # Reading dequantizes: what is loaded is no longer what the field says.
+        config.fields.pop("quantization_config")
     prequantized = config.quantization_config is not None
     if prequantized:
         check_config(config.quantization_config, path)
@@ -138,6 +145,13 @@ def load_folder(
             else "weights are stored in 4 bits, and there is no quantization_config that says so",
             file=path,
         )
+    if stored_fp8 != any(isinstance(entry, fp8_file.FP8Tensor) for entry in found):
+        raise ConfigError(
+            "quantization_config says that weights are stored in fp8, and none is; remove it"
+            if stored_fp8
+            else "weights are stored in fp8, and there is no quantization_config that says so",
+            file=path,
+        )
     chosen, left_out = _match(found, checkpoint, spec, family)
     for text in quant_skip:
         if not any(text in name for name in checkpoint.tensors):
@@ -148,7 +162,9 @@ def load_folder(
         config.fields.pop("quantization_config")
     params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, progress)
     stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
-    return Loaded(spec, params, config, family, checkpoint, stored, left_out)
+    return Loaded(
+        spec, params, config, family, checkpoint, stored, left_out, "fp8" if stored_fp8 else None
+    )
 
 
 def read_config(folder: Path) -> Config:

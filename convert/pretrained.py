@@ -170,6 +170,8 @@ class FastLanguageModel:
             overrides=rope_override.overrides(base.folder, family, rope_scaling),
             progress=True,
         )
+        if loaded.dequantized_from is not None:
+            notes.append(f"the files store weights in {loaded.dequantized_from}; dequantized")
         if loaded.left_out:
             notes.append(f"not loaded: {', '.join(loaded.left_out[:4])}")
         spec, params = loaded.spec, loaded.params

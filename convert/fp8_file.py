@@ -1,0 +1,103 @@
+"""Weights stored as fp8 (e4m3) with scales, as Qwen3-FP8 and DeepSeek are, read by dequantizing.
+
+A weight `w` [out, in] has beside it `w_scale_inv` (one scale for each 128x128 block, transformers'
+`FineGrainedFP8Config`) or `w_scale` (one for each row, or one alone, compressed-tensors'
+"float-quantized"). Either multiplies the stored values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, ConfigError
+from .safetensors_file import TensorInfo
+
+BLOCK = 128
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+# Scales of inputs, which are not quantized here.
+_INPUTS = (".input_scale", ".input_activation_scale")
+
+
+@dataclass(frozen=True)
+class FP8Tensor(TensorInfo):
+    """A weight in fp8; `dtype` is the one that stands for it, `codes` and `scale` what is read."""
+
+    codes: TensorInfo
+    scale: TensorInfo
+
+
+def is_fp8(stored: Any, file: Path) -> bool:
+    """Whether a `quantization_config` is of fp8; raises ConfigError for a kind that is not read."""
+    if not isinstance(stored, dict):
+        return False
+    method = stored.get("quant_method")
+    if method == "fp8":
+        block = stored.get("weight_block_size", [BLOCK, BLOCK])
+        if block is not None and block != [BLOCK, BLOCK]:
+            raise ConfigError(
+                f"fp8 weights have scales for blocks of {block!r:.60}, read are {BLOCK} x {BLOCK}",
+                file=file,
+            )
+        if stored.get("fmt", "e4m3") != "e4m3":
+            raise ConfigError(
+                f"fp8 weights are {stored['fmt']!r:.40}, expected 'e4m3'; load the 16-bit original",
+                file=file,
+            )
+        return True
+    return method == "compressed-tensors" and stored.get("format") == "float-quantized"
+
+
+def entries(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors, each fp8 weight taken together with its scales.
+
+    Raises CheckpointError for a weight without scales and for scales of another shape.
+    """
+    made: dict[str, TensorInfo] = {}
+    taken: set[str] = set()
+    for name, info in tensors.items():
+        if info.dtype != torch.float8_e4m3fn:
+            continue
+        found = [tensors[name + end] for end in ("_scale_inv", "_scale") if name + end in tensors]
+        if len(found) != 1 or len(info.shape) != 2:
+            raise CheckpointError(
+                f"an fp8 weight needs two dimensions and one of {name}_scale_inv and {name}_scale; "
+                f"found shape {list(info.shape)} and {len(found)} of them",
+                file=info.file,
+                tensor=name[:200],
+            )
+        scale, (rows, columns) = found[0], info.shape
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        allowed = (
+            [blocks] if scale.name.endswith("_inv") else [(rows, 1), (rows,), (1,), (), (1, 1)]
+        )
+        if scale.shape not in allowed or scale.dtype not in _SCALES:
+            raise CheckpointError(
+                f"found scales {scale.dtype} {list(scale.shape)} of a weight {list(info.shape)}, "
+                f"expected float {' or '.join(str(list(shape)) for shape in allowed)}",
+                file=scale.file,
+                tensor=scale.name[:200],
+            )
+        taken.add(scale.name)
+        made[name] = FP8Tensor(
+            name, info.file, torch.bfloat16, info.shape, info.offset, info.nbytes, info.stamp,
+            codes=info, scale=scale,
+        )  # fmt: skip
+    if not made:
+        return dict(tensors)
+    unused = {name for name in tensors if name.endswith(_INPUTS)}
+    return {n: made.get(n, info) for n, info in tensors.items() if n not in taken | unused}
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """codes [out, in] e4m3 times scales [out / 128, in / 128], [out, 1] or one -> fp32."""
+    out, scale = codes.float(), scale.float()
+    rows, columns = out.shape
+    if scale.shape == (-(-rows // BLOCK), -(-columns // BLOCK)) and scale.numel() > 1:
+        for index, row in enumerate(scale):
+            wide = row.repeat_interleave(BLOCK)[:columns]
+            out[index * BLOCK : (index + 1) * BLOCK] *= wide
+        return out
+    return out.mul_(scale.view(-1, 1))
