@@ -12,18 +12,34 @@ if TYPE_CHECKING:
     from .convert.load import load as load
     from .convert.pretrained import FastLanguageModel as FastLanguageModel
     from .convert.tokenizer import Tokenizer as Tokenizer
+    from .engine import Engine as Engine
+    from .engine_request import Request as Request
     from .nn.decoder import forward as forward
+    from .nn.sampling import Sampling as Sampling
     from .nn.spec import ModelSpec as ModelSpec
 
 _HOME = {
     "FastLanguageModel": "convert.pretrained",
     "load": "convert.load",
     "Tokenizer": "convert.tokenizer",
+    "Engine": "engine",
+    "Request": "engine_request",
+    "Sampling": "nn.sampling",
     "ModelSpec": "nn.spec",
     "forward": "nn.decoder",
 }
 
-__all__ = ["FastLanguageModel", "ModelSpec", "Tokenizer", "__version__", "forward", "load"]
+__all__ = [
+    "Engine",
+    "FastLanguageModel",
+    "ModelSpec",
+    "Request",
+    "Sampling",
+    "Tokenizer",
+    "__version__",
+    "forward",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,10 @@ class InputError(PurelmError, ValueError):
     """A batch cannot be run: ids out of range, a row longer than the context, no labels."""
 
 
+class BusyError(PurelmError, RuntimeError):
+    """As many requests wait as may; the same one may be accepted later."""
+
+
 class KernelError(PurelmError, ValueError):
     """A tensor has a shape, dtype, layout or device that a kernel or quantizer cannot take."""
 
