@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "sft", "fine-tune a model on examples", _sft, _sft_arguments)
     _add(commands, "chat", "talk to a model or an adapter", _chat, _chat_arguments)
     _add(commands, "generate", "answer one prompt", _generate, _generate_arguments)
+    _add(commands, "serve", "answer over HTTP in OpenAI's API", _serve, _serve_arguments)
     _add(commands, "families", "list the model families that can be loaded", _families)
     _add(commands, "bench", "measure this machine", _bench, _bench_arguments)
     return parser
@@ -271,6 +272,28 @@ def _generate(args: argparse.Namespace) -> int:
 
     chat.answer(model, tokenizer, prompt, write=write, **keywords)
     print()
+    return 0
+
+
+# purelm serve
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from .serve_options import add_arguments
+
+    add_arguments(parser)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .serve_options import from_arguments
+
+    options = from_arguments(args)
+    from . import chat, serve
+
+    model, tokenizer = chat.load(
+        args.model, in_4bit=args.in_4bit, dtype=args.dtype, device=args.device
+    )
+    serve.run(model, tokenizer, options)
     return 0
 
 

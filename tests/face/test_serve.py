@@ -1,0 +1,401 @@
+"""`purelm serve` as the official openai client sees it, over a loopback port."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from purelm import FastLanguageModel, cli, serve
+from purelm.errors import ArgumentError
+from purelm.serve_options import Options
+from purelm.serve_text import AnswerText
+
+KEY = "sesame"
+NAME = "tiny"
+TALK: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return FastLanguageModel.from_pretrained(
+        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
+    )
+
+
+class Site:
+    """A server in a thread of its own, and clients of it."""
+
+    def __init__(self, loaded: Any, **options: Any) -> None:
+        self.options = Options(NAME, api_key=KEY, grace=1, **options)
+        self.app = serve.app(*loaded, self.options)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.server = serve.server(self.app, self.options)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+
+    def __enter__(self) -> "Site":
+        self.thread.start()
+        for _ in range(500):
+            if self.server.started:
+                return self
+            time.sleep(0.01)
+        raise AssertionError("the server does not start")
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.socket.close()
+        assert not self.thread.is_alive()
+        assert not self.app.state.worker._thread.is_alive()
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
+
+    def post(self, path: str, **arguments: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEY}", **arguments.pop("headers", {})}
+        return httpx.post(self.url + path, headers=headers, timeout=30, **arguments)
+
+
+@pytest.fixture(scope="module")
+def site(loaded: Any) -> Iterator[Site]:
+    with Site(loaded, max_tokens=200, max_body=20_000) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def client(site: Site) -> Iterator[openai.OpenAI]:
+    with site.client() as client:
+        yield client
+
+
+def expected(loaded: Any, new: int) -> str:
+    """What `generate` answers to TALK."""
+    model, tokenizer = loaded
+    ids = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, return_tensors="pt")
+    out = model.generate(ids["input_ids"], max_new_tokens=new, do_sample=False)
+    answer = out[0, ids["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "purelm"
+    with pytest.raises(openai.NotFoundError, match="tiny"):
+        client.models.retrieve("other/model")
+
+
+def test_chat(client: openai.OpenAI, loaded: Any) -> None:
+    out = client.chat.completions.create(model=NAME, messages=TALK, temperature=0, max_tokens=9)
+    assert out.choices[0].message.content == expected(loaded, 9) != ""
+    assert out.choices[0].message.role == "assistant" and out.object == "chat.completion"
+    prompt = loaded[1].apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+    assert out.usage is not None and out.usage.prompt_tokens == len(prompt)
+    assert out.usage.total_tokens == len(prompt) + out.usage.completion_tokens
+    full = out.usage.completion_tokens == 9
+    assert out.choices[0].finish_reason == ("length" if full else "stop")
+
+
+def test_an_answer_without_a_limit_ends_by_itself(client: openai.OpenAI, loaded: Any) -> None:
+    out = client.chat.completions.create(model=NAME, messages=TALK, temperature=0)
+    assert out.choices[0].finish_reason in ("stop", "length")
+    assert (out.choices[0].message.content or "").startswith(expected(loaded, 9))
+
+
+def test_stream(client: openai.OpenAI, loaded: Any) -> None:
+    stream = client.chat.completions.create(
+        model=NAME,
+        messages=TALK,
+        temperature=0,
+        max_tokens=9,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(pieces) == expected(loaded, 9) and len([p for p in pieces if p]) > 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 1
+    assert len({c.id for c in chunks}) == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop(client: openai.OpenAI, loaded: Any, streamed: bool) -> None:
+    """Cut before the stop string, even where it begins or ends within a token."""
+    text = expected(loaded, 12)
+    stop = text[3:7]
+    asked: Any = {"model": NAME, "messages": TALK, "temperature": 0, "max_tokens": 12}
+    asked |= {"stop": [stop, "never in it"]}
+    if streamed:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        got = "".join(c.choices[0].delta.content or "" for c in chunks)
+        finish = chunks[-1].choices[0].finish_reason
+    else:
+        choice = client.chat.completions.create(**asked).choices[0]
+        got, finish = choice.message.content, choice.finish_reason
+    assert (got, finish) == (text[: text.index(stop)], "stop")
+
+
+def test_choices_and_seeds(client: openai.OpenAI) -> None:
+    def ask(seed: int) -> list[str]:
+        out = client.completions.create(
+            model=NAME, prompt="The", max_tokens=8, n=4, seed=seed, temperature=1.3
+        )
+        assert [c.index for c in out.choices] == [0, 1, 2, 3]
+        assert out.usage is not None and out.usage.completion_tokens <= 32
+        return [c.text for c in out.choices]
+
+    first = ask(7)
+    assert first == ask(7) != ask(100) and len(set(first)) > 1
+
+
+def test_completions_of_texts_and_ids(client: openai.OpenAI, loaded: Any) -> None:
+    model, tokenizer = loaded
+    ids = tokenizer("The capital")["input_ids"]
+    both: Any = {"model": NAME, "max_tokens": 6, "temperature": 0}
+    texts = client.completions.create(prompt=["The capital", "A dog"], **both)
+    (one,) = client.completions.create(prompt=ids, **both).choices
+    assert len(texts.choices) == 2 and texts.choices[0].text == one.text
+    out = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0]
+    whole = str(tokenizer.decode(out, skip_special_tokens=True))
+    assert whole == str(tokenizer.decode(ids, skip_special_tokens=True)) + one.text
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    out = client.chat.completions.create(
+        model=NAME, messages=TALK, temperature=0, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    given = out.choices[0].logprobs
+    assert given is not None and given.content is not None and out.usage is not None
+    assert len(given.content) == out.usage.completion_tokens
+    for token in given.content:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy takes the likeliest
+    old = client.completions.create(model=NAME, prompt="The", max_tokens=3, logprobs=2)
+    columns = old.choices[0].logprobs
+    assert columns is not None and columns.tokens is not None and columns.token_logprobs is not None
+    assert len(columns.tokens) == len(columns.token_logprobs) > 0
+
+
+def test_logit_bias_and_penalties_reach_the_engine(client: openai.OpenAI, loaded: Any) -> None:
+    token = loaded[1]("dog", add_special_tokens=False)["input_ids"][-1]
+    out = client.completions.create(
+        model=NAME, prompt="The", max_tokens=3, temperature=0, logit_bias={str(token): 100}
+    )
+    assert out.choices[0].text == loaded[1].decode([token] * 3)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"content": "hello"}]}, "role"),
+    ({"messages": [{"role": "user", "content": "x " * 5000}]}, "more than"),
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": -1}, "top_p"),
+    ({"n": 0}, "n is 0"),
+    ({"n": 1000}, "n is 1000"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 201}, "to 200"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": list("abcde")}, "at most 4"),
+    ({"logit_bias": {"dog": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 1000}}, "logit_bias"),
+    ({"top_logprobs": 2}, "logprobs: true"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": 3}, "stream_options"),
+    ({"tools": [{"type": "function"}]}, "tools is not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"temprature": 1}, "unknown parameter: temprature"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "says"), BAD, ids=[s for _, s in BAD])
+def test_bad_requests(site: Site, wrong: dict[str, Any], says: str) -> None:
+    body = {"model": NAME, "messages": TALK, "max_tokens": 4, **wrong}
+    reply = site.post("/chat/completions", json=body)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and says in error["message"]
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], [[]], "", ["a", 3], [10**9], [[1], "a"] * 20])
+def test_bad_prompts(site: Site, prompt: Any) -> None:
+    reply = site.post("/completions", json={"model": NAME, "prompt": prompt})
+    assert reply.status_code == 400 and reply.json()["error"]["message"]
+
+
+def test_bad_bodies(site: Site) -> None:
+    path, kind = "/chat/completions", {"Content-Type": "application/json"}
+    for content in (b"{", b"[1]", b"\xff", b"[" * 15000):
+        assert site.post(path, content=content, headers=kind).status_code == 400
+    assert site.post(path, content=b" " * 20_001, headers=kind).status_code == 413
+    assert site.post(path, content=b"{}").status_code == 415
+    wrong = site.post(path, json={"model": "other", "messages": TALK})
+    assert wrong.status_code == 404 and wrong.json()["error"]["code"] == "model_not_found"
+    assert site.post("/nothing", json={}).json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_client_sees_typed_errors(site: Site, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model=NAME, messages=TALK, temperature=9)
+    with site.client("wrong") as stranger:
+        for call in (stranger.models.list, lambda: stranger.models.retrieve(NAME)):
+            with pytest.raises(openai.AuthenticationError, match="API key"):
+                call()
+        with pytest.raises(openai.AuthenticationError):
+            stranger.chat.completions.create(model=NAME, messages=TALK)
+
+
+def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The site's engine, slowed down, so that answers are under way for a while."""
+    from purelm.engine import Engine
+
+    step = Engine.step
+
+    def slowly(engine: Any) -> Any:
+        time.sleep(0.02)
+        engines.append(engine)
+        return step(engine)
+
+    engines: list[Any] = []
+    monkeypatch.setattr(Engine, "step", slowly)
+    return engines
+
+
+LONG: Any = {"model": NAME, "prompt": "The", "max_tokens": 190, "temperature": 1.5, "seed": 1}
+# Nothing ends these answers but their length.
+LONG |= {"extra_body": {"min_tokens": 190}}
+
+
+def wait_for(happens: Any) -> None:
+    for _ in range(500):
+        if happens():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not happen")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_goes_away_cancels(
+    site: Site, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    engines = slow(site, monkeypatch)
+    if streamed:
+        with site.client() as client:
+            stream = client.completions.create(**LONG, stream=True)
+            next(iter(stream))
+            stream.close()
+    else:
+        with (
+            httpx.Client(timeout=0.3, headers={"Authorization": f"Bearer {KEY}"}) as impatient,
+            pytest.raises(httpx.ReadTimeout),
+        ):
+            body = {k: v for k, v in LONG.items() if k != "extra_body"}
+            impatient.post(site.url + "/completions", json={**body, "min_tokens": 190})
+    steps = len(engines)
+    assert 0 < steps < 100
+    wait_for(lambda: not engines[0].busy)
+    # Long before the answer would have been whole.
+    assert len(engines) < 120
+
+
+def test_too_many_are_told_to_come_again(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Site(loaded, slots=1, max_queue=0) as site, site.client() as client:
+        engines = slow(site, monkeypatch)
+        stream = client.completions.create(**LONG, stream=True)
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError, match="come again"):
+            client.completions.create(model=NAME, prompt="The", max_tokens=2)
+        # Several choices are queued all or none.
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model=NAME, prompt="The", max_tokens=2, n=2)
+        stream.close()
+        wait_for(lambda: not engines[0].busy)
+        assert client.completions.create(model=NAME, prompt="The", max_tokens=2).choices[0].text
+
+
+def test_stopping_ends_what_is_under_way(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Site(loaded) as site, site.client() as client:
+        slow(site, monkeypatch)
+        stream = client.completions.create(**{**LONG, "max_tokens": 190}, stream=True)
+        next(iter(stream))
+        site.server.should_exit = True
+        # In OpenAI's form, after the second of grace.
+        with pytest.raises(openai.APIError, match="stopping"):
+            list(stream)
+
+
+def test_many_at_once(site: Site) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=site.url, api_key=KEY, max_retries=0) as client:
+            made = [
+                client.completions.create(
+                    model=NAME, prompt="The", max_tokens=1 + i % 7, seed=5, temperature=1.2
+                )
+                for i in range(20)
+            ]
+            return [c.choices[0].text for c in await asyncio.gather(*made)]
+
+    texts = asyncio.run(ask())
+    # The same seed draws the same answer, however long and in whatever company.
+    for i, text in enumerate(texts):
+        assert texts[6].startswith(text) and text == texts[i % 7]
+
+
+def test_text_holds_back_what_may_become_a_stop(loaded: Any) -> None:
+    tokenizer = loaded[1]
+    ids = tokenizer("abab abac", add_special_tokens=False)["input_ids"]
+    text = str(tokenizer.decode(ids))
+    for stop in ("abac", "b a", "zz", text, "c!"):
+        answer = AnswerText(tokenizer, ids, (stop,))
+        pieces = [answer.take(i) for i in ids] + [answer.finish()]
+        whole = str(tokenizer.decode(ids + ids))[len(text) :]
+        assert "".join(pieces) == whole.split(stop)[0]
+        assert answer.stopped == (stop in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--host", "0.0.0.0"], "PURELM_API_KEY"),
+        (["--slots", "0"], "slots"),
+        (["--port", "70000"], "port"),
+        (["--api-key", ""], "empty"),
+    ],
+)
+def test_bad_command_lines(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "purelm/tiny", *arguments]) != 0
+    assert says in capsys.readouterr().err
+
+
+def test_the_command_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PURELM_API_KEY", KEY)
+    served: list[Any] = []
+    monkeypatch.setattr(serve, "run", lambda *arguments: served.append(arguments))
+    assert cli.main(["serve", "purelm/tiny", "--device", "cpu", "--slots", "3"]) == 0
+    ((model, tokenizer, options),) = served
+    assert (options.name, options.api_key, options.slots) == ("purelm/tiny", KEY, 3)
+    assert model.spec.vocab >= len(tokenizer)
+
+
+def test_only_loopback_goes_without_a_key() -> None:
+    assert Options(NAME).api_key is None and Options(NAME, host="::1").host == "::1"
+    with pytest.raises(ArgumentError):
+        Options(NAME, host="192.168.0.1")
+
+
+def test_error_bodies_are_json(site: Site) -> None:
+    reply = site.post("/chat/completions", json={"model": NAME})
+    assert json.loads(reply.text)["error"]["param"] == "messages"
