@@ -175,6 +175,37 @@ def test_documents() -> None:
             assert (got - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_no_gradient_of_an_input_that_needs_none(
+    parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer with adapters: its gradients as ever, without q's, k's and v's products."""
+    spec, base, adapters = build(KINDS[1], torch.float32, parallel=parallel)
+    layer, p, adapter = spec.layers[0], base["layers"][0], adapters["layers"][0]
+    g = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(2, 9, 32, generator=g) for _ in range(2))
+    table = rope.table(layer.attention.rope, torch.arange(9)[None])
+    needed: list[bool] = []
+    real = fast_layer.pull
+
+    def pull(*args: Any, **keywords: Any) -> Any:
+        needed.append(keywords["need_x"])
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(fast_layer, "pull", pull)
+    found = []
+    for x_needs in (True, False):
+        given = x.clone().requires_grad_(x_needs)
+        y = Layer(0, layer, None, RECOMPUTE, None, None).run(given, p, adapter, table)
+        y.backward(dy)
+        assert (given.grad is not None) == x_needs
+        found.append([t.grad for t in tree.tensors(adapter)])
+        for t in tree.tensors(adapter):
+            t.grad = None
+    assert needed == [True] * 7 + [False]  # down, gate and up, o, then q, k and v; twice
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_bytes_per_token() -> None:
     """The plan's arithmetic is the size of the residuals themselves."""
     spec, base, adapters = build(KINDS[0], torch.float32)
