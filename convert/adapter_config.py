@@ -14,7 +14,6 @@ _MAX_PATTERNS = 4000
 
 # Settings of peft's LoraConfig that change what is computed, and are not read.
 _OTHER_KINDS = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",

@@ -1,8 +1,8 @@
 """Adapters in peft's own file format, both ways: adapter_config.json and adapter_model.safetensors.
 
 Every tensor's place follows from its name, `base_model.model.<module>.lora_A.weight`; the config
-says the scale. Copies of modules trained whole are `<module>.weight`, biases `<module>.bias`, or
-`<module>.base_layer.bias` beside an adapter.
+says the scale. DoRA's magnitudes are `<module>.lora_magnitude_vector`. Copies of modules trained
+whole are `<module>.weight`, biases `<module>.bias`, or `<module>.base_layer.bias` beside one.
 """
 
 import json
@@ -34,7 +34,9 @@ __all__ = ["read_adapter", "read_config", "read_rope_scaling", "save_adapter", "
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
-_LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+# peft leaves the `.weight` of a magnitude out of its files, and takes both.
+_MAGNITUDE = "lora_magnitude_vector"
+_LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector(?:\.weight)?)")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -111,6 +113,8 @@ def _named(
         module = _PREFIX + names.module_to_hf(path)
         found[f"{module}.lora_A.weight"] = leaf.a
         found[f"{module}.lora_B.weight"] = leaf.b
+        if leaf.magnitude is not None:
+            found[f"{module}.{_MAGNITUDE}"] = leaf.magnitude
     copies = dict(tree.items(trained))
     for path, tensor in copies.items():
         module, _, kind = path.rpartition(".")
@@ -128,8 +132,8 @@ def read_adapter(
     """(adapters, trained copies, config) of a folder that peft or purelm wrote; CPU, fp32.
 
     params: the base's, needed only where an adapter trained the embedding of a tied model and left
-    its head. Raises AdapterError for other methods than LoRA (DoRA among them), for tensors that
-    are missing, unknown or misshapen, and for settings that cannot be followed.
+    its head. Raises AdapterError for other methods than LoRA and DoRA, for tensors that are
+    missing, unknown or misshapen, and for settings that cannot be followed.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -149,6 +153,7 @@ def read_adapter(
                 read(pair["B"]).float(),
                 rank_and_scale(config, names.module_to_hf(path))[1],
                 config.lora_dropout,
+                read(pair["magnitude"]).float() if config.use_dora else None,
             )
             for path, pair in pairs.items()
         }
@@ -176,7 +181,7 @@ def read_rope_scaling(folder: Path) -> dict[str, Any] | None:
 def _sorted_out(
     tensors: Mapping[str, TensorInfo], spec: ModelSpec, names: Names, file: Path
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """Module path -> {"A", "B"}, and path -> trained copy, both in the model's order."""
+    """Module path -> {"A", "B", "magnitude"?}, and path -> trained copy; in the model's order."""
     shapes = {path: p.shape for path, p in tree.items(param_specs(spec))}
     shapes.setdefault("head.weight", (spec.vocab, spec.dim))
     adaptable = {name: path for path, name in projections(spec, names).items()}
@@ -190,7 +195,7 @@ def _sorted_out(
         plain = name.removeprefix(_PREFIX)
         lora = _LORA.fullmatch(plain)
         if lora and lora[1] in adaptable:
-            pairs.setdefault(adaptable[lora[1]], {})[lora[2]] = tensor
+            pairs.setdefault(adaptable[lora[1]], {})[lora[2] or lora[3]] = tensor
             continue
         module, _, kind = plain.rpartition(".")
         module = module.removesuffix(".base_layer") if kind == "bias" else module
@@ -227,8 +232,20 @@ def _check_pair(
     name = names.module_to_hf(path)
     out, inp = tree.at(param_specs(spec), f"{path}.weight").shape
     rank, _ = rank_and_scale(config, name)
-    for kind, shape in (("A", (rank, inp)), ("B", (out, rank))):
-        tensor = f"{_PREFIX}{name}.lora_{kind}.weight"
+    wanted = {
+        "A": (rank, inp),
+        "B": (out, rank),
+        **({"magnitude": (out,)} if config.use_dora else {}),
+    }
+    if "magnitude" in pair and not config.use_dora:
+        raise AdapterError(
+            "found a magnitude, and use_dora is not true in the config",
+            tensor=pair["magnitude"].name,
+            file=file,
+        )
+    for kind, shape in wanted.items():
+        end = _MAGNITUDE if kind == "magnitude" else f"lora_{kind}.weight"
+        tensor = f"{_PREFIX}{name}.{end}"
         if kind not in pair:
             raise AdapterError("the tensor is missing", tensor=tensor, file=file)
         if tuple(pair[kind].shape) != shape:

@@ -1,11 +1,13 @@
 """A config that describes given trees exactly, so that peft makes the same of the files."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import isclose
 from typing import Any
 
 from ..errors import ArgumentError
 from ..nn import tree
+from ..nn.lora import LoRA
 from ..nn.params import param_specs
 from ..nn.spec import ModelSpec
 from .lora_config import PeftConfig
@@ -25,7 +27,7 @@ def fitted(
     copies = [path for path, _ in tree.items(trained)]
     if not leaves:
         raise ArgumentError("there are no adapters; peft's format needs at least one")
-    config = replace(config, inference_mode=True, init_lora_weights=True)
+    config = replace(config, inference_mode=True, init_lora_weights=True, use_dora=_dora(leaves))
     saved = [path.removesuffix(".weight") for path in copies if path.endswith(".weight")]
     if spec.tied and "embed" in saved and "head" not in saved:
         saved.append("head")
@@ -51,6 +53,13 @@ def fitted(
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
         alpha_pattern={n: _tidy(a) for n, a in alphas.items() if _tidy(a) != alpha},
     )
+
+
+def _dora(leaves: Mapping[str, LoRA]) -> bool:
+    found = {leaf.magnitude is not None for leaf in leaves.values()}
+    if len(found) > 1:
+        raise ArgumentError("peft's format has a magnitude for every adapter (DoRA) or for none")
+    return found.pop()
 
 
 def _fit_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:

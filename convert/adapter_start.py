@@ -1,12 +1,12 @@
 """What fresh adapters and trained copies start from, for a `PeftConfig` and a model's params."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..errors import ArgumentError
-from ..nn import lora_init, tree
+from ..nn import dora, lora_init, tree
 from ..nn.lora import LoRA
 from ..quant.linear import weight_of
 from .lora_config import PeftConfig
@@ -53,7 +53,10 @@ def begin(
         else:
             kind = _DRAWN[config.init_lora_weights]
             a, b = lora_init.draw(weight.shape, rank, start=kind, generator=generator)
-        adapters[path] = LoRA(a.to(device), b.to(device), scale, config.lora_dropout)
+        leaf = LoRA(a.to(device), b.to(device), scale, config.lora_dropout)
+        if config.use_dora:
+            leaf = replace(leaf, magnitude=dora.lengths(weight, leaf))
+        adapters[path] = leaf
     start = {}
     if inside:
         start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}

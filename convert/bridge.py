@@ -27,6 +27,9 @@ from .saving import Saving
 from .shards import Checkpoint
 from .trainee import Trainee
 
+MAGNITUDE = "lora_magnitude_vector"
+_ADAPTERS = ("lora_A", "lora_B", MAGNITUDE, "lora_start")
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -131,11 +134,13 @@ class CausalLM(Saving, Trainee):
         for path, leaf in tree.items(adapters):
             node = self._node(self.origin.family.names.module_to_hf(path))
             a, b = nn.Parameter(leaf.a), nn.Parameter(leaf.b)
-            for name, value in (("lora_A", a), ("lora_B", b)):
+            m = None if leaf.magnitude is None else nn.Parameter(leaf.magnitude)
+            worn = {"lora_A": a, "lora_B": b, **({} if m is None else {MAGNITUDE: m})}
+            for name, value in worn.items():
                 child = nn.Module()
                 child.register_parameter("weight", value)
                 node.add_module(name, child)
-            made[path] = LoRA(a, b, leaf.scale, leaf.dropout)
+            made[path] = replace(leaf, a=a, b=b, magnitude=m)
         self._adapters = tree.from_items(made)
         self._start = self._wear_start(start or {})
         self._trained = self._wear(trained or {}, lambda path: True, "trained_")
@@ -153,7 +158,7 @@ class CausalLM(Saving, Trainee):
 
     def _remove_adapters(self) -> None:
         for module in list(self.modules()):
-            for name in [n for n in module._modules if n in ("lora_A", "lora_B", "lora_start")]:
+            for name in [n for n in module._modules if n in _ADAPTERS]:
                 delattr(module, name)
             for name in [n for n in module._parameters if n.startswith("trained_")]:
                 delattr(module, name)

@@ -184,6 +184,12 @@ def joined(name: str, changes: Sequence[Change], rows: Sequence[int], groups: in
         return None
     a = torch.cat([leaf.a for leaf in adapters])
     b = adapters[0].b.new_zeros(sum(rows), a.shape[0])
+    magnitudes = [leaf.magnitude for leaf in adapters if leaf.magnitude is not None]
+    if magnitudes and len(magnitudes) < len(changes):
+        raise SaveError(
+            f"{name} holds several projections, of which only some are adapted with DoRA; adapt "
+            "all of them, or none"
+        )
     row = column = 0
     for change, count in zip(changes, rows, strict=True):
         if isinstance(change, LoRA):
@@ -191,7 +197,8 @@ def joined(name: str, changes: Sequence[Change], rows: Sequence[int], groups: in
             b[row : row + count, at] = change.b * change.scale
             column += change.rank
         row += count
-    return LoRA(a, b[_order(rows, groups).to(b.device)], 1.0)
+    order = _order(rows, groups).to(b.device)
+    return LoRA(a, b[order], 1.0, 0.0, torch.cat(magnitudes)[order] if magnitudes else None)
 
 
 def _order(rows: Sequence[int], groups: int) -> torch.Tensor:

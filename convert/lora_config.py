@@ -24,6 +24,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     modules_to_save: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | int | None = None
@@ -37,7 +38,7 @@ class PeftConfig:
     peft_type: str = "LORA"
 
     def __post_init__(self) -> None:
-        for name in ("use_rslora", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise wrong(name, getattr(self, name), "True or False")
         _rank("r", self.r)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError, KernelError, SaveError
-from ..nn import tree
-from ..nn.lora import LoRA, delta
+from ..nn import lora, tree
+from ..nn.lora import LoRA
 from ..nn.params import param_specs
 from ..quant import nf4
 from ..quant.nf4 import NF4
@@ -62,7 +62,7 @@ def merged(leaf: NF4, adapter: LoRA | None, name: str) -> NF4:
     """
     if adapter is None:
         return leaf
-    dense = nf4.dequantize(leaf, torch.float32).add_(delta(adapter).to(leaf.device))
+    dense = lora.merged(nf4.dequantize(leaf, torch.float32), adapter)
     try:
         made = nf4.quantize(
             dense, block=leaf.block, double=leaf.absmax_scale is not None, name=name

@@ -5,7 +5,8 @@ import hashlib
 import torch
 
 from ..errors import SaveError
-from ..nn.lora import LoRA, delta
+from ..nn import lora
+from ..nn.lora import LoRA
 
 # What replaces a stored tensor, or is added to it; None: it stays.
 Change = torch.Tensor | LoRA | None
@@ -15,7 +16,7 @@ _CHUNK = 1 << 23
 
 
 def merged(base: torch.Tensor, adapter: LoRA, name: str) -> torch.Tensor:
-    """base [out, in] + scale * b @ a, added in fp32 and rounded once; written into `base`.
+    """base [out, in] with its adapter, summed in fp32 and rounded once; written into `base`.
 
     A stack [x, out, in] is read as the matrix [x * out, in].
 
@@ -24,7 +25,8 @@ def merged(base: torch.Tensor, adapter: LoRA, name: str) -> torch.Tensor:
     a, b = adapter.a.detach().float().cpu(), adapter.b.detach().float().cpu()
     matrix = base.view(-1, base.shape[-1])
     for rows in _rows(matrix):
-        matrix[rows] = matrix[rows].float() + delta(LoRA(a, b[rows], adapter.scale))
+        m = None if adapter.magnitude is None else adapter.magnitude.detach().cpu()[rows]
+        matrix[rows] = lora.merged(matrix[rows], LoRA(a, b[rows], adapter.scale, magnitude=m))
         if not bool(matrix[rows].isfinite().all()):
             raise SaveError(f"{name} merged has values that are not finite in {base.dtype}")
     return base
@@ -34,7 +36,7 @@ def check(base: torch.Tensor, written: torch.Tensor, adapter: LoRA, name: str) -
     """Raise SaveError unless every element of `written` is base + scale * b @ a in float64.
 
     Within the roundings that `merged` makes: half a step of the stored dtype, and those of an fp32
-    sum of rank products.
+    sum of rank products. With DoRA the rows of that have their magnitudes as lengths.
     """
     a, b = adapter.a.detach().double().cpu(), adapter.b.detach().double().cpu()
     stored, single = torch.finfo(base.dtype), torch.finfo(torch.float32)
@@ -44,8 +46,15 @@ def check(base: torch.Tensor, written: torch.Tensor, adapter: LoRA, name: str) -
     smallest = stored.smallest_normal * stored.eps
     for rows in _rows(base):
         want = base[rows].double().addmm_(b[rows], a, alpha=adapter.scale)
-        bound = want.abs().mul_(stored.eps / 2 + (adapter.rank + 3) * single.eps).add_(smallest)
-        bound.addr_(b_size[rows], a_size, alpha=(adapter.rank + 3) * single.eps)
+        off = want.abs().addr_(b_size[rows], a_size).mul_((adapter.rank + 3) * single.eps)
+        if adapter.magnitude is not None:
+            length = want.norm(dim=1, keepdim=True).clamp_(min=single.tiny)
+            factor = adapter.magnitude.detach().double().cpu()[rows, None] / length
+            # The length is off by no more than the row is; two products are rounded to fp32.
+            off = factor.abs() * (off + want.abs() * (off.norm(dim=1, keepdim=True) / length))
+            want.mul_(factor)
+            off.add_(want.abs(), alpha=2 * single.eps)
+        bound = want.abs().mul_(stored.eps / 2).add_(off).add_(smallest)
         # A NaN compares false and must not pass.
         if not bool((want.sub_(written[rows]).abs_() <= bound).all()):
             raise SaveError(f"{name} as written is not its base plus its adapter; nothing is saved")

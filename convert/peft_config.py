@@ -59,7 +59,6 @@ def configure(
     value, for what is not there yet.
     """
     not_yet(
-        use_dora=(use_dora, False),
         loftq_config=(loftq_config or None, None),
         target_parameters=(target_parameters or None, None),
         ensure_weight_tying=(ensure_weight_tying, None),
@@ -74,6 +73,7 @@ def configure(
         lora_dropout=lora_dropout,
         bias=bias,
         use_rslora=use_rslora,
+        use_dora=use_dora,
         init_lora_weights=_start(init_lora_weights),
         modules_to_save=saved or None,
         layers_to_transform=layers,
@@ -83,6 +83,10 @@ def configure(
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
     )
+    if use_dora and str(config.init_lora_weights).startswith(("pissa", "olora")):
+        raise NotImplementedError(
+            f"use_dora=True with init_lora_weights={config.init_lora_weights!r} is not implemented"
+        )
     _check_patterns(config)
     return config, tuple(notes)
 
@@ -112,6 +116,10 @@ def apply(
         revision=model.origin.revision,
         **arguments,
     )
+    if qat_scheme is not None and config.use_dora:
+        raise NotImplementedError(
+            f"use_dora=True with qat_scheme={qat_scheme!r} is not implemented"
+        )
     if qat_scheme is not None and config.lora_dropout:
         raise ArgumentError(
             f"lora_dropout={config.lora_dropout} acts on the adapter alone, which "
@@ -125,7 +133,11 @@ def apply(
         model.set_adapters(begun.adapters, begun.trained, begun.start)
         model.peft_config = {"default": config}
         model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
-    elif (plan(worn, model.spec, names), worn.lora_dropout) != (found, config.lora_dropout):
+    elif (plan(worn, model.spec, names), worn.lora_dropout, worn.use_dora) != (
+        found,
+        config.lora_dropout,
+        config.use_dora,
+    ):
         # What the settings mean is compared: a reloaded adapter's may be worded another way.
         raise ArgumentError(
             "the model already wears adapters with other settings; load it again without them, "

@@ -59,7 +59,8 @@ def explain(model: "CausalLM") -> str:
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             how += ", trained"
         if adapter is not None:
-            how += f"; LoRA r={adapter.rank} scale={adapter.scale:g} added into the product"
+            kind = "LoRA" if adapter.magnitude is None else "DoRA"
+            how += f"; {kind} r={adapter.rank} scale={adapter.scale:g} added into the product"
             how += f", dropout {adapter.dropout:g}" if adapter.dropout else ""
         lines.append(f"{module}: {how}")
     return "\n".join([*lines, _backward(model)])
@@ -83,7 +84,7 @@ def _backward(model: "CausalLM") -> str:
         text = "backward: one policy for each layer"
     plain: dict[str, list[str]] = {}
     for i, layer in enumerate(model.spec.layers):
-        if reason := uncovered(layer):
+        if reason := uncovered(layer, tree.get(model.adapters, "layers", i)):
             plain.setdefault(reason, []).append(str(i))
     for reason, layers in plain.items():
         text += f"\nlayers {', '.join(layers)}: run again whole by autograd, for their {reason}"

@@ -170,7 +170,7 @@ def _run(
             x = layer(*args, seen[a.window], spec=layer_spec, buffers=buffers)
         elif policy is None:
             x = layer(*args, seen[a.window], spec=layer_spec, seed=layer_seed)
-        elif covers(p, seen[a.window]) and uncovered(layer_spec) is None:
+        elif covers(p, seen[a.window]) and uncovered(layer_spec, args[2]) is None:
             documents = cast("Documents | None", seen[a.window])
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
             fast = FastLayer(i, layer_spec, documents, policy, offload, layer_seed, last)
@@ -189,12 +189,14 @@ def covers(p: tree.Tree, seen: Visible) -> bool:
     return not any(t.requires_grad for t in tree.tensors(p))
 
 
-def uncovered(spec: LayerSpec) -> str | None:
-    """What of a layer `fast_layer` has no code for; None where it has all."""
+def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
+    """What of a layer and its adapters `fast_layer` has no code for; None where it has all."""
     if spec.attention.softcap is not None:
         return "soft-capped scores"
     if isinstance(spec.mlp, MoESpec):
         return "a mixture of experts"
+    if any(leaf.magnitude is not None for leaf in tree.leaves(adapters)):
+        return "DoRA"
     return None
 
 

@@ -15,7 +15,7 @@ from ..kernels.launch import apply
 from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from ..quant.linear import weight_of
-from . import qat
+from . import dora, qat
 from .lora import LoRA
 
 Projection = dict[str, Any]
@@ -37,10 +37,13 @@ def project(
     """x [..., in] -> one [..., out_i] per projection.
 
     `seed` drives the adapters' dropout (None: no dropout): the same seed drops the same features,
-    so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and adapters.
+    so a recomputed layer repeats itself. Differentiable in x, dense weights, biases and
+    adapters; with DoRA among these in plain operations, without this file's fusions.
     """
     if any(isinstance(p["weight"], Fake) for p in projections):
         return qat.project(x, projections, adapters, seed)
+    if any(a is not None and a.magnitude is not None for a in adapters):
+        return project_reference(x, projections, adapters, seed)
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return tuple(_in_place(x, projections, adapters, seed)[: len(projections)])
     flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))
@@ -71,12 +74,17 @@ def _reference(
 ) -> list[torch.Tensor]:
     outputs, lows = [], []
     for i, (p, adapter) in enumerate(zip(projections, adapters, strict=True)):
+        if adapter is None:
+            outputs.append(base_linear(x, p["weight"], p.get("bias")))
+            continue
+        dropped = _drop(x, adapter, seed, i)
+        low = dropped @ adapter.a.to(x.dtype).mT
+        lows.append(low)
+        if adapter.magnitude is not None:
+            outputs.append(dora.adapted(x, p["weight"], p.get("bias"), adapter, dropped, low))
+            continue
         y = base_linear(x, p["weight"], p.get("bias"))
-        if adapter is not None:
-            low = _drop(x, adapter, seed, i) @ adapter.a.to(x.dtype).mT
-            y = y + low @ _scaled(adapter, x.dtype).mT
-            lows.append(low)
-        outputs.append(y)
+        outputs.append(y + low @ _scaled(adapter, x.dtype).mT)
     return outputs + lows
 
 

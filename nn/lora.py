@@ -19,13 +19,15 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 class LoRA:
     """The change scale * b @ a to a weight [out, in]: a [r, in], b [out, r].
 
-    `dropout` is the probability with which an input feature is dropped in training.
+    `dropout` is the probability with which an input feature is dropped in training. magnitude
+    [out]: the lengths of the adapted weight's rows, which makes it DoRA (nn/dora.py); None: LoRA.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float = 1.0
     dropout: float = 0.0
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -33,12 +35,13 @@ class LoRA:
 
 
 def _flatten(x: LoRA) -> tuple[list[Any], tuple[float, float]]:
-    return [x.a, x.b], (x.scale, x.dropout)
+    rows = [] if x.magnitude is None else [x.magnitude]
+    return [x.a, x.b, *rows], (x.scale, x.dropout)
 
 
 def _unflatten(children: Any, static: tuple[float, float]) -> LoRA:
-    a, b = children
-    return LoRA(a, b, *static)
+    a, b, *rows = children
+    return LoRA(a, b, *static, *rows)
 
 
 _pytree.register_pytree_node(LoRA, _flatten, _unflatten, serialized_type_name="purelm.nn.lora.LoRA")
@@ -101,15 +104,27 @@ def delta(adapter: LoRA) -> torch.Tensor:
     return (adapter.b.float() @ adapter.a.float()) * adapter.scale
 
 
+def merged(weight: torch.Tensor, adapter: LoRA) -> torch.Tensor:
+    """The fp32 weight [out, in] that `weight` with its adapter is."""
+    whole = weight.float() + delta(adapter).to(weight.device)
+    if adapter.magnitude is None:
+        return whole
+    # Lengths in float64, so that what is written is as near to the exact one as plain LoRA's is.
+    lengths = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
+    tiny = torch.finfo(torch.float32).tiny
+    rows = adapter.magnitude.to(weight.device).double() / lengths.clamp(min=tiny)
+    return whole.mul_(rows.float()[:, None])
+
+
 def merge(params: tree.Tree, adapters: tree.Tree) -> tree.Tree:
-    """New dense params with every adapter added to its weight (4-bit weights are dequantized)."""
+    """New dense params with every adapter put into its weight (quantized ones are dequantized)."""
     found = {f"{path}.weight": leaf for path, leaf in tree.items(adapters)}
 
     def add(path: str, leaf: Any) -> Any:
         if path not in found:
             return leaf
         dense = weight_of(leaf, leaf.dtype)
-        return (dense.float() + delta(found[path]).to(dense.device)).to(dense.dtype)
+        return merged(dense, found[path]).to(dense.dtype)
 
     return tree.map_with_path(add, params)
 

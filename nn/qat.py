@@ -54,6 +54,8 @@ def project(
     for p, adapter in zip(projections, adapters, strict=True):
         leaf: Fake = p["weight"]
         if adapter is not None:
+            if adapter.magnitude is not None:
+                raise ArgumentError("DoRA's adapters are not rounded under a qat_scheme yet")
             if adapter.dropout and seed is not None:
                 raise ArgumentError("adapters cannot drop inputs under a qat_scheme")
             weight = leaf.weight
