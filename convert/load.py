@@ -157,7 +157,7 @@ def load_folder(
         if not any(text in name for name in checkpoint.tensors):
             raise ArgumentError(f"quant_skip has {text!r}, which is in no tensor's name")
     if dtype is None:
-        dtype = _common_dtype(chosen)
+        dtype = _common_dtype(chosen, spec)
     if prequantized and quantize is None:
         config.fields.pop("quantization_config")
     params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, progress)
@@ -200,7 +200,7 @@ def _match(
         elif (value := family.names.constant(info.name)) is not None:
             _check_constant(entry, value)
             left_out.append(info.name)
-        elif _DERIVED.search(info.name):
+        elif _DERIVED.search(info.name) or family.names.is_further(info.name, len(spec.layers)):
             left_out.append(info.name)
         else:
             unknown.append(info.name)
@@ -255,8 +255,9 @@ def _some(names: list[str], limit: int = 6) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _common_dtype(chosen: Mapping[str, Stored]) -> torch.dtype:
-    found = {info.dtype for info in chosen.values()}
+def _common_dtype(chosen: Mapping[str, Stored], spec: ModelSpec) -> torch.dtype:
+    want = tree.items(param_specs(spec))
+    found = {chosen[path].dtype for path, p in want if not p.wide}
     return found.pop() if len(found) == 1 else torch.bfloat16
 
 
@@ -305,7 +306,8 @@ def _read_all(
                 # What computes with 16 bits only, the head for one, loses nothing by that.
                 leaves[path] = leaf if quantize is not None and may else nf4.dequantize(leaf)
             else:
-                dense = _finite(read_stored(info).to(dtype), info)
+                stored = read_stored(info)
+                dense = _finite(stored.to(torch.float32 if want[path].wide else dtype), info)
                 leaves[path] = make(dense, name=info.name) if make is not None and may else dense
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.

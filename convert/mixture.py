@@ -58,6 +58,21 @@ def moe_spec(
     return MoESpec(number, picked, mlp, **others)
 
 
+def grouped(fields: Fields, experts: int) -> dict[str, int]:
+    """`n_group` and `topk_group` as `MoESpec`'s groups; ConfigError where they do not fit."""
+    groups = fields.integer("n_group", 1)
+    best = fields.integer("topk_group", 1)
+    active = fields.integer("num_experts_per_tok", 8)
+    each = experts // groups
+    # A group counts with the sum of its two best experts.
+    if experts % groups or each < 2 or best > groups or active > best * each:
+        raise fields.error(
+            f"n_group is {groups} and topk_group {best}: {experts} experts do not make such groups "
+            f"of two or more, of which {best} have num_experts_per_tok {active}"
+        )
+    return {"groups": groups, "active_groups": best}
+
+
 def with_experts(spec: ModelSpec, moe: MoESpec, dense: frozenset[int] = frozenset()) -> ModelSpec:
     """The spec with this mixture in every layer that is not in `dense`."""
 

@@ -50,6 +50,8 @@ class Names:
     once for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of
     modules in checkpoints -> ours. `constants`: stored tensors that always have one value, which
     is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D).
+    `further_layers`: a checkpoint may have layers behind the last, which predict further tokens and
+    are left out.
     """
 
     table: tuple[tuple[str, str], ...]
@@ -58,6 +60,7 @@ class Names:
     aliases: tuple[tuple[str, str], ...] = ()
     constants: tuple[tuple[str, float], ...] = ()
     transposed: frozenset[str] = frozenset()
+    further_layers: bool = False
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -99,6 +102,11 @@ class Names:
         module, _, leaf = name.rpartition(".")
         return leaf == "weight" and _pattern(module) in self.transposed
 
+    def is_further(self, name: str, layers: int) -> bool:
+        """Whether a tensor is of a layer behind the last of `layers`, and left out."""
+        found = _NUMBER.search(name)
+        return self.further_layers and found is not None and int(found.group()) >= layers
+
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""
         if _pattern(path) in self._ours_to_hf:
@@ -121,6 +129,7 @@ def names(
     aliases: Mapping[str, str] | None = None,
     constants: Mapping[str, float] | None = None,
     transposed: Iterable[str] = (),
+    further_layers: bool = False,
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
@@ -132,6 +141,7 @@ def names(
         others,
         tuple((constants or {}).items()),
         frozenset(transposed),
+        further_layers,
     )
 
 

@@ -43,8 +43,9 @@ def route(
     x: torch.Tensor, router: dict[str, torch.Tensor], spec: MoESpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [t, e] -> each token's weights [t, active] (fp32 or wider) and experts [t, active]."""
-    logits = linear(x, {"weight": router["weight"]})
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    source = x.to(wide) if spec.router == "sigmoid" else x
+    logits = linear(source, {"weight": router["weight"]}).to(wide)
     if spec.router == "top_softmax":
         top, chosen = logits.topk(spec.active, dim=-1)
         weights = top.softmax(-1)

@@ -19,12 +19,15 @@ XIELU = {name: math.log(math.expm1(x)) for name, x in {"alpha_p": 0.8, "alpha_n"
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One parameter: shape, the letters of its axes, how to draw it, may it be quantized."""
+    """One parameter: shape, the letters of its axes, how to draw it, may it be quantized, is
+    it fp32 whatever the others are.
+    """
 
     shape: tuple[int, ...]
     axes: str
     init: Literal["normal", "zeros", "ones"] | float = "normal"
     quantize: bool = False
+    wide: bool = False
 
 
 def param_specs(spec: ModelSpec) -> tree.Tree:
@@ -82,7 +85,7 @@ def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
     # One leaf an expert: each is quantized, adapted and dequantized for itself.
     router = {"weight": ParamSpec((moe.experts, e), "xe")}
     if moe.router == "sigmoid":
-        router["bias"] = ParamSpec((moe.experts,), "x", init="zeros")
+        router["bias"] = ParamSpec((moe.experts,), "x", init="zeros", wide=True)
     made: dict[str, Any] = {"router": router}
     made["experts"] = [_mlp(moe.expert, e) for _ in range(moe.experts)]
     if moe.shared is not None:
@@ -134,7 +137,7 @@ def init(
         else:
             value = {"zeros": 0.0, "ones": 1.0}[p.init] if isinstance(p.init, str) else p.init
             drawn = torch.full(p.shape, value, device=generator.device)
-        return drawn.to(device=device, dtype=dtype)
+        return drawn.to(device=device, dtype=torch.float32 if p.wide else dtype)
 
     return tree.map(draw, param_specs(spec))
 

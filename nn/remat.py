@@ -72,4 +72,5 @@ def _vjp(
         return pulled
     with torch.enable_grad():
         fresh = tuple(x.detach().requires_grad_() for x in xs)
-        return torch.autograd.grad(f(*fresh), fresh, grad)
+        # What is not used, for one the bias by which a router only chooses, has gradients of zero.
+        return torch.autograd.grad(f(*fresh), fresh, grad, materialize_grads=True)

@@ -108,7 +108,8 @@ class MLPSpec:
 class MoESpec:
     """A mixture: of `experts` MLPs each token passes `active`, chosen and weighed by a router.
 
-    The router's logits are x W^T [x] in x's dtype, all that follows is fp32. By `router`,
+    The router's logits are x W^T [x] in x's dtype (in fp32 for "sigmoid"), all that follows is
+    fp32. By `router`,
     "softmax": the largest of softmax(logits) are taken, and are the weights; "top_softmax": the
     largest logits are taken, the weights are their softmax; "sigmoid": the weights are sigmoids,
     taken are the largest of sigmoid + bias (a trained [x]) within the `active_groups` best of

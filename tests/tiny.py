@@ -53,6 +53,22 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Moe",
         {**EXPERTS, "shared_expert_intermediate_size": 128},
     ),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": None, "eos_token_id": 2},
+    ),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 5, "attention_multiplier": 0.2}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 64,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "hidden_size": 64,
+        },
+    ),
     "stablelm": ("StableLm", {"hidden_size": 64}),
     "seed_oss": ("SeedOss", {"pad_token_id": None, "head_dim": 12}),
     "olmo": ("Olmo", {"pad_token_id": None, "eos_token_id": 2}),
@@ -97,7 +113,8 @@ def spread(model: Any, seed: int = 0) -> None:
     """Draw every parameter so that a mistake shows: norms off 1, biases off 0, large logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        biases = (b for b in model.named_buffers() if b[0].endswith("correction_bias"))
+        for name, p in (*model.named_parameters(), *biases):
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
                 is_norm = "norm" in name or ".ln_" in name
