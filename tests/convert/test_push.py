@@ -1,6 +1,5 @@
 """Sending models to the hub, against a stand-in of its HTTP API on this machine."""
 
-import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -176,25 +175,24 @@ def test_a_dry_run_asks_nobody(trained: Any, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_what_is_refused_leaves_the_repository(
-    step: str, status: int, message: str, trained: Any, hub: Any
+    step: str, status: int, message: str, trained: Any, hub: Any, tmp_path: Path
 ) -> None:
     model, _ = trained
+    (tmp_path / "saved").mkdir()
     if step != "create":
         hub.repos["me/mine"] = {"main": hub.uploads.place / "given"}
         (hub.uploads.place / "given").mkdir(parents=True)
         (hub.uploads.place / "given" / "notes.txt").write_text("kept")
     hub.uploads.refuse[step] = status
-    before = set(os.listdir(os.environ.get("TMPDIR", "/tmp")))
     with pytest.raises(UploadError, match=message) as caught:
-        model.push_to_hub("me/mine", token="hf_good")
+        model.push_to_hub("me/mine", token="hf_good", temporary_location=str(tmp_path / "saved"))
     assert "hf_good" not in str(caught.value)
     assert not hub.uploads.commits
     if step == "create":
         assert "me/mine" not in hub.repos
     else:
         assert content(hub, "me/mine").keys() == {"notes.txt"}
-    left = set(os.listdir(os.environ.get("TMPDIR", "/tmp"))) - before
-    assert not [name for name in left if name.startswith("purelm-")]
+    assert list((tmp_path / "saved").iterdir()) == []
 
 
 def test_wrong_tokens_show_before_anything_is_saved(trained: Any, hub: Any) -> None:
