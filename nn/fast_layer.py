@@ -306,7 +306,14 @@ class _Run(torch.autograd.Function):
             residuals.update(layer.offload.fetch(layer.index) or {})
         del saved, leaves
         need_dx = ctx.needs_input_grad[1]
-        dx, found = layer.backward(grads[0], residuals, p, adapters, table, need_dx)
+        try:
+            dx, found = layer.backward(grads[0], residuals, p, adapters, table, need_dx)
+        except torch.OutOfMemoryError as problem:
+            problem.add_note(
+                f"in the backward of layer {layer.index}, whose residuals have {layer.policy}: use "
+                "a policy that keeps less, a lower memory budget, or fewer or shorter rows"
+            )
+            raise
         raw: list[torch.Tensor] = []
         for path in trained:
             part, _, name = path.partition(".")

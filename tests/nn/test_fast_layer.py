@@ -206,6 +206,18 @@ def test_no_gradient_of_an_input_that_needs_none(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_memory_that_runs_out_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fast_layer, "attention_backward", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(build(KINDS[0], torch.float32), RECOMPUTE, None)
+    assert "layer 2" in caught.value.__notes__[0] and "gate_up='recompute'" in str(
+        caught.value.__notes__
+    )
+
+
 def test_bytes_per_token() -> None:
     """The plan's arithmetic is the size of the residuals themselves."""
     spec, base, adapters = build(KINDS[0], torch.float32)
