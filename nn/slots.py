@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from . import cache as kv
-from . import tree
+from . import decoder, tree
 from .cache import Cache
-from .generate import CHUNK, next_logits
 from .layout import Layout
 from .spec import ModelSpec
+
+# Room for so many tokens is made at a time.
+CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,45 +46,40 @@ def prefill(
     length = tokens.shape[1]
     weight = params["embed"]["weight"]
     cache = kv.empty(spec, 1, length, padded=False, dtype=weight.dtype, device=weight.device)
-    logits, cache = next_logits(params, spec, tokens, cache, adapters=adapters)
-    return logits, Rows(cache, (length,))
+    x, cache = decoder.extend(params, spec, tokens, cache, adapters=adapters)
+    return decoder.logits(params, spec, x[:, -1]), Rows(cache, (length,))
 
 
-def join(parts: Sequence[Rows]) -> Rows:
+def join(spec: ModelSpec, parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, in order, copied into one cache."""
-    parts = [part for part in parts if part.lengths]
-    if not parts:
+    old = [part.cache for part in parts if part.cache is not None]
+    if not old:
         return Rows()
     lengths = tuple(n for part in parts for n in part.lengths)
-    width = max(lengths)
-    capacity = width + CHUNK
-    caches = [part.cache for part in parts if part.cache is not None]
-
-    def joined(buffers: Sequence[torch.Tensor]) -> torch.Tensor:
-        rows, shape = len(lengths), buffers[0].shape
-        out = buffers[0].new_zeros((rows, capacity, *shape[2:]))
-        at = 0
-        for buffer, cache in zip(buffers, caches, strict=True):
-            n = min(cache.length, width)
-            end = at + buffer.shape[0]
-            out[at:end, width - n : width] = buffer[:, cache.length - n : cache.length]
-            at = end
-        return out
-
-    keys = tuple(joined(layer) for layer in zip(*(c.keys for c in caches), strict=True))
-    values = tuple(joined(layer) for layer in zip(*(c.values for c in caches), strict=True))
-    column = torch.arange(capacity, device=keys[0].device)
-    first = width - torch.tensor(lengths, device=column.device)[:, None]
-    segments = ((column >= first) & (column < width)).long()
-    return Rows(Cache(keys, values, segments, width), lengths)
+    width, like = max(lengths), old[0].keys[0]
+    cache = kv.empty(
+        spec, len(lengths), width + CHUNK, padded=True, dtype=like.dtype, device=like.device
+    )
+    at = 0
+    for part in old:
+        n, end = min(part.length, width), at + part.keys[0].shape[0]
+        for new, buffer in zip(
+            (*cache.keys, *cache.values), (*part.keys, *part.values), strict=True
+        ):
+            new[at:end, width - n : width] = buffer[:, part.length - n : part.length]
+        at = end
+    column = torch.arange(width, device=like.device)
+    positions = column - (width - torch.tensor(lengths, device=like.device)[:, None])
+    layout = Layout(positions.clamp(min=0), (positions >= 0).long())
+    return Rows(kv.note(cache, layout), lengths)
 
 
-def keep(rows: Rows, which: Sequence[int]) -> Rows:
+def keep(spec: ModelSpec, rows: Rows, which: Sequence[int]) -> Rows:
     """The given rows alone, in the given order; the others' memory is freed."""
     if rows.cache is None or not which:
         return Rows()
     chosen = kv.select(rows.cache, torch.tensor(which, device=rows.cache.keys[0].device))
-    return join([Rows(chosen, tuple(rows.lengths[i] for i in which))])
+    return join(spec, [Rows(chosen, tuple(rows.lengths[i] for i in which))])
 
 
 def decode(
@@ -103,5 +100,5 @@ def decode(
         cache = kv.grow(cache, cache.capacity + CHUNK)
     positions = torch.tensor(rows.lengths, device=tokens.device)[:, None]
     layout = Layout(positions, torch.ones_like(positions))
-    logits, cache = next_logits(params, spec, tokens, cache, layout=layout, adapters=adapters)
-    return logits, Rows(cache, tuple(n + 1 for n in rows.lengths))
+    x, cache = decoder.extend(params, spec, tokens, cache, layout=layout, adapters=adapters)
+    return decoder.logits(params, spec, x[:, -1]), Rows(cache, tuple(n + 1 for n in rows.lengths))

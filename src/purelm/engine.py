@@ -178,7 +178,8 @@ class Engine:
 
     def _keep(self, running: list[Running]) -> None:
         if len(running) < len(self._running):
-            self._rows = slots.keep(self._rows, [self._running.index(r) for r in running])
+            still = [self._running.index(r) for r in running]
+            self._rows = slots.keep(self.model.spec, self._rows, still)
             self._running = running
 
     def _decode(self) -> list[Event]:
@@ -222,7 +223,7 @@ class Engine:
                 parts.append(row)
                 started.append(running)
         if len(parts) > 1:
-            self._rows, self._running = slots.join(parts), started
+            self._rows, self._running = slots.join(self.model.spec, parts), started
         return events
 
 
