@@ -42,8 +42,10 @@ def next_token(
     flat = x.reshape(-1, x.shape[-1])
     if spec.head_bias:
         # A column of the matrix, whose feature is 1 in every row: one copy of the matrix a loss.
+        # Seven columns of zeros keep its rows aligned for tensor cores.
         bias = params["head"]["bias"].to(weight.dtype)
-        weight, flat = torch.cat([weight, bias[:, None]], 1), F.pad(flat, (0, 1), value=1.0)
+        weight = torch.cat([weight, F.pad(bias[:, None], (0, 7))], 1)
+        flat = F.pad(F.pad(flat, (0, 1), value=1.0), (0, 7))
     total = linear_cross_entropy(
         flat,
         weight,

@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from purelm.convert import peft_config
 from purelm.convert.load import load_folder
 from purelm.convert.registry import family_of
 from purelm.convert.resize import resized
@@ -57,6 +58,21 @@ def test_transposed_weights_trained_whole_are_written_as_they_were(tmp_path: Pat
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(after[name], value * 1.5), name
+
+
+def test_an_adapter_of_k_changes_the_rows_of_k_in_every_group(tmp_path: Path) -> None:
+    """Two kv heads: each group has two heads of q, one of k and one of v, of 16 rows each."""
+    folder = tiny.save(tiny.hf_model("falcon", new_decoder_architecture=True), tmp_path / "model")
+    model = peft_config.apply(bridged.bridge(folder), r=4, target_modules=["k_proj"])
+    bridged.spread_trained(model)
+    model.save_pretrained_merged(tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "merged"))
+    for name, value in before.items():
+        if name.endswith("query_key_value.weight"):
+            same = (after[name] == value).all(1).view(2, 4, 16)
+            assert not same[:, 2].any() and same[:, [0, 1, 3]].all()
+        else:
+            assert torch.equal(after[name], value)
 
 
 def test_a_constant_that_is_another(tmp_path: Path) -> None:
