@@ -89,7 +89,9 @@ class FastLanguageModel:
         little, the rest is run again, "unsloth": less, on the host too); "auto" keeps what fits
         into memory_budget, in bytes with the weights included (default: what is free on the device
         at the first step of each shape, less a margin); `explain()` shows the plan, and gradients
-        are the same under each. qat_scheme: with full_finetuning, train for being stored in that
+        are the same under each. float32_mixed_precision: True says
+        what holds in any case where adapters are trained: all that is trained is fp32, and products
+        are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
         format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds
         (weights, or activations-weights). A parameter that is not implemented yet raises
         NotImplementedError for any value but its default.
@@ -117,7 +119,13 @@ class FastLanguageModel:
         )
         not_yet(
             offload_embedding=(offload_embedding, False),
-            float32_mixed_precision=(float32_mixed_precision, None),
+            # What adapters do in any case: themselves in fp32, products in `dtype`.
+            float32_mixed_precision=(
+                None
+                if float32_mixed_precision is True and not full_finetuning
+                else float32_mixed_precision,
+                None,
+            ),
             fast_inference=(fast_inference, False),
             gpu_memory_utilization=(gpu_memory_utilization, 0.5),
             float8_kv_cache=(float8_kv_cache, False),

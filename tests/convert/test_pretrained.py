@@ -639,3 +639,13 @@ def test_the_embedding_is_looked_up(tied: bool, tmp_path: Path) -> None:
     assert lines[0].startswith("embed: float32, rows looked up")
     assert lines[0].endswith("as the head a dense product") == tied
     assert ("head: float32, dense product" in lines) != tied
+
+
+def test_float32_mixed_precision_is_how_adapters_train(folder: Path) -> None:
+    model, _ = load(folder, dtype=torch.bfloat16, float32_mixed_precision=True)
+    model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["lm_head"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and {p.dtype for p in trained} == {torch.float32}
+    assert model(ids()).logits.dtype == torch.bfloat16
+    with pytest.raises(NotImplementedError, match="float32_mixed_precision=True"):
+        load(folder, float32_mixed_precision=True, full_finetuning=True)
