@@ -194,7 +194,7 @@ def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
     if spec.attention.softcap is not None:
         return "soft-capped scores"
     if isinstance(spec.mlp, MoESpec):
-        return "a mixture of experts"
+        return "mixtures of experts"
     if any(leaf.magnitude is not None for leaf in tree.leaves(adapters)):
         return "DoRA"
     return None
