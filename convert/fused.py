@@ -112,8 +112,13 @@ def turned(info: Entry) -> Turned:
 
 
 def turned_change(change: Change) -> Change:
-    """The change of a weight [out, in] as that of its transpose."""
+    """The change of a weight [out, in] as that of its transpose; raises SaveError for DoRA."""
     if isinstance(change, LoRA):
+        if change.magnitude is not None:
+            raise SaveError(
+                "weights that are stored [in, out] are not merged with DoRA, whose lengths are of "
+                "the rows [out]; save the adapter"
+            )
         return LoRA(change.b.T, change.a.T, change.scale)
     return None if change is None else change.T.contiguous()
 

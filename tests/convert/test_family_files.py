@@ -14,7 +14,7 @@ from purelm.convert import peft_config
 from purelm.convert.load import load_folder
 from purelm.convert.registry import family_of
 from purelm.convert.resize import resized
-from purelm.errors import CheckpointError, ConfigError
+from purelm.errors import CheckpointError, ConfigError, SaveError
 from purelm.nn import decoder, loss
 
 
@@ -73,6 +73,14 @@ def test_an_adapter_of_k_changes_the_rows_of_k_in_every_group(tmp_path: Path) ->
             assert not same[:, 2].any() and same[:, [0, 1, 3]].all()
         else:
             assert torch.equal(after[name], value)
+
+
+def test_dora_is_not_merged_onto_transposed_weights(tmp_path: Path) -> None:
+    model = bridged.bridge(tiny.save(tiny.hf_model("gpt2"), tmp_path / "model"))
+    model = peft_config.apply(model, r=4, use_dora=True)
+    with pytest.raises(SaveError, match=r"DoRA"):
+        model.save_pretrained_merged(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_constant_that_is_another(tmp_path: Path) -> None:
