@@ -17,8 +17,8 @@ from .nf4_decode import _codes, _levels
 from .nf4_launch import GROUP, UNIT
 
 MOST_ROWS = 64
-# Programs that fill a GPU of 132 multiprocessors twice.
-ENOUGH = 264
+# Programs that fill a GPU of 132 multiprocessors.
+FULL = 132
 # Codes of one 32-bit word.
 WORD = 8
 
@@ -37,19 +37,27 @@ class Config(NamedTuple):
 def config_for(
     rows: int, outputs: int, width: int, block: int, dtype: torch.dtype = torch.bfloat16
 ) -> Config:
-    """The cut for `rows` of x [rows, width] and a weight [outputs, width]."""
+    """The cut for `rows` of x [rows, width] and a weight [outputs, width], from what
+    examples/measurements/kernels_h100.md measured.
+    """
     unit = min(block, UNIT)
     runs = width // unit
     if rows == 1:
-        tile, warps = 8, 4
-        step = min(4096 // unit, power_of_two(runs))
+        tile = 8
+        weights, warps = (1024, 2) if outputs >= 6144 else (2048, 4)
+        # A second program for an output costs the launch of a sum: only where a GPU is half empty.
+        split = FULL // ceil_div(outputs, tile)
     else:
-        tile, warps = 64, 4
-        weights = 128 if rows <= 16 and dtype != torch.float32 else 64
-        step = min(weights // unit, power_of_two(runs))
-    programs = ceil_div(outputs, tile)
-    split = min(ceil_div(ENOUGH, programs), ceil_div(runs, step), 16)
-    return Config(tile, step, split, warps)
+        warps = 4
+        if rows <= 16 and width < 4096:
+            tile, weights, split = 32 if outputs >= 8192 else 16, 256, 1
+        else:
+            tile, weights = 64, 128
+            split = 1 if rows > 32 and outputs >= 8192 else min(ceil_div(width, 1024), 8)
+        if dtype == torch.float32:
+            weights = 64
+    step = min(weights // unit, power_of_two(runs))
+    return Config(tile, max(step, 1), max(1, min(split, ceil_div(runs, step))), warps)
 
 
 def takes(rows: int, shape: tuple[int, ...], block: int) -> bool:
@@ -228,7 +236,11 @@ def _rows_kernel(
         b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
         b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
         b_w = tl.reshape(b_w, (OUTPUTS, RUNS * WIDTH))
-        b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
+        if DECODE is None:
+            # One long chain of fp32 sums would round more than the dense product does.
+            b_y += tl.dot(b_w, tl.trans(b_x), input_precision="ieee")
+        else:
+            b_y = tl.dot(b_w, tl.trans(b_x), b_y)
     if RANK > 0:
         if tl.program_id(1) == 0:
             o_r = tl.arange(0, RANK)

@@ -16,8 +16,8 @@ from .int8 import Int8
 from .nf4 import NF4, dequantize
 
 # Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted;
-# with more the packed kernel was slower than dequantizing (examples/measurements/h200.md).
-PACKED_ROWS = 1
+# up to there it was the faster one at every shape measured (examples/measurements/kernels_h100.md).
+PACKED_ROWS = 16
 
 
 def weight_of(leaf: Tensor | NF4 | Int8, dtype: torch.dtype) -> Tensor:
