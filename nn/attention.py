@@ -1,9 +1,12 @@
 """Causal attention over grouped heads: q and k prepared, and which keys a query may see."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from ..kernels.attention import Documents, attention
+from ..kernels.decode_attention import decode_attention
 from ..kernels.rope import rope_qk
 from . import tree
 from .layout import Layout
@@ -11,7 +14,15 @@ from .norm import norm
 from .rope import Table
 from .spec import AttentionSpec, NormSpec
 
-Visible = torch.Tensor | Documents | None
+
+class Span(NamedTuple):
+    """One query a row sees the keys from `first` up to `end` of its row, both [b] int64."""
+
+    first: torch.Tensor
+    end: torch.Tensor
+
+
+Visible = torch.Tensor | Documents | Span | None
 
 
 def prepared(
@@ -102,6 +113,8 @@ def attend(
     the last `window` of them if S is s.
     With a soft cap the scores are written out, [b, h, s, S] in fp32: no fused backend has one.
     """
+    if isinstance(seen, Span):
+        return decode_attention(q[:, 0], k, v, *seen, scale=scale, softcap=softcap)[:, None]
     if softcap is not None:
         return _capped(q, k, v, scale, seen, window, softcap)
     if isinstance(seen, Documents) or (seen is None and q.shape[1] > 1):

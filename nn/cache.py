@@ -1,6 +1,6 @@
 """The key-value cache of generation: a value that `extend` consumes and returns grown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,14 +14,17 @@ class Cache:
     """Keys and values of the tokens seen so far, preallocated.
 
     keys, values: per layer [b, capacity, k, d]; segments [b, capacity] as in `Layout`, or None
-    where no row has padding; `length` tokens of every row are filled. Its buffers are written in
-    place when the cache is extended: use only the newest cache.
+    where no row has padding; `length` tokens of every row are filled. The same on the device, row
+    by row, for `decode`: first and end [b] int64 bound the tokens that a next one sees. The buffers
+    are written in place when the cache is extended: use only the newest cache.
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     segments: torch.Tensor | None
     length: int
+    first: torch.Tensor
+    end: torch.Tensor
 
     @property
     def capacity(self) -> int:
@@ -50,11 +53,19 @@ def empty(
         )
 
     segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device) if padded else None
-    return Cache(buffers(), buffers(), segments, 0)
+    first, end = torch.zeros((2, batch), dtype=torch.int64, device=device).unbind(0)
+    return Cache(buffers(), buffers(), segments, 0, first, end)
 
 
-def write(buffer: torch.Tensor, new: torch.Tensor, at: int) -> torch.Tensor:
-    """Store new [b, s, ...] at index `at` of buffer [b, capacity, ...]; the filled part."""
+def write(buffer: torch.Tensor, new: torch.Tensor, at: int | torch.Tensor) -> torch.Tensor:
+    """Store new [b, s, ...] at index `at` of buffer [b, capacity, ...]; the filled part.
+
+    Or one token a row, new [b, 1, ...], at places [b] on the device, row * capacity + index each;
+    then the whole buffer is returned.
+    """
+    if isinstance(at, torch.Tensor):
+        buffer.flatten(0, 1).index_copy_(0, at, new[:, 0])
+        return buffer
     end = at + new.shape[1]
     buffer[:, at:end] = new
     return buffer[:, :end]
@@ -67,10 +78,26 @@ def note(cache: Cache, layout: Layout) -> Cache:
         raise InputError(
             f"{cache.length} + {added} tokens exceed the cache's capacity of {cache.capacity}"
         )
+    first = cache.first
     if cache.segments is not None:
         new = torch.ones_like(layout.positions) if layout.segments is None else layout.segments
         write(cache.segments, new, cache.length)
-    return Cache(cache.keys, cache.values, cache.segments, cache.length + added)
+        # Padding stands in front: as many columns as a row has of it.
+        first = first + (new == 0).sum(-1)
+    return replace(cache, length=cache.length + added, first=first, end=cache.end + added)
+
+
+def places(cache: Cache) -> torch.Tensor:
+    """Where `write` puts the next token of every row [b]: after its end."""
+    rows = torch.arange(cache.end.shape[0], device=cache.end.device)
+    return rows * cache.capacity + cache.end
+
+
+def stepped(cache: Cache, at: torch.Tensor) -> Cache:
+    """The cache one token longer in every row, at its `places`; nothing asks the device."""
+    if cache.segments is not None:
+        write(cache.segments, cache.segments.new_ones(len(at), 1), at)
+    return replace(cache, length=cache.length + 1, end=cache.end + 1)
 
 
 def grow(cache: Cache, capacity: int) -> Cache:
@@ -81,11 +108,11 @@ def grow(cache: Cache, capacity: int) -> Cache:
         out[:, : cache.length] = buffer[:, : cache.length]
         return out
 
-    return Cache(
-        tuple(grown(k) for k in cache.keys),
-        tuple(grown(v) for v in cache.values),
-        None if cache.segments is None else grown(cache.segments),
-        cache.length,
+    return replace(
+        cache,
+        keys=tuple(grown(k) for k in cache.keys),
+        values=tuple(grown(v) for v in cache.values),
+        segments=None if cache.segments is None else grown(cache.segments),
     )
 
 
@@ -96,4 +123,6 @@ def select(cache: Cache, rows: torch.Tensor) -> Cache:
         tuple(v[rows] for v in cache.values),
         None if cache.segments is None else cache.segments[rows],
         cache.length,
+        cache.first[rows],
+        cache.end[rows],
     )

@@ -26,7 +26,7 @@ from .remat import remat
 from .residuals import Policy, Residuals, per_layer
 from .spec import AttentionSpec, LayerSpec, ModelSpec, MoESpec, RopeSpec
 
-Buffers = tuple[torch.Tensor, torch.Tensor, int]
+Buffers = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
     buffers: Buffers | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
-    """Normalised x [b, s, e] -> [b, s, e]; `buffers` are a layer's cache and its filled length."""
+    """Normalised x [b, s, e] -> [b, s, e]; `buffers` are a layer's cache and where to write."""
     b, s, _ = x.shape
     get = (adapters or {}).get
     q, k, v = project(x, [p["q"], p["k"], p["v"]], [get("q"), get("k"), get("v")], seed)

@@ -5,20 +5,27 @@ end of the batch, positions count real tokens only, and padding is in no token's
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..errors import ArgumentError, InputError
 from . import cache as kv
-from . import decoder, tree
 from . import sampling as rules
+from . import tree
 from .cache import Cache
+from .decode import decode, prefill
+from .graph import capture
 from .layout import Layout, dense
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
 
 # The cache grows by so many tokens: copying it then costs under 1% of reading it for attention.
 CHUNK = 512
+# On a GPU the host looks every so many tokens whether all rows have ended.
+PAUSE = 16
+# Capturing a step costs the host about what running it does.
+WORTH_A_GRAPH = 8
 
 Stop = Callable[[torch.Tensor], torch.Tensor]
 OnToken = Callable[[torch.Tensor], None]
@@ -42,6 +49,7 @@ def generate(
     on_token: OnToken | None = None,
     stop: Stop | None = None,
     on_scores: OnScores | None = None,
+    graphs: bool = False,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, on the device of the params.
 
@@ -52,8 +60,11 @@ def generate(
     logits. on_token([b]) gets each step's tokens, on_scores(logits [b, v], scores [b, v]) what the
     model gave and what they were chosen from.
 
-    With eos_ids or stop the host waits for the device once a token, to see whether all rows have
-    ended; hooks may wait of their own; else nothing does. Draws come from `generator` alone.
+    With `graphs` a GPU captures a step as a CUDA graph and replays it, unless adjust, on_scores or
+    rules that read the row run on the host between; the ids are the same. On a GPU the host waits
+    for the device every PAUSE tokens where there are eos_ids, to see whether all rows have ended,
+    and every token where stop or on_token must know; else nothing waits. Draws come from
+    `generator` alone.
 
     Raises ArgumentError for values that cannot be used; InputError for empty prompts, a mask that
     does not fit, ids outside of the vocabulary, more tokens than the model has positions, and
@@ -84,27 +95,10 @@ def generate(
             on_token=on_token,
             stop=stop,
             on_scores=on_scores,
+            graphs=graphs,
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(device), new], 1)
-
-
-def next_logits(
-    params: tree.Tree,
-    spec: ModelSpec,
-    tokens: torch.Tensor,
-    cache: Cache,
-    *,
-    layout: Layout | None = None,
-    adapters: tree.Tree = None,
-) -> tuple[torch.Tensor, Cache]:
-    """Run tokens [b, s] after those in `cache`: logits [b, v] of what follows the last, the cache.
-
-    Both halves of generation: the prompt into an empty cache, then each token. As in
-    `decoder.extend` the given cache is used up.
-    """
-    x, cache = decoder.extend(params, spec, tokens, cache, layout=layout, adapters=adapters)
-    return decoder.logits(params, spec, x[:, -1]), cache
 
 
 def _check(
@@ -180,6 +174,7 @@ def _run(
     on_token: OnToken | None,
     stop: Stop | None,
     on_scores: OnScores | None,
+    graphs: bool,
 ) -> torch.Tensor:
     """The new tokens [b, n] after a prompt [b, s] whose padding stands in front."""
     batch, start = prompt.shape
@@ -187,7 +182,7 @@ def _run(
     ids = prompt.new_full((batch, limit), pad_id, dtype=torch.int64)
     ids[:, :start] = prompt
     ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    broken = ended
+    broken = torch.zeros_like(ended)
     seen = _seen(prompt, real, spec.vocab) if sampling.repetition_penalty != 1 else None
 
     def empty(capacity: int) -> Cache:
@@ -197,51 +192,88 @@ def _run(
 
     cache = empty(min(limit, start + CHUNK))
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    layout, step = _layouts(prompt, real)
-    logits, cache = next_logits(params, spec, prompt, cache, layout=layout, adapters=adapters)
-    while True:
-        hook = None if adjust is None else _bound(adjust, ids[:, :end])
-        too_soon = end - start < sampling.min_new_tokens and eos.numel() > 0
+    logits, cache = prefill(
+        params, spec, prompt, cache, layout=_layout(prompt, real), adapters=adapters
+    )
+
+    def pick(logits: torch.Tensor) -> None:
+        """Choose the tokens of the next column and note which rows they end."""
+        so_far = ids[:, :end]
         scores = rules.scores(
             logits,
             sampling,
             seen=seen,
-            ids=_unpadded(ids[:, :end], real) if sampling.reads_ids() else None,
+            ids=_unpadded(so_far, real) if sampling.reads_ids() else None,
             start=start,
-            banned=eos if too_soon else None,
-            adjust=hook,
+            banned=eos if end - start < sampling.min_new_tokens and eos.numel() > 0 else None,
+            adjust=None if adjust is None else _bound(adjust, so_far),
         )
         if on_scores is not None:
             on_scores(logits, scores)
-        broken = broken | ~(ended | scores.amax(-1).isfinite())
-        token = rules.choose(scores, sampling, generator)
-        shown = torch.where(ended, pad_id, token)
-        ids[:, end] = shown
-        end += 1
-        if on_token is not None:
-            on_token(shown)
-        ended = ended | broken | (token[:, None] == eos).any(-1)
-        if stop is not None:
-            ended = ended | stop(ids[:, :end]).to(ended.device)
-        can_end = stop is not None or eos.numel() > 0
-        if end == limit or (can_end and bool(ended.all())):
-            break
+        broken.logical_or_(~(ended | scores.amax(-1).isfinite()))
+        token.copy_(scores.argmax(-1) if uniform is None else rules.look_up(scores, uniform))
+        shown.copy_(torch.where(ended, pad_id, token))
+        ids.index_copy_(1, column, shown[:, None])
+        column.add_(1)
+        used.add_((~ended).any())
+        ended.logical_or_(broken | (token[:, None] == eos).any(-1))
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
+
+    def step() -> None:
+        """The tokens of one more column, from those of the last; changes tensors alone."""
+        # An ended row goes on with what it drew: a pad id need not be one the model knows.
+        logits, longer = decode(params, spec, token, cache, adapters=adapters)
+        cache.end.copy_(longer.end)
+        pick(logits)
+
+    token = prompt.new_zeros(batch, dtype=torch.int64)
+    shown, column = torch.zeros_like(token), torch.full_like(token[:1], start)
+    used = torch.zeros_like(token[0])
+    uniform = None
+    if sampling.temperature > 0:
+        uniform = torch.empty(batch, dtype=torch.float64, device=prompt.device)
+    can_end = stop is not None or eos.numel() > 0
+    on_host = adjust is not None or on_scores is not None or sampling.reads_ids()
+    graphs = graphs and prompt.is_cuda and not on_host and max_new_tokens >= WORTH_A_GRAPH
+    # Whoever watches the tokens gets none after the end; else a look now and then is enough.
+    pause = PAUSE if prompt.is_cuda and stop is None and on_token is None else 1
+    replay: Callable[[], None] | None = None
+    warm = False
+    fresh = True
+    while True:
+        if uniform is not None and generator is not None:
+            uniform.copy_(rules.uniforms(batch, generator), non_blocking=True)
+        if fresh:
+            pick(logits)
+            fresh = False
+        else:
+            if replay is None and graphs and warm:
+                replay = capture(step)
+                graphs = replay is not None
+            (replay or step)()
+            warm = True
+            cache = replace(cache, length=cache.length + 1)
+        end += 1
+        if end - start == sampling.min_new_tokens:
+            replay = None  # ends are allowed from here on
+        if on_token is not None:
+            on_token(shown.clone())
+        if stop is not None:
+            ended.logical_or_(stop(ids[:, :end]).to(ended.device))
+        if end == limit or (can_end and (end - start) % pause == 0 and bool(ended.all())):
+            break
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
-            cache = empty(min(limit, end + CHUNK))
+            cache, replay, fresh = empty(min(limit, end + CHUNK)), None, True
             whole, mask = _so_far(ids[:, :end], real, spec.vocab)
-            logits, cache = next_logits(
-                params, spec, whole, cache, layout=_layouts(whole, mask)[0], adapters=adapters
+            logits, cache = prefill(
+                params, spec, whole, cache, layout=_layout(whole, mask), adapters=adapters
             )
-            continue
-        if cache.length == cache.capacity:
-            cache = kv.grow(cache, min(limit, cache.capacity + CHUNK))
-        # An ended row goes on with what it drew: a pad id need not be one the model knows.
-        logits, cache = next_logits(
-            params, spec, token[:, None], cache, layout=step(end - start - 1), adapters=adapters
-        )
+        elif cache.length == cache.capacity:
+            cache, replay = kv.grow(cache, min(limit, cache.capacity + CHUNK)), None
+    if can_end and pause > 1:
+        end = start + int(used)
     if bool(broken.any()):
         raise InputError(
             f"the model's logits for row {broken.tolist().index(True)} are not finite; its weights "
@@ -280,17 +312,8 @@ def _seen(prompt: torch.Tensor, real: torch.Tensor | None, vocab: int) -> torch.
     return seen.scatter_(1, kept.long(), True)[:, :vocab]
 
 
-def _layouts(
-    prompt: torch.Tensor, real: torch.Tensor | None
-) -> tuple[Layout, Callable[[int], Layout]]:
-    """The layout of the prompt, and of the n-th new token."""
-    batch, start = prompt.shape
-    device = prompt.device
+def _layout(prompt: torch.Tensor, real: torch.Tensor | None) -> Layout:
+    """Where the tokens of the prompt stand."""
     if real is None:
-        return (
-            dense(batch, start, device=device),
-            lambda n: dense(batch, 1, start=start + n, device=device),
-        )
-    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-    after, own = positions[:, -1:] + 1, torch.ones_like(positions[:, -1:])
-    return Layout(positions, real.long()), lambda n: Layout(after + n, own)
+        return dense(*prompt.shape, device=prompt.device)
+    return Layout((real.long().cumsum(-1) - 1).clamp(min=0), real.long())

@@ -4,6 +4,7 @@ Each kind equals its function in transformers' `modeling_rope_utils`, in the sam
 operations.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def inverse_frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor
         return 1.0 / (_dynamic_base(rope, positions) ** exponents)
     powers = rope.theta**exponents
     if rope.kind == "longrope":
-        long, short = (powers.new_tensor(f) for f in (rope.long_factors, rope.short_factors))
+        long, short = (_constant(f, powers.device) for f in (rope.long_factors, rope.short_factors))
         grown = positions.max() >= rope.original_positions
         return 1.0 / (torch.where(grown, long, short) * powers)
     plain = 1.0 / powers
@@ -82,6 +83,13 @@ def inverse_frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor
     if rope.kind == "yarn":
         return _yarn(rope, powers)
     return plain
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Numbers on a device in fp32, copied once: a copy from the host is no part of a graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _dynamic_base(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor:

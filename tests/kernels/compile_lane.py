@@ -21,6 +21,7 @@ import torch
 
 from purelm.kernels import (
     cross_entropy,
+    decode_attention,
     gated,
     nf4,
     nf4_decode,
@@ -174,6 +175,31 @@ def rope_cases(every: bool) -> Iterator[Case]:
                 )
 
 
+def decode_attention_cases(every: bool) -> Iterator[Case]:
+    shapes = ((8, 4, 64), (8, 4, 128), (4, 2, 256), (1, 7, 80))
+    for (heads_k, groups, dim), dtype, softcap in itertools.product(
+        shapes, (F32, F16, BF16) if every else (BF16,), (0.0, 50.0)
+    ):
+        config = decode_attention.config_for(groups, dim, dtype)
+        splits = decode_attention.splits_for(1, heads_k, 1024, config.block)
+        width = max(16, power_of_two(dim))
+        shape = {"DIM": dim, "WIDTH": width, "SPLITS": splits, "num_warps": config.num_warps}
+        yield Case(
+            f"decode_attention {heads_k}x{groups}x{dim} {dtype} {softcap=}",
+            decode_attention._split_kernel,
+            (dtype, dtype, dtype, I64, I64, F32, F32, F32, 1024, heads_k),
+            {"SCALE": dim**-0.5, "SOFTCAP": softcap, "GROUPS": groups, "ROWS": config.rows}
+            | {"BLOCK": config.block, **shape},
+        )
+        if not softcap:
+            yield Case(
+                f"decode_attention_join {splits}x{dim} {dtype}",
+                decode_attention._join_kernel,
+                (F32, F32, F32, dtype),
+                shape,
+            )
+
+
 def other_cases(every: bool) -> Iterator[Case]:
     count = 16384 * 14336
     for activation, dtype in itertools.product(gated.ACTIVATIONS, (F32, F16, BF16)):
@@ -211,6 +237,7 @@ def cases(every: bool) -> Iterator[Case]:
     yield from nf4_matvec_cases(every)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
+    yield from decode_attention_cases(every)
     yield from other_cases(every)
 
 

@@ -1,0 +1,251 @@
+"""Attention of one new token a row over a cache of keys: split along the keys, then combined.
+
+Flash decoding (Dao et al., 2023): with one query a row there are too few heads to fill a GPU, so
+programs share a row's keys; each keeps the running maximum and sum of its part in fp32, and a
+second launch joins the parts. Which keys a row sees is a span on the device, so that nothing
+depends on the host: the keys outside of it are not read. Forward only.
+"""
+
+# Kernels are written in Triton's language: they have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from .launch import ceil_div, jit, on_gpu, operator, ops, power_of_two
+from .launch import language as tl
+
+# Programs that fill a GPU of 132 multiprocessors twice.
+ENOUGH = 264
+
+
+class Config(NamedTuple):
+    """How a launch is cut: heads of a program (padded), keys of a step, warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def config_for(groups: int, dim: int, dtype: torch.dtype) -> Config:
+    """The cut for heads of `dim` features, `groups` of them to a head of keys."""
+    block = 64 if dim <= 128 else 32
+    if dtype == torch.float32:
+        block = block // 2  # more spills, at 256 features
+    return Config(max(16, power_of_two(groups)), block, 4)
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    end: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over keys first..end of each row; [b, h, d] in the dtype of q.
+
+    q [b, h, d]; keys and values [b, capacity, k, d], h a multiple of k; first and end [b] int64,
+    0 <= first <= end <= capacity: a row without keys gives zeros. softcap c: scores become
+    c tanh(score / c). Raises KernelError for shapes that do not fit and for inputs that need a
+    gradient.
+    """
+    b, h, d = q.shape
+    if keys.shape != values.shape or keys.shape[::3] != (b, d) or h % keys.shape[2]:
+        raise KernelError(
+            f"q {list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}: expected "
+            "[b, h, d] and twice [b, capacity, k, d], h a multiple of k"
+        )
+    if first.shape != (b,) or end.shape != (b,):
+        raise KernelError(f"first {list(first.shape)}, end {list(end.shape)}: expected [{b}]")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys, values)):
+        raise KernelError("q, keys or values need a gradient: decoding has none")
+    if on_gpu(q, keys, values, first, end):
+        out: Tensor = ops.decode_attention(q, keys, values, first, end, scale, softcap or 0.0)
+        return out
+    return decode_attention_reference(q, keys, values, first, end, scale=scale, softcap=softcap)
+
+
+def decode_attention_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    end: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Plain torch for `decode_attention`; on the CPU, where asking is free, it reads no key past
+    the last that a row sees."""
+    b, h, d = q.shape
+    if end.device.type == "cpu":
+        low, high = int(first.min()), int(end.max())
+        keys, values = keys[:, low:high], values[:, low:high]
+        first, end = first - low, end - low
+    column = torch.arange(keys.shape[1], device=keys.device)
+    seen = (column >= first[:, None]) & (column < end[:, None])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.reshape(b, keys.shape[2], -1, d)
+    scores = torch.einsum("bkgd,bjkd->bkgj", grouped, keys).to(wide) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    # A row without keys: zeros instead of NaN; a NaN among scores stays one.
+    weights = scores.softmax(-1).masked_fill(~seen[:, None, None], 0.0).to(q.dtype)
+    return torch.einsum("bkgj,bjkd->bkgd", weights, values).reshape(b, h, d)
+
+
+def splits_for(batch: int, kv_heads: int, capacity: int, block: int) -> int:
+    """How many programs share the keys of a row and head: a power of two."""
+    wanted = min(ceil_div(ENOUGH, batch * kv_heads), ceil_div(capacity, block), 64)
+    return power_of_two(wanted)
+
+
+@jit
+def _split_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_first,
+    p_end,
+    p_part,
+    p_max,
+    p_sum,
+    capacity,
+    heads_k,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    first = tl.load(p_first + row)
+    end = tl.load(p_end + row)
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK) * BLOCK
+    begin = first + split * share
+    stop = tl.minimum(begin + share, end)
+    o_g = tl.arange(0, ROWS)
+    o_d = tl.arange(0, WIDTH)
+    m_d = o_d < DIM
+    m_g = o_g < GROUPS
+    o_head = (row * heads_k + head) * GROUPS + o_g
+    m_q = m_g[:, None] & m_d[None, :]
+    b_q = tl.load(p_q + o_head[:, None] * DIM + o_d[None, :], mask=m_q, other=0.0)
+    b_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([ROWS], dtype=tl.float32)
+    b_out = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    o_row = row.to(tl.int64) * capacity
+    for i in range(begin, stop, BLOCK):
+        o_n = i + tl.arange(0, BLOCK)
+        m_n = o_n < stop
+        o_k = ((o_row + o_n) * heads_k + head)[:, None] * DIM + o_d[None, :]
+        m_k = m_n[:, None] & m_d[None, :]
+        b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)
+        b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * SCALE
+        if SOFTCAP > 0:
+            # tanh of the size, from an exponential that cannot overflow.
+            b_e = tl.exp(-2.0 * tl.abs(b_s) / SOFTCAP)
+            b_t = (1.0 - b_e) / (1.0 + b_e) * SOFTCAP
+            b_s = tl.where(b_s < 0, -b_t, b_t)
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_scale = tl.exp(b_max - b_new)
+        b_p = tl.exp(b_s - b_new[:, None])
+        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+        b_out = b_out * b_scale[:, None]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+        b_max = b_new
+    o_part = o_head * SPLITS + split
+    tl.store(p_max + o_part, b_max, mask=m_g)
+    tl.store(p_sum + o_part, b_sum, mask=m_g)
+    tl.store(p_part + o_part[:, None] * DIM + o_d[None, :], b_out, mask=m_q)
+
+
+@jit
+def _join_kernel(
+    p_part,
+    p_max,
+    p_sum,
+    p_out,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    o_head = tl.program_id(0)
+    o_s = o_head * SPLITS + tl.arange(0, SPLITS)
+    o_d = tl.arange(0, WIDTH)
+    m_d = o_d < DIM
+    b_max = tl.load(p_max + o_s)
+    b_sum = tl.load(p_sum + o_s)
+    o_part = o_s[:, None] * DIM + o_d[None, :]
+    b_part = tl.load(p_part + o_part, mask=m_d[None, :], other=0.0)
+    # A part without keys has sum 0 and maximum -inf, and so has a row without any.
+    b_top = tl.max(b_max, axis=0)
+    b_weight = tl.where(b_max == float("-inf"), 0.0, tl.exp(b_max - b_top))
+    b_total = tl.sum(b_weight * b_sum, axis=0)
+    b_out = tl.sum(b_weight[:, None] * b_part, axis=0) / tl.where(b_total == 0, 1.0, b_total)
+    tl.store(p_out + o_head * DIM + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
+
+
+@operator(
+    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor end, float scale,"
+    " float softcap) -> Tensor",
+    fake=lambda q, keys, values, first, end, scale, softcap: q.new_empty(q.shape),
+)
+def _launch(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    b, h, d = q.shape
+    capacity, kv_heads = keys.shape[1:3]
+    groups = h // kv_heads
+    config = config_for(groups, d, q.dtype)
+    splits = splits_for(b, kv_heads, capacity, config.block)
+    part = q.new_empty((b, h, splits, d), dtype=torch.float32)
+    top, total = q.new_empty((2, b, h, splits), dtype=torch.float32).unbind(0)
+    out = q.new_empty((b, h, d))
+    width = max(16, power_of_two(d))
+    _split_kernel(
+        (b, kv_heads, splits),
+        q.contiguous(),
+        keys.contiguous(),
+        values.contiguous(),
+        first.contiguous(),
+        end.contiguous(),
+        part,
+        top,
+        total,
+        capacity,
+        kv_heads,
+        SCALE=scale,
+        SOFTCAP=softcap,
+        GROUPS=groups,
+        ROWS=config.rows,
+        DIM=d,
+        WIDTH=width,
+        BLOCK=config.block,
+        SPLITS=splits,
+        num_warps=config.num_warps,
+    )
+    _join_kernel((b * h,), part, top, total, out, DIM=d, WIDTH=width, SPLITS=splits, num_warps=4)
+    return out

@@ -1,0 +1,75 @@
+"""One token a row after those in the cache: static shapes, and every length on the device.
+
+`prefill` runs a prompt, `decode` one step. A step reads and writes nothing on the host that changes
+from one to the next, so that it can be captured once and replayed; rows may differ in length.
+"""
+
+import torch
+
+from . import cache as kv
+from . import decoder, rope, tree
+from .attention import Span
+from .cache import Cache
+from .layout import Layout
+from .norm import norm
+from .spec import ModelSpec, RopeSpec
+
+
+def prefill(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    cache: Cache,
+    *,
+    layout: Layout | None = None,
+    adapters: tree.Tree = None,
+) -> tuple[torch.Tensor, Cache]:
+    """Run tokens [b, s] after those in `cache`: logits [b, v] of what follows the last, the cache.
+
+    As in `decoder.extend` the given cache is used up, and padding, if any, stands in front.
+    """
+    x, cache = decoder.extend(params, spec, tokens, cache, layout=layout, adapters=adapters)
+    return decoder.logits(params, spec, x[:, -1]), cache
+
+
+def decode(
+    params: tree.Tree,
+    spec: ModelSpec,
+    token: torch.Tensor,
+    cache: Cache,
+    *,
+    adapters: tree.Tree = None,
+) -> tuple[torch.Tensor, Cache]:
+    """One token [b] a row, at the end of its row: logits [b, v] of what follows, the cache.
+
+    Row i stands at position end[i] - first[i] and sees first[i]..end[i]; the cache must have room
+    after every end. As in `decoder.extend` the given cache is used up.
+    """
+    x = decoder.embed(params, spec, token[:, None])
+    positions = (cache.end - cache.first)[:, None]
+    at = kv.places(cache)
+    cache = kv.stepped(cache, at)
+    tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
+    tables.update({r: rope.table(r, positions) for r in spec.ropes()})
+    windows = {layer.attention.window for layer in spec.layers}
+    seen = {w: _span(cache, w) for w in windows}
+    for i, (layer, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
+        how = layer.attention
+        x = decoder.layer(
+            x,
+            p,
+            tree.get(adapters, "layers", i),
+            tables[how.rope],
+            seen[how.window],
+            spec=layer,
+            buffers=(cache.keys[i], cache.values[i], at),
+        )
+    x = norm(x, params.get("norm"), spec.norm)
+    return decoder.logits(params, spec, x[:, 0]), cache
+
+
+def _span(cache: Cache, window: int | None) -> Span:
+    """What the last token of every row sees."""
+    if window is None:
+        return Span(cache.first, cache.end)
+    return Span(torch.maximum(cache.first, cache.end - window), cache.end)

@@ -1,0 +1,39 @@
+"""A step of work on a GPU, captured once and replayed without the host."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None] | None:
+    """A function that does on the device what `step` does, as one CUDA graph; None where it cannot
+    be captured, such as where `step` asks the device for a value.
+
+    `step` must have run before (kernels compile, constants are copied) and change nothing but
+    tensors that live longer than it. Nothing runs while it is captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        except RuntimeError:
+            _abandon(graph)
+            return None
+        except BaseException:
+            _abandon(graph)
+            raise
+        graph.capture_end()
+    here.wait_stream(stream)
+    return graph.replay
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture that failed; it reports again what made it fail."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        pass
