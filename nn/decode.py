@@ -45,8 +45,8 @@ def decode(
     Row i stands at position end[i] - first[i] and sees first[i]..end[i]; the cache must have room
     after every end. As in `decoder.extend` the given cache is used up.
     """
-    x = decoder.embed(params, spec, token[:, None])
     positions = (cache.end - cache.first)[:, None]
+    x = decoder.placed(params, spec, token[:, None], positions)
     at = kv.places(cache)
     cache = kv.stepped(cache, at)
     tables: dict[RopeSpec | None, rope.Table | None] = {None: None}

@@ -134,6 +134,16 @@ def embed(params: tree.Tree, spec: ModelSpec, tokens: torch.Tensor) -> torch.Ten
     return x * (rounded if spec.embed_scale_rounded else spec.embed_scale)
 
 
+def placed(
+    params: tree.Tree, spec: ModelSpec, tokens: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """What the first layer gets [b, s, e]: embeddings, plus learned ones of positions [b, s]."""
+    x = embed(params, spec, tokens)
+    if spec.learned_positions:
+        x = x + F.embedding(positions, params["positions"]["weight"])
+    return x
+
+
 def _run(
     params: tree.Tree,
     spec: ModelSpec,
@@ -144,9 +154,7 @@ def _run(
     residuals: Residuals | None,
     seed: int | None,
 ) -> tuple[torch.Tensor, Cache | None]:
-    x = embed(params, spec, tokens)
-    if spec.learned_positions:
-        x = x + F.embedding(layout.positions, params["positions"]["weight"])
+    x = placed(params, spec, tokens, layout.positions)
     start, segments = 0, layout.segments
     if cache is not None:
         start = cache.length
