@@ -6,13 +6,14 @@ from one to the next, so that it can be captured once and replayed; rows may dif
 
 import torch
 
+from ..quant.int8 import Int8
 from . import cache as kv
 from . import decoder, rope, tree
 from .attention import Span
 from .cache import Cache
 from .layout import Layout
 from .norm import norm
-from .spec import ModelSpec, RopeSpec
+from .spec import ModelSpec, MoESpec, RopeSpec
 
 
 def prefill(
@@ -66,6 +67,17 @@ def decode(
         )
     x = norm(x, params.get("norm"), spec.norm)
     return decoder.logits(params, spec, x[:, 0]), cache
+
+
+def waits_for(params: tree.Tree, spec: ModelSpec) -> str | None:
+    """What of a step asks the device for a value, so that no graph can hold it; None: nothing."""
+    if any(isinstance(layer.mlp, MoESpec) for layer in spec.layers):
+        return "how many tokens each expert has"
+    if any(isinstance(leaf, Int8) for leaf in tree.leaves(params)):
+        return "which inputs of an int8 product are outliers"
+    if any(table.kind in ("dynamic", "longrope") for table in spec.ropes()):
+        return "how long the longest row is, for its frequencies"
+    return None
 
 
 def _span(cache: Cache, window: int | None) -> Span:

@@ -14,7 +14,7 @@ from . import cache as kv
 from . import sampling as rules
 from . import tree
 from .cache import Cache
-from .decode import decode, prefill
+from .decode import decode, prefill, waits_for
 from .graph import capture
 from .layout import Layout, dense
 from .sampling import GREEDY, Sampling
@@ -49,7 +49,7 @@ def generate(
     on_token: OnToken | None = None,
     stop: Stop | None = None,
     on_scores: OnScores | None = None,
-    graphs: bool = False,
+    graphs: bool = True,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, on the device of the params.
 
@@ -61,7 +61,8 @@ def generate(
     model gave and what they were chosen from.
 
     With `graphs` a GPU captures a step as a CUDA graph and replays it, unless adjust, on_scores or
-    rules that read the row run on the host between; the ids are the same. On a GPU the host waits
+    rules that read the row run on the host between, or the model waits (`decode.waits_for`); the
+    ids are the same. On a GPU the host waits
     for the device every PAUSE tokens where there are eos_ids, to see whether all rows have ended,
     and every token where stop or on_token must know; else nothing waits. Draws come from
     `generator` alone.
@@ -235,7 +236,13 @@ def _run(
         uniform = torch.empty(batch, dtype=torch.float64, device=prompt.device)
     can_end = stop is not None or eos.numel() > 0
     on_host = adjust is not None or on_scores is not None or sampling.reads_ids()
-    graphs = graphs and prompt.is_cuda and not on_host and max_new_tokens >= WORTH_A_GRAPH
+    graphs = (
+        graphs
+        and prompt.is_cuda
+        and not on_host
+        and max_new_tokens >= WORTH_A_GRAPH
+        and waits_for(params, spec) is None
+    )
     # Whoever watches the tokens gets none after the end; else a look now and then is enough.
     pause = PAUSE if prompt.is_cuda and stop is None and on_token is None else 1
     replay: Callable[[], None] | None = None
