@@ -236,11 +236,7 @@ def _rows_kernel(
         b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
         b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
         b_w = tl.reshape(b_w, (OUTPUTS, RUNS * WIDTH))
-        if DECODE is None:
-            # One long chain of fp32 sums would round more than the dense product does.
-            b_y += tl.dot(b_w, tl.trans(b_x), input_precision="ieee")
-        else:
-            b_y = tl.dot(b_w, tl.trans(b_x), b_y)
+        b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
     if RANK > 0:
         if tl.program_id(1) == 0:
             o_r = tl.arange(0, RANK)

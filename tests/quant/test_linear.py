@@ -6,6 +6,7 @@ import torch
 
 from purelm.errors import KernelError
 from purelm.kernels import launch, nf4_matvec
+from purelm.quant import linear as linear_module
 from purelm.quant.linear import linear, weight_of
 from purelm.quant.nf4 import dequantize, quantize
 
@@ -102,8 +103,11 @@ def test_where_the_weight_stays_packed(monkeypatch):
         with torch.no_grad():
             assert packed(x[0]) and packed(x[:1]) and packed(x[:1].view(1, 1, 128))
             assert packed(x[:1].bfloat16())
-            assert packed(x[:2])
-            assert not packed(x.repeat(4, 1)[:17])  # more rows than were measured
+            assert not packed(x[:2].bfloat16())  # too few outputs
+            monkeypatch.setattr(linear_module, "PACKED_OUTPUTS", 12)
+            assert packed(x[:2].bfloat16())
+            assert not packed(x[:2])  # fp32 sums
+            assert not packed(x.bfloat16().repeat(4, 1)[:17])
             assert not packed(x[:1].clone().requires_grad_())
             assert not packed(x[:1, :40], odd) and not packed(x[:1].double())
             called.clear()
