@@ -1,5 +1,6 @@
 """Generation over trees: equal to transformers, to no cache, and to one row at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from purelm.errors import ArgumentError, InputError
 from purelm.nn import cache as kv
 from purelm.nn import decoder, generate, layout, lora, params
 from purelm.nn import tree as trees
+from purelm.nn.decode import waits_for
 from purelm.nn.generate import generate as run
 from purelm.nn.sampling import Sampling
-from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
+from purelm.nn.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+)
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -224,6 +234,56 @@ def test_gpu_gives_the_ids_of_the_cpu_without_waiting(temperature: float) -> Non
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert left == -1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_replayed_graph_gives_the_ids_of_its_steps(
+    temperature: float, window: int | None
+) -> None:
+    spec, tree = small(window=window)
+    tree = trees.map(lambda t: t.cuda(), tree)
+    worn = lora.init(spec, rank=4, generator=torch.Generator().manual_seed(0), device="cuda")
+    for leaf in trees.leaves(worn):
+        leaf.b.normal_(0.0, 0.1)
+    ids, mask = padded([prompt(0, 1, 3)[0], prompt(1, 1, 9)[0]], "left")
+    eager, replayed = (
+        run(
+            tree,
+            spec,
+            ids,
+            mask=mask,
+            adapters=worn,
+            max_new_tokens=40,
+            sampling=Sampling(temperature=temperature),
+            eos_ids=(7,),
+            generator=torch.Generator().manual_seed(0),
+            graphs=graphs,
+        )
+        for graphs in (False, True)
+    )
+    assert torch.equal(eager, replayed)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mlp": MoESpec(4, 2, MLPSpec(16))}, "each expert"),
+        ({"rope": RopeSpec(8, 1e4, kind="dynamic", factor=2.0)}, "longest row"),
+    ],
+)
+def test_what_a_step_waits_for_is_named(change: dict[str, Any], words: str) -> None:
+    """No graph can hold it."""
+    spec, tree = small()
+    assert waits_for(tree, spec) is None
+    first = spec.layers[0]
+    if "mlp" in change:
+        first = replace(first, mlp=change["mlp"])
+    else:
+        first = replace(first, attention=replace(first.attention, rope=change["rope"]))
+    found = waits_for(tree, replace(spec, layers=(first, *spec.layers[1:])))
+    assert found is not None and words in found
 
 
 def test_samples_follow_the_model() -> None:
