@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from ..kernels.cross_entropy import linear_cross_entropy
+from ..kernels.cross_entropy import chunk_rows, linear_cross_entropy
 from ..quant.linear import weight_of
 from . import tree
-from .decoder import head_weight, hidden
+from .decoder import head_weight, hidden, logits
 from .layout import Layout
+from .remat import remat
 from .residuals import Residuals
 from .spec import ModelSpec
 
@@ -54,6 +55,38 @@ def next_token(
         scale=spec.logit_scale,
     )
     return total / ((target != IGNORE).sum() if count is None else count)
+
+
+def token_logprobs(
+    params: tree.Tree,
+    spec: ModelSpec,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    layout: Layout | None = None,
+) -> torch.Tensor:
+    """log p of what each position predicts: x [b, s, e], labels [b, s] -> [b, s] in fp32 or wider.
+
+    0 where nothing counts (IGNORE, a row's or document's end). Logits exist a chunk of rows at a
+    time, in forward and again in backward. Differentiable in x and a dense head: what preference
+    and policy losses are made of (DPO, arXiv 2305.18290; GRPO, arXiv 2402.03300).
+    """
+    target = shift(labels, layout).reshape(-1)
+    head = {name: params[name] for name in ("head" if "head" in params else "embed",)}
+
+    def some(x: torch.Tensor, target: torch.Tensor, head: tree.Tree) -> torch.Tensor:
+        scores = logits(head, spec, x)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        picked = scores.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+        return torch.where(target == IGNORE, 0.0, picked - scores.logsumexp(-1))
+
+    rows = chunk_rows(spec.vocab, 4)
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [
+        remat(some)(flat[i : i + rows], target[i : i + rows], head)
+        for i in range(0, len(flat), rows)
+    ]
+    return torch.cat(parts).view(labels.shape)
 
 
 def loss(
