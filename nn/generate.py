@@ -256,7 +256,7 @@ def _run(
             fresh = False
         else:
             if replay is None and graphs and warm:
-                replay = capture(step)
+                replay = capture(step, prompt.device)
                 graphs = replay is not None
             (replay or step)()
             warm = True

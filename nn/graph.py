@@ -5,18 +5,18 @@ from collections.abc import Callable
 import torch
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None] | None:
-    """A function that does on the device what `step` does, as one CUDA graph; None where it cannot
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
+    """A function that does on `device` what `step` does, as one CUDA graph; None where it cannot
     be captured, such as where `step` asks the device for a value.
 
     `step` must have run before (kernels compile, constants are copied) and change nothing but
     tensors that live longer than it. Nothing runs while it is captured.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    here = torch.cuda.current_stream()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    here = torch.cuda.current_stream(device)
     stream.wait_stream(here)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # makes `device` the current one too
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             step()
@@ -28,7 +28,12 @@ def capture(step: Callable[[], None]) -> Callable[[], None] | None:
             raise
         graph.capture_end()
     here.wait_stream(stream)
-    return graph.replay
+
+    def replay() -> None:
+        with torch.cuda.device(device):  # a graph runs on the current device's stream
+            graph.replay()
+
+    return replay
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

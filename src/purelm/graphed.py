@@ -82,7 +82,8 @@ class GraphedStep:
         found.labels.copy_(labels)
         if found.count is not None and num_items_in_batch is not None:
             found.count.copy_(num_items_in_batch)
-        found.graph.replay()
+        with torch.cuda.device(self.model.device):  # a graph runs on the current device's stream
+            found.graph.replay()
         return found.loss.clone()
 
     def _live(self) -> list[torch.Tensor]:
@@ -123,7 +124,7 @@ class GraphedStep:
             return total.detach(), torch.autograd.grad(total, self._trained)
 
         # Kernels are compiled and libraries set up before, on a stream of its own as captures need.
-        with memory_plan.told(self.model, policies):
+        with memory_plan.told(self.model, policies), torch.cuda.device(device):
             side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
@@ -131,7 +132,7 @@ class GraphedStep:
                     run()
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):
                 value, grads = run()
                 torch._foreach_add_(self._grads, list(grads))
         return _Captured(graph, ids, targets, held, value)
