@@ -3,6 +3,7 @@
 What is stored in the end is the weight with its adapter merged in, so that sum is what is rounded.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def wrap(params: tree.Tree, spec: ModelSpec, scheme: str) -> tree.Tree:
     Raises KernelError for an unknown scheme and for widths it has no groups for, ArgumentError for
     weights that are quantized already.
     """
-    chosen = {path for path, p in tree.items(param_specs(spec)) if p.quantize}
+    chosen = _projections(spec)
 
     def wrapped(path: str, leaf: Any) -> Any:
         if path not in chosen:
@@ -37,6 +38,12 @@ def wrap(params: tree.Tree, spec: ModelSpec, scheme: str) -> tree.Tree:
         return Fake(leaf, scheme)
 
     return tree.map_with_path(wrapped, params)
+
+
+@functools.lru_cache(maxsize=8)
+def _projections(spec: ModelSpec) -> frozenset[str]:
+    """The paths of the weights to round; asked for in every pass."""
+    return frozenset(path for path, p in tree.items(param_specs(spec)) if p.quantize)
 
 
 def project(
