@@ -105,6 +105,6 @@ def _inside(
 
 def _copy(params: tree.Tree, path: str) -> torch.Tensor:
     # A tied head that is trained apart starts from the embedding.
-    source = path if path != "head.weight" or "head" in params else "embed.weight"
+    source = path if path != "head.weight" or "weight" in params.get("head", {}) else "embed.weight"
     leaf = tree.at(params, source)
     return weight_of(leaf, torch.float32).detach().clone()

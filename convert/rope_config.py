@@ -56,12 +56,14 @@ def rope_spec(
     original: int | None = None,
     partial: float = 1.0,
     interleaved: bool = False,
+    magnitudes: bool = False,
 ) -> RopeSpec:
     """The model's rotary embedding; `theta` is the family's default base.
 
     aliases: a family's other names of kinds. original: the positions before scaling, where the
     family keeps them apart from the rotary fields. partial: the family's default share of a head
-    that is turned. interleaved: see `RopeSpec`.
+    that is turned. interleaved: see `RopeSpec`. magnitudes: longrope has `short_mscale` and
+    `long_mscale` (Phi-3.5-MoE).
     """
     raw = _merged(fields)
     kind_name = raw.pop("rope_type", raw.pop("type", "default"))
@@ -79,7 +81,8 @@ def rope_spec(
     if kind_name == "default":
         # Values that scale nothing are found beside the default kind in published configs.
         return RopeSpec(dim=dim, theta=base, interleaved=interleaved)
-    if unknown := sorted(raw.keys() - inner.taken - _ALLOWED[kind_name]):
+    allowed = _ALLOWED[kind_name] | ({"short_mscale", "long_mscale"} if magnitudes else set())
+    if unknown := sorted(raw.keys() - inner.taken - allowed):
         raise fields.error(f"rope type {kind_name!r} has unknown fields {', '.join(unknown)}")
     # "dynamic" compares with the context length itself, whatever else is written.
     before = max_positions if original is None else original
@@ -103,6 +106,9 @@ def rope_spec(
             more[f"{name}s"] = inner.numbers(name, dim // 2)
         if inner.has("attention_factor"):
             more["attention_factor"] = inner.number("attention_factor")
+        if magnitudes:
+            more["short_magnitude"] = inner.number("short_mscale")
+            more["long_magnitude"] = inner.number("long_mscale")
     elif kind_name == "yarn":
         more["beta_fast"] = inner.number("beta_fast", 32.0)
         more["beta_slow"] = inner.number("beta_slow", 1.0)

@@ -92,6 +92,11 @@ class Trainee(nn.Module):
                 "the head is trained (modules_to_save), and this trainer would use the frozen one; "
                 "train without it, or with transformers.Trainer"
             )
+        if self.spec.tied and self.spec.head_bias:
+            raise ArgumentError(
+                "the head has a bias of its own and the embedding's matrix, and this trainer would "
+                "leave the bias out; use transformers.Trainer"
+            )
         # Not self.forward, which such a trainer replaces.
         return partial(type(self).forward, self)
 

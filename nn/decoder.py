@@ -215,7 +215,7 @@ def _again(spec: LayerSpec, seed: int | None) -> Any:
 
 def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:
     """The leaf [v, e] that turns hidden states into logits."""
-    return params["head" if "head" in params else "embed"]["weight"]
+    return params["head" if "weight" in params.get("head", {}) else "embed"]["weight"]
 
 
 def logits(params: tree.Tree, spec: ModelSpec, x: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,8 @@ def route(
         weights, chosen = logits.softmax(-1).topk(spec.active, dim=-1)
         if spec.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
+    elif spec.router == "sparse_mixer":
+        weights, chosen = _sparse_mixer(logits, spec)
     else:
         scores = logits.sigmoid()
         chosen = _within_groups(scores.detach() + router["bias"].detach(), spec)
@@ -60,6 +62,18 @@ def route(
         if spec.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return (weights if spec.scale == 1.0 else weights * spec.scale), chosen
+
+
+def _sparse_mixer(logits: torch.Tensor, spec: MoESpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [t, x] -> weights and experts [t, active], each among those within tolerance of it."""
+    weights, chosen, left = [], [], logits
+    for _ in range(spec.active):
+        best, index = left.max(-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > spec.tolerance
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index))
+        chosen.append(index)
+        left = left.scatter(-1, index, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(chosen, -1)
 
 
 def _within_groups(scores: torch.Tensor, spec: MoESpec) -> torch.Tensor:

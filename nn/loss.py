@@ -72,7 +72,9 @@ def token_logprobs(
     and policy losses are made of (DPO, arXiv 2305.18290; GRPO, arXiv 2402.03300).
     """
     target = shift(labels, layout).reshape(-1)
-    head = {name: params[name] for name in ("head" if "head" in params else "embed",)}
+    head = {"head": params["head"]} if "head" in params else {}
+    if "weight" not in head.get("head", {}):
+        head["embed"] = params["embed"]
 
     def some(x: torch.Tensor, target: torch.Tensor, head: tree.Tree) -> torch.Tensor:
         scores = logits(head, spec, x)

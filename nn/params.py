@@ -40,10 +40,11 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
         out["positions"] = {"weight": ParamSpec((spec.max_positions, spec.dim), "pe")}
     if spec.norm.weight:
         out["norm"] = _norm(spec.norm, (spec.dim,), "e")
-    if not spec.tied:
-        out["head"] = {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
-        if spec.head_bias:
-            out["head"]["bias"] = ParamSpec((spec.vocab,), "v", init="zeros")
+    head = {} if spec.tied else {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
+    if spec.head_bias:
+        head["bias"] = ParamSpec((spec.vocab,), "v", init="zeros")
+    if head:
+        out["head"] = head
     return out
 
 

@@ -31,7 +31,7 @@ def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
         angles = angles.repeat_interleave(2, dim=-1)
     else:
         angles = torch.cat([angles, angles], dim=-1)
-    factor = attention_factor(rope)
+    factor = _magnitude(rope, positions)
     return Table(angles.cos() * factor, angles.sin() * factor, _query_scale(rope, positions))
 
 
@@ -39,6 +39,14 @@ def _query_scale(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor | None
     if not rope.query_beta:
         return None
     return 1 + rope.query_beta * torch.log(1 + torch.floor(positions / rope.original_positions))
+
+
+def _magnitude(rope: RopeSpec, positions: torch.Tensor) -> float | torch.Tensor:
+    """What cos and sin are multiplied with; a scalar tensor where it follows the longest row."""
+    if rope.short_magnitude is None or rope.long_magnitude is None:
+        return attention_factor(rope)
+    short, long = _constant((rope.short_magnitude, rope.long_magnitude), positions.device)
+    return torch.where(positions.max() >= rope.original_positions, long, short)
 
 
 def attention_factor(rope: RopeSpec) -> float:

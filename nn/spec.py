@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"]
-Router = Literal["softmax", "top_softmax", "sigmoid"]
+Router = Literal["softmax", "top_softmax", "sigmoid", "sparse_mixer"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 # Constants of xIELU (arXiv 2411.13010, sec. 4).
@@ -43,7 +43,8 @@ class RopeSpec:
     `kind` and the scaling fields follow transformers' `modeling_rope_utils`. `interleaved`: feature
     2i is turned with 2i + 1 (GPT-J, Cohere), else i with i + dim / 2. "longrope" divides the
     frequencies by `long_factors` once a row is longer than `original_positions`, else by
-    `short_factors`. `query_beta` b: rotated queries at position i are multiplied with
+    `short_factors`; `long_magnitude` or `short_magnitude` is then what cos and sin are multiplied
+    with, where they are given. `query_beta` b: rotated queries at position i are multiplied with
     1 + b log(1 + floor(i / `original_positions`)) (Llama 4's temperature tuning).
     """
 
@@ -63,6 +64,8 @@ class RopeSpec:
     interleaved: bool = False
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    short_magnitude: float | None = None
+    long_magnitude: float | None = None
     query_beta: float = 0.0
 
 
@@ -113,7 +116,10 @@ class MoESpec:
     "softmax": the largest of softmax(logits) are taken, and are the weights; "top_softmax": the
     largest logits are taken, the weights are their softmax; "sigmoid": the weights are sigmoids,
     taken are the largest of sigmoid + bias (a trained [x]) within the `active_groups` best of
-    `groups` equal groups, of which each counts with the sum of its two largest. `normalise`: the
+    `groups` equal groups, of which each counts with the sum of its two largest; "sparse_mixer": the
+    largest logits are taken one after the other, and the weight of each is its share of the softmax
+    over those not taken before it and within `tolerance` of it (SparseMixer, arXiv 2409.12136,
+    without the noise of its training). `normalise`: the
     weights are divided by their sum; then they are multiplied with `scale`. `shared` is an MLP that
     every token passes, times sigmoid(x w^T) where `shared_gate`.
     """
@@ -126,6 +132,7 @@ class MoESpec:
     scale: float = 1.0
     groups: int = 1
     active_groups: int = 1
+    tolerance: float = 0.0
     shared: MLPSpec | None = None
     shared_gate: bool = False
 
@@ -162,7 +169,7 @@ class LayerSpec:
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder: embedding, layers, final norm, head (the embedding's matrix if `tied`), with a
-    bias if `head_bias`, which a tied one has not.
+    bias if `head_bias`.
 
     Embeddings are multiplied with `embed_scale`, which is rounded to their dtype first where
     `embed_scale_rounded`. Logits are multiplied with `logit_scale`, then capped at c =

@@ -35,6 +35,12 @@ PARTIAL = {
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.5, 2.0, 3.0],
 }
+MAGNIFIED = {
+    **LONGROPE,
+    "original_max_position_embeddings": 48,
+    "short_mscale": 1.2,
+    "long_mscale": 1.4,
+}
 OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 77.0}}
 QUARTER = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 
@@ -170,6 +176,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi", {}),
     ("phi", {"qk_layernorm": True, "hidden_act": "gelu", "num_key_value_heads": 4}),
     ("phi", {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}}),
+    ("phi", {"tie_word_embeddings": True}),
+    ("phimoe", {}),
+    ("phimoe", {"rope_parameters": MAGNIFIED, "lm_head_bias": True, "attention_bias": True}),
+    ("phimoe", {"router_jitter_noise": 0.3, "sliding_window": 7, "tie_word_embeddings": True}),
     ("ministral3", {"rope_parameters": TEMPERED}),
     ("ministral3", {}),
     ("ministral3", {"sliding_window": 7, "rope_parameters": {**TEMPERED, "mscale": 0.7}}),

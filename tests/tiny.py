@@ -74,6 +74,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("Olmo", {"pad_token_id": None, "eos_token_id": 2}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"pad_token_id": None, "head_dim": 12}),
     "phi": ("Phi", {"hidden_size": 64}),
+    "phimoe": ("Phimoe", {"num_local_experts": 6}),
     "ministral3": ("Ministral3", {"pad_token_id": None, "head_dim": 12}),
     "falcon": ("Falcon", {"hidden_size": 64}),
     "apertus": ("Apertus", {"pad_token_id": None}),

@@ -24,8 +24,7 @@ _POSITIONS = 2048
 
 
 def spec(fields: Fields) -> ModelSpec:
-    """Matches transformers' `PhiForCausalLM` with a head of its own."""
-    fields.expect("tie_word_embeddings", False)
+    """Matches transformers' `PhiForCausalLM`."""
     positions = fields.integer("max_position_embeddings", _POSITIONS)
     rope = rope_spec(fields, head_width(fields), positions, 10000.0, partial=0.5)
     made = dense_spec(

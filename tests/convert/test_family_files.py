@@ -112,7 +112,6 @@ def test_a_head_with_a_bias_grows(tmp_path: Path) -> None:
         ("falcon", {"parallel_attn": False, "new_decoder_architecture": True}, "parallel_attn"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
         ("falcon", {"num_key_value_heads": 3}, "num_key_value_heads"),
-        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ("gpt_neox", {"rotary_emb_base": 5.0, "rope_theta": 6.0}, "rope_theta"),
         ("ministral3", {"rope_parameters": {"rope_theta": 1e4}}, "llama_4_scaling_beta"),
         ("hunyuan_v1_dense", {"rope_parameters": [1]}, "rope_parameters"),

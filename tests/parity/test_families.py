@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from family_cases import CASES, FAMILIES, LLAMA3
+from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED
 
 from purelm.convert.fused import parts
 from purelm.convert.load import Loaded, load_folder
@@ -232,3 +232,27 @@ def test_old_config_keys(old: dict[str, Any], new: dict[str, Any], tmp_path: Pat
     loaded = load_folder(folder, quantize=None, dtype=None, device=torch.device("cpu"))
     ids = tokens()
     assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)
+
+
+def test_long_rows_of_phimoe_take_the_long_factors(tmp_path: Path) -> None:
+    """As in Microsoft's code; transformers 5 forgets to tell its frequencies the row's length."""
+    switches = {"rope_parameters": {**MAGNIFIED, "original_max_position_embeddings": 20}}
+    model, loaded = load_both("phimoe", switches, tmp_path)
+    ids, rotary = tokens(), model.model.rotary_emb
+    made = rotary.rope_init_fn
+    rotary.rope_init_fn = lambda config: made(config, seq_len=ids.shape[1])
+    assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)
+    short = ids[:, :20]
+    rotary.rope_init_fn = made
+    assert_same_logits(decoder.forward(loaded.params, loaded.spec, short), model(short).logits)
+
+
+def test_a_head_with_a_bias_and_the_embeddings_matrix(tmp_path: Path) -> None:
+    """It trains, and is written, as two tensors; log-probabilities have the bias too."""
+    model, loaded = load_both("phi", {"tie_word_embeddings": True}, tmp_path)
+    ids = tokens()
+    assert "weight" not in loaded.params["head"]
+    x = decoder.hidden(loaded.params, loaded.spec, ids)
+    ours = loss.token_logprobs(loaded.params, loaded.spec, x, ids)
+    want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(ours[:, :-1], want, rtol=1e-5, atol=1e-5)

@@ -104,7 +104,7 @@ def _weight_bytes(model: Any) -> int:
 
     params = model.params
     total = sum(t.numel() * t.element_size() for t in tree.tensors(params))
-    if "head" in params:
+    if "weight" in params.get("head", {}):
         table = params["embed"]["weight"]
         total -= table.numel() * table.element_size()
     return total
