@@ -58,11 +58,13 @@ def moe_spec(
     return MoESpec(number, picked, mlp, **others)
 
 
-def grouped(fields: Fields, experts: int) -> dict[str, int]:
+def grouped(
+    fields: Fields, experts: int, *, groups: int = 1, best: int = 1, active: int = 8
+) -> dict[str, int]:
     """`n_group` and `topk_group` as `MoESpec`'s groups; ConfigError where they do not fit."""
-    groups = fields.integer("n_group", 1)
-    best = fields.integer("topk_group", 1)
-    active = fields.integer("num_experts_per_tok", 8)
+    groups = fields.integer("n_group", groups)
+    best = fields.integer("topk_group", best)
+    active = fields.integer("num_experts_per_tok", active)
     each = experts // groups
     # A group counts with the sum of its two best experts.
     if experts % groups or each < 2 or best > groups or active > best * each:

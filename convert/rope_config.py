@@ -1,6 +1,7 @@
 """Rotary embeddings out of HF's config fields, the old ones (`rope_theta`, `rope_scaling`) and the
 new one (`rope_parameters`)."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -154,6 +155,13 @@ def typed_ropes(
         kind: rope_spec(Fields(inner[kind], fields.file), head_dim, max_positions, theta)
         for kind, theta in thetas.items()
     }
+
+
+def tempered_scale(rope: RopeSpec, width: int) -> float:
+    """width ** -0.5, times YaRN's `mscale_all_dim` twice (DeepSeek): in place of q's and k's."""
+    if not rope.mscale_all_dim or rope.factor <= 1:
+        return float(width**-0.5)
+    return float(width**-0.5 * (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2)
 
 
 def context(rope: RopeSpec, max_positions: int) -> int:

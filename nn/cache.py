@@ -8,15 +8,19 @@ from ..errors import InputError
 from .layout import Layout
 from .spec import ModelSpec
 
+# A layer's two buffers and where to write into them.
+Buffers = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Cache:
     """Keys and values of the tokens seen so far, preallocated.
 
-    keys, values: per layer [b, capacity, k, d]; segments [b, capacity] as in `Layout`, or None
-    where no row has padding; `length` tokens of every row are filled. The same on the device, row
-    by row, for `decode`: first and end [b] int64 bound the tokens that a next one sees. The buffers
-    are written in place when the cache is extended: use only the newest cache.
+    keys, values: per layer [b, capacity, k, d], as `AttentionSpec.cached` has them; segments
+    [b, capacity] as in `Layout`, or None where no row has padding; `length` tokens of every row are
+    filled. The same on the device, row by row, for `decode`: first and end [b] int64 bound the
+    tokens that a next one sees. The buffers are written in place when the cache is extended: use
+    only the newest cache.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -42,19 +46,17 @@ def empty(
 ) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens; `padded` if rows hold padding."""
 
-    def buffers() -> tuple[torch.Tensor, ...]:
+    def buffers(which: int) -> tuple[torch.Tensor, ...]:
         return tuple(
             torch.zeros(
-                (batch, capacity, layer.attention.kv_heads, layer.attention.head_dim),
-                dtype=dtype,
-                device=device,
+                (batch, capacity, *layer.attention.cached[which]), dtype=dtype, device=device
             )
             for layer in spec.layers
         )
 
     segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device) if padded else None
     first, end = torch.zeros((2, batch), dtype=torch.int64, device=device).unbind(0)
-    return Cache(buffers(), buffers(), segments, 0, first, end)
+    return Cache(buffers(0), buffers(1), segments, 0, first, end)
 
 
 def write(buffer: torch.Tensor, new: torch.Tensor, at: int | torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,10 @@ from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import rope, tree
 from .attention import Visible, attend, prepared, visible
-from .cache import Cache
+from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
+from .latent import latent_attention
 from .layout import Layout, dense
 from .linear import linear, project, seed_after
 from .mlp import mlp
@@ -25,8 +26,6 @@ from .offload import Offload
 from .remat import remat
 from .residuals import Policy, Residuals, per_layer
 from .spec import AttentionSpec, LayerSpec, ModelSpec, MoESpec, RopeSpec
-
-Buffers = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
 
 
 def attention(
@@ -40,6 +39,8 @@ def attention(
     seed: int | None = None,
 ) -> torch.Tensor:
     """Normalised x [b, s, e] -> [b, s, e]; `buffers` are a layer's cache and where to write."""
+    if spec.latent is not None:
+        return latent_attention(x, p, adapters, spec, table, seen, buffers, seed)
     b, s, _ = x.shape
     get = (adapters or {}).get
     q, k, v = project(x, [p["q"], p["k"], p["v"]], [get("q"), get("k"), get("v")], seed)
@@ -201,6 +202,8 @@ def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
     """What of a layer and its adapters `fast_layer` has no code for; None where it has all."""
     if spec.attention.softcap is not None:
         return "soft-capped scores"
+    if spec.attention.latent is not None:
+        return "latent attention"
     if isinstance(spec.mlp, MoESpec):
         return "mixtures of experts"
     if any(leaf.magnitude is not None for leaf in tree.leaves(adapters)):

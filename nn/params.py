@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from . import tree
-from .spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
+from .spec import AttentionSpec, LatentSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
 
 # Where xIELU's scalars start: softplus makes them 0.8, and 0.3 above beta (arXiv 2411.13010).
 XIELU = {name: math.log(math.expm1(x)) for name, x in {"alpha_p": 0.8, "alpha_n": 0.3}.items()}
@@ -50,16 +50,7 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
 
 def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     a = layer.attention
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    attn = {
-        "q": _linear(q, e, "qe", a.qkv_bias),
-        "k": _linear(kv, e, "ke", a.qkv_bias),
-        "v": _linear(kv, e, "ke", a.qkv_bias),
-        "o": _linear(e, q, "eq", a.out_bias),
-    }
-    if a.qk_norm is not None:
-        attn["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
-        attn["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
+    attn = _attention(a, e) if a.latent is None else _latent(a, a.latent, e)
     mlp = _moe(layer.mlp, e) if isinstance(layer.mlp, MoESpec) else _mlp(layer.mlp, e)
     here = {
         "attn_norm": layer.pre_norm,
@@ -71,6 +62,41 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     if not layer.norm.weight:
         norms = {}
     return {**norms, "attn": attn, "mlp": mlp}
+
+
+def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    made = {
+        "q": _linear(q, e, "qe", a.qkv_bias),
+        "k": _linear(kv, e, "ke", a.qkv_bias),
+        "v": _linear(kv, e, "ke", a.qkv_bias),
+        "o": _linear(e, q, "eq", a.out_bias),
+    }
+    if a.qk_norm is not None:
+        made["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
+        made["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
+    return made
+
+
+def _latent(a: AttentionSpec, latent: LatentSpec, e: int) -> dict[str, Any]:
+    assert a.rope is not None
+    q, rank = a.heads * a.head_dim, latent.q_rank
+    kv = a.heads * (a.head_dim - a.rope.dim + latent.value_dim)
+    if rank is None:
+        made = {"q": _linear(q, e, "qe", False)}
+    else:
+        made = {
+            "q_a": _linear(rank, e, "re", a.qkv_bias),
+            "q_a_norm": _norm(latent.norm, (rank,), "r"),
+            "q_b": _linear(q, rank, "qr", False),
+        }
+    return {
+        **made,
+        "kv_a": _linear(latent.kv_rank + a.rope.dim, e, "re", a.qkv_bias),
+        "kv_a_norm": _norm(latent.norm, (latent.kv_rank,), "r"),
+        "kv_b": _linear(kv, latent.kv_rank, "kr", False),
+        "o": _linear(e, a.heads * latent.value_dim, "ev", a.out_bias),
+    }
 
 
 def _mlp(mlp: MLPSpec, e: int) -> dict[str, Any]:

@@ -70,6 +70,22 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Latent attention's narrow inputs (DeepSeek-V2, arXiv 2405.04434, sec. 2.1).
+
+    Keys and values are made of a latent of `kv_rank` features, normalised, which is what a cache
+    holds, with one rotated key for all heads. Queries are made of a latent of `q_rank` features,
+    or of x itself (None). A head of q and k ends with the rotated features; one of v has
+    `value_dim`.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    value_dim: int
+    norm: NormSpec
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Grouped-query attention.
 
@@ -78,6 +94,7 @@ class AttentionSpec:
     with one weight [d] for all, on each of the "heads" with its own (weight [h, d]), or over the
     whole "width" of the projection (weight [h * d]), by `qk_norm_over`, before the rotation or
     `qk_norm_after` it. `clip` c: what q, k and v projections make is clamped to [-c, c].
+    `latent`: q, k and v are made another way, and `qkv_bias` is of the latents' projections.
     """
 
     heads: int
@@ -93,6 +110,21 @@ class AttentionSpec:
     qk_norm_over: Literal["head", "heads", "width"] = "head"
     qk_norm_after: bool = False
     clip: float | None = None
+    latent: LatentSpec | None = None
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and their width of the two things that a cache holds for each token: keys and
+        values, or the latent and the rotated key.
+        """
+        if self.latent is not None:
+            assert self.rope is not None
+            return (1, self.latent.kv_rank), (1, self.rope.dim)
+        return ((self.kv_heads, self.head_dim),) * 2
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
 
 @dataclass(frozen=True, slots=True)

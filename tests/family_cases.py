@@ -177,6 +177,31 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi", {"qk_layernorm": True, "hidden_act": "gelu", "num_key_value_heads": 4}),
     ("phi", {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}}),
     ("phi", {"tie_word_embeddings": True}),
+    ("deepseek_v3", {}),
+    (
+        "deepseek_v3",
+        {"q_lora_rank": None, "attention_bias": True, "rope_interleave": False, "v_head_dim": 24},
+    ),
+    (
+        "deepseek_v3",
+        {
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 2,
+            "attention_bias": True,
+        },
+    ),
+    (
+        "deepseek_v3",
+        {
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+            "n_group": 1,
+            "topk_group": 1,
+            "hidden_act": "gelu",
+            "tie_word_embeddings": True,
+        },
+    ),
     ("phimoe", {}),
     ("phimoe", {"rope_parameters": MAGNIFIED, "lm_head_bias": True, "attention_bias": True}),
     ("phimoe", {"router_jitter_noise": 0.3, "sliding_window": 7, "tie_word_embeddings": True}),

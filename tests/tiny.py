@@ -69,6 +69,24 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 64,
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 64,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "hidden_size": 64,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
     "stablelm": ("StableLm", {"hidden_size": 64}),
     "seed_oss": ("SeedOss", {"pad_token_id": None, "head_dim": 12}),
     "olmo": ("Olmo", {"pad_token_id": None, "eos_token_id": 2}),
@@ -83,6 +101,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Families that call a size otherwise, or (None) compute it.
 _SIZES: dict[str, dict[str, str | None]] = {
+    "deepseek_v3": {"head_dim": None},
     "gpt2": {
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",

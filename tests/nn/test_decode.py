@@ -1,5 +1,6 @@
 """One step over the cache with lengths on the device, in fp64 against rows without a cache."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,22 @@ from purelm.nn import decoder, params
 from purelm.nn import tree as trees
 from purelm.nn.decode import decode, prefill
 from purelm.nn.layout import Layout
-from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
+from purelm.nn.spec import (
+    AttentionSpec,
+    LatentSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+)
+
+LATENT = {"latent": LatentSpec(16, 24, 10, NormSpec(1e-6)), "rope": RopeSpec(4, 1e4)}
 
 
-def small(window: int | None = None) -> tuple[ModelSpec, Any]:
+def small(**how: Any) -> tuple[ModelSpec, Any]:
     norm = NormSpec(1e-5)
-    attention = AttentionSpec(4, 2, 8, 8**-0.5, RopeSpec(8, 1e4), window=window)
+    attention = replace(AttentionSpec(4, 2, 8, 8**-0.5, RopeSpec(8, 1e4)), **how)
     layers = (LayerSpec(norm, attention, MLPSpec(40)),) * 2
     spec = ModelSpec(50, 32, layers, norm, max_positions=2048, init_std=0.5)
     tree = params.init(spec, generator=torch.Generator().manual_seed(3))
@@ -26,10 +37,10 @@ def prompt(seed: int, rows: int, length: int) -> torch.Tensor:
     return torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_rows_of_any_length_decode_together(window: int | None) -> None:
+@pytest.mark.parametrize("how", [{}, {"window": 4}, LATENT], ids=["full", "window", "latent"])
+def test_rows_of_any_length_decode_together(how: dict[str, Any]) -> None:
     """Rows prefilled alone, put into one cache at their own lengths, each go on as if alone."""
-    spec, tree = small(window)
+    spec, tree = small(**how)
     rows = [prompt(i, 1, n) for i, n in enumerate((3, 9, 1))]
     shared = _empty(spec, 3, 16)
     for i, row in enumerate(rows):

@@ -112,8 +112,8 @@ def _weight_bytes(model: Any) -> int:
 
 def _cache_bytes(model: Any, batch: int, length: int) -> int:
     size = model.params["embed"]["weight"].element_size()
-    heads = sum(x.attention.kv_heads * x.attention.head_dim for x in model.spec.layers)
-    return int(2 * batch * length * heads * size)
+    pairs = (pair for layer in model.spec.layers for pair in layer.attention.cached)
+    return int(batch * length * sum(heads * width for heads, width in pairs) * size)
 
 
 def _sync(cuda: bool) -> None:

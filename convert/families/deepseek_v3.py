@@ -1,0 +1,84 @@
+"""DeepSeek-V3 and R1: latent attention, and mixtures routed by sigmoids and groups."""
+
+from dataclasses import replace
+
+from ...nn.spec import LatentSpec, ModelSpec, NormSpec
+from ..config_fields import Fields
+from ..dense import dense_spec, with_attention
+from ..mixture import expert_names, grouped, mlp_spec, moe_spec, stacked, with_experts
+from ..names import LLAMA, names
+from ..rope_config import rope_spec, tempered_scale
+
+_ATTENTION = "model.layers.*.self_attn"
+_SHARED = "model.layers.*.mlp.shared_experts"
+NAMES = names(
+    LLAMA,
+    expert_names("mlp"),
+    {
+        "layers.*.attn.q_a": f"{_ATTENTION}.q_a_proj",
+        "layers.*.attn.q_a_norm": f"{_ATTENTION}.q_a_layernorm",
+        "layers.*.attn.q_b": f"{_ATTENTION}.q_b_proj",
+        "layers.*.attn.kv_a": f"{_ATTENTION}.kv_a_proj_with_mqa",
+        "layers.*.attn.kv_a_norm": f"{_ATTENTION}.kv_a_layernorm",
+        "layers.*.attn.kv_b": f"{_ATTENTION}.kv_b_proj",
+        "layers.*.mlp.router.bias": "model.layers.*.mlp.gate.e_score_correction_bias",
+        "layers.*.mlp.shared.gate": f"{_SHARED}.gate_proj",
+        "layers.*.mlp.shared.up": f"{_SHARED}.up_proj",
+        "layers.*.mlp.shared.down": f"{_SHARED}.down_proj",
+    },
+    fused=stacked("mlp"),
+    further_layers=True,
+)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    """Matches transformers' `DeepseekV3ForCausalLM`."""
+    turned = fields.integer("qk_rope_head_dim", 64)
+    width = fields.integer("qk_nope_head_dim", 128) + turned
+    # What transformers computes, and writes too.
+    fields.put("head_dim", turned)
+    fields.put("qk_head_dim", width)
+    fields.take("qk_head_dim")
+    heads = fields.integer("num_attention_heads")
+    fields.expect("num_key_value_heads", heads)
+    positions = fields.integer("max_position_embeddings", 4096)
+    interleaved = fields.flag("rope_interleave", True)
+    rope = rope_spec(fields, turned, positions, 10000.0, interleaved=interleaved)
+    bias = fields.flag("attention_bias", False)
+    made = dense_spec(
+        fields,
+        max_positions=4096,
+        qkv_bias=bias,
+        out_bias=bias,
+        scale=tempered_scale(rope, width),
+        ropes=(rope,) * fields.integer("num_hidden_layers"),
+    )
+    latent = LatentSpec(
+        kv_rank=fields.integer("kv_lora_rank", 512),
+        q_rank=fields.integer_or_null("q_lora_rank", 1536),
+        value_dim=fields.integer("v_head_dim", 128),
+        norm=NormSpec(1e-6),
+    )
+    made = with_attention(made, latent=latent, head_dim=width)
+    # Of published configs: the only way of choosing experts, and losses that no model code adds.
+    fields.expect("topk_method", "noaux_tc")
+    fields.expect("scoring_func", "sigmoid")
+    fields.expect("moe_layer_freq", 1)
+    for name in ("ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers"):
+        fields.take(name, None)
+    each = mlp_spec(fields, "moe_intermediate_size", 2048)
+    moe = moe_spec(
+        fields,
+        each,
+        count="n_routed_experts",
+        experts=256,
+        active=8,
+        router="sigmoid",
+        normalise=fields.flag("norm_topk_prob", True),
+        scale=fields.number("routed_scaling_factor", 2.5),
+        shared=replace(each, dim=each.dim * fields.integer("n_shared_experts", 1)),
+        **grouped(fields, fields.integer("n_routed_experts", 256), groups=8, best=4),
+    )
+    return with_experts(
+        made, moe, frozenset(range(fields.integer("first_k_dense_replace", 3, low=0)))
+    )
