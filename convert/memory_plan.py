@@ -44,6 +44,7 @@ def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
             model.dtype.itemsize,
             offload=device.type == "cuda",
             scores=backend_for(probe) == "reference",
+            ranks=_ranks(model),
         )
         fixed = max(_lasting(model), _allocated(device))
         fixed += _WORKSPACE if device.type == "cuda" else 0
@@ -90,6 +91,12 @@ def _lasting(model: "CausalLM") -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = sum(tree.nbytes(t) for t in (model.params, model._adapters, model._start))
     return held + 3 * 4 * trained
+
+
+def _ranks(model: "CausalLM") -> int:
+    """The ranks of one layer's adapters, summed; of the layer with the most."""
+    layers: list[tree.Tree] = (model._adapters or {}).get("layers", [])
+    return max((sum(leaf.rank for leaf in tree.leaves(layer)) for layer in layers), default=0)
 
 
 def _allocated(device: torch.device) -> int:

@@ -53,6 +53,31 @@ def gated_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate=approximate) * up
 
 
+def gated_pull(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, *, spend: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of `gated`, and its result made again in the same pass: (h, dgate, dup).
+
+    The launch writes h over dh, whose values are lost; with `spend` also dgate over gate and dup
+    over up. Builds no graph. Raises KernelError as `gated` does.
+    """
+    if not on_gpu(dh, gate, up):
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            h = gated(gate, up, activation)
+        dgate, dup = torch.autograd.grad(h, (gate, up), dh)
+        return h.detach(), dgate, dup
+    if dh.shape != gate.shape or gate.shape != up.shape:
+        raise KernelError(
+            f"dh {list(dh.shape)}, gate {list(gate.shape)} and up {list(up.shape)}: "
+            "expected one shape"
+        )
+    dh, gate, up = (t.contiguous() for t in (dh, gate, up))
+    dgate, dup = (gate, up) if spend else (_new(gate), _new(up))
+    ops.gated_pull(dh, gate, up, dgate, dup, activation)
+    return dh, dgate, dup
+
+
 class _Gated(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -131,6 +156,22 @@ def _backward_kernel(
     tl.store(p_dup + o, (b_dh * b_act).to(p_dup.dtype.element_ty), mask=mask)
 
 
+@jit
+def _pull_kernel(
+    p_dh, p_gate, p_up, p_dgate, p_dup, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    # Each value is read before it is written over, by the program that does both.
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < count
+    b_dh = tl.load(p_dh + o, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(p_gate + o, mask=mask, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o, mask=mask, other=0.0).to(tl.float32)
+    b_act, b_slope = _activate(b_g, ACTIVATION)
+    tl.store(p_dgate + o, (b_dh * b_up * b_slope).to(p_dgate.dtype.element_ty), mask=mask)
+    tl.store(p_dup + o, (b_dh * b_act).to(p_dup.dtype.element_ty), mask=mask)
+    tl.store(p_dh + o, (b_act * b_up).to(p_dh.dtype.element_ty), mask=mask)
+
+
 def _new(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -181,3 +222,28 @@ def _launch_backward(
         enable_fp_fusion=True,
     )
     return dgate, dup
+
+
+@operator(
+    "gated_pull(Tensor(a!) dh, Tensor(b!) gate, Tensor(c!) up, Tensor(d!) dgate, Tensor(e!) dup,"
+    " str activation) -> ()",
+    fake=lambda *_: None,
+    mutates=("dh", "gate", "up", "dgate", "dup"),
+)
+def _launch_pull(
+    dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str
+) -> None:
+    count = dh.numel()
+    _pull_kernel(
+        (ceil_div(count, BLOCK),),
+        dh,
+        gate,
+        up,
+        dgate,
+        dup,
+        count,
+        ACTIVATION=activation,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..kernels.gated import gated
+from ..kernels.gated import gated, gated_pull
 from . import tree
 from .spec import XIELU_BETA, XIELU_EPS, MLPSpec
 
@@ -28,6 +28,28 @@ def activated(parts: Sequence[torch.Tensor], spec: MLPSpec, p: tree.Tree) -> tor
     if spec.activation == "xielu":
         return xielu(up, p["act"]["alpha_p"], p["act"]["alpha_n"])
     return F.gelu(up, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+
+
+def pull(
+    dhidden: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    spec: MLPSpec,
+    p: tree.Tree,
+    *,
+    spend: bool = False,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The backward of `activated`, with what it made: (hidden [..., f], gradients of the parts).
+
+    dhidden's memory is used up; with `spend` that of the parts too, where a kernel can.
+    """
+    if spec.gated:
+        gate, up = parts
+        hidden, *grads = gated_pull(dhidden, gate, up, spec.activation, spend=spend)
+        return hidden, grads
+    with torch.enable_grad():
+        parts = [t.detach().requires_grad_() for t in parts]
+        hidden = activated(parts, spec, p)
+    return hidden.detach(), torch.autograd.grad(hidden, parts, dhidden)
 
 
 def xielu(x: torch.Tensor, alpha_p: torch.Tensor, alpha_n: torch.Tensor) -> torch.Tensor:

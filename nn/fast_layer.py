@@ -14,8 +14,9 @@ from torch.utils import _pytree
 from ..kernels.attention import Documents, Saved, attention_backward, attention_forward
 from . import rope, tree
 from .activation import activated, inputs
+from .activation import pull as pull_activated
 from .attention import prepared
-from .linear import Grads, Wanted, linear, project, pull, seed_after
+from .linear import Grads, Wanted, products, pull_input, pull_weights, seed_after
 from .lora import LoRA
 from .norm import add, add_backward, norm
 from .offload import Offload
@@ -26,6 +27,11 @@ from .spec import AttentionSpec, LayerSpec, MLPSpec
 BRANCHES = ("attn_branch", "mlp_branch")
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Lows = list[torch.Tensor]
+Found = dict[tuple[str, str], Grads]
+
+# Tiles of an MLP drop features apart from one another.
+_TILE_SEEDS = 1_000_003
 
 
 class Layer:
@@ -48,6 +54,8 @@ class Layer:
         self.stays = stays  # on the device, whatever the policy sends away
 
     def fate(self, name: str) -> str:
+        if name == "lows":  # a few columns a projection, which spare a pass over its input
+            return "keep"
         fate: str = getattr(self.policy, "mid" if name in BRANCHES else name)
         return "keep" if fate == "offload" and self.stays else fate
 
@@ -72,17 +80,21 @@ class Layer:
             return self._attn_in(mid, p)
         return norm(mid, p.get("mlp_norm"), self.spec.norm) if self.spec.pre_norm else mid
 
-    def _qkv(self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> Heads:
-        """The raw heads of layer input x, before clipping, q/k norm and rotation."""
+    def _qkv(
+        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, lows: Lows | None = None
+    ) -> tuple[Heads, Lows]:
+        """The raw heads of normalised inner, before clipping, q/k norm and rotation."""
         a: AttentionSpec = self.spec.attention
-        inner = self._attn_in(x, p)
-        q, k, v = project(inner, *_picked(p["attn"], adapters, "attn", "qkv"), self.seed)
-        b, s, _ = x.shape
-        return (
+        (q, k, v), lows = products(
+            inner, *_picked(p["attn"], adapters, "attn", "qkv"), self.seed, lows
+        )
+        b, s, _ = inner.shape
+        heads = (
             q.view(b, s, a.heads, a.head_dim),
             k.view(b, s, a.kv_heads, a.head_dim),
             v.view(b, s, a.kv_heads, a.head_dim),
         )
+        return heads, lows
 
     def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table | None) -> Saved:
         q, k, v = prepared(*heads, p["attn"], self.spec.attention, table)
@@ -93,10 +105,27 @@ class Layer:
         a = self.spec.attention
         return {"scale": a.scale, "documents": self.documents, "window": a.window}
 
-    def _gate_up(self, mid: torch.Tensor, p: tree.Tree, adapters: tree.Tree) -> list[torch.Tensor]:
-        inner = self._mlp_in(mid, p)
+    def _gate_up(
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        lows: Lows | None = None,
+    ) -> tuple[list[torch.Tensor], Lows]:
+        """What the activation reads, of the MLP's normalised input."""
         picked = _picked(p["mlp"], adapters, "mlp", inputs(self.mlp))
-        return list(project(inner, *picked, seed_after(self.seed, 4)))
+        return products(inner, *picked, seed_after(seed, 4), lows)
+
+    def _tiles(self, tokens: int) -> list[tuple[slice, int | None]]:
+        """Which tokens the MLP runs on at a time, and the seed of their dropout."""
+        tile = self.policy.tile
+        if tile is None or tile >= tokens:
+            return [(slice(0, tokens), self.seed)]
+        return [
+            (slice(at, at + tile), seed_after(self.seed, _TILE_SEEDS * (at // tile)))
+            for at in range(0, tokens, tile)
+        ]
 
     # The two directions.
 
@@ -104,22 +133,44 @@ class Layer:
         self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """The output and every residual by name."""
-        heads = self._qkv(x, p, adapters)
+        heads, low_qkv = self._qkv(self._attn_in(x, p), p, adapters)
         saved = self._attend(heads, p, table)
         out = saved.out.reshape(*x.shape[:2], -1)
-        o = linear(out, p["attn"]["o"], tree.get(adapters, "attn", "o"), seed_after(self.seed, 3))
-        mid = add(x, o, p.get("attn_post_norm"), self.spec)
-        gate_up = self._gate_up(x if self.spec.parallel else mid, p, adapters)
-        hidden = activated(gate_up, self.mlp, p["mlp"])
-        down = linear(
-            hidden, p["mlp"]["down"], tree.get(adapters, "mlp", "down"), seed_after(self.seed, 6)
+        (o,), low_o = products(
+            out, *_picked(p["attn"], adapters, "attn", "o"), seed_after(self.seed, 3)
         )
-        residuals = {"x": x, "qkv": heads, "out": saved, "gate_up": gate_up}
+        mid = add(x, o, p.get("attn_post_norm"), self.spec)
+        down, gate_up, low_mlp = self._mlp_forward(x if self.spec.parallel else mid, p, adapters)
+        lows = {"qkv": low_qkv, "o": low_o, **low_mlp}
+        residuals = {"x": x, "qkv": heads, "out": saved, "lows": lows}
+        if gate_up is not None:
+            residuals["gate_up"] = gate_up
         if not self.spec.parallel:
             residuals["mid"] = mid
         if self.spec.post_norm:
             residuals.update(attn_branch=o, mlp_branch=down)
         return add(mid, down, p.get("mlp_post_norm"), self.spec), residuals
+
+    def _mlp_forward(
+        self, source: torch.Tensor, p: tree.Tree, adapters: tree.Tree
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None, dict[str, Lows]]:
+        """What down makes of the MLP's unnormalised input, and what to keep: nothing of tiles."""
+        rows = source.reshape(-1, source.shape[-1])
+        tiles, made = self._tiles(len(rows)), []
+        for tile, seed in tiles:
+            inner = self._mlp_in(rows[tile] if len(tiles) > 1 else source, p)
+            gate_up, low_gate_up = self._gate_up(inner, p, adapters, seed)
+            hidden = activated(gate_up, self.mlp, p["mlp"])
+            if len(tiles) > 1:
+                del gate_up
+            (down,), low_down = products(
+                hidden, *_picked(p["mlp"], adapters, "mlp", ("down",)), seed_after(seed, 6)
+            )
+            del hidden
+            made.append(down)
+        if len(tiles) > 1:
+            return torch.cat(made).view(source.shape), None, {}
+        return down, gate_up, {"gate_up": low_gate_up, "down": low_down}
 
     def backward(
         self,
@@ -129,11 +180,11 @@ class Layer:
         adapters: tree.Tree,
         table: rope.Table | None,
         need_dx: bool = True,
-    ) -> tuple[torch.Tensor | None, dict[tuple[str, str], Grads]]:
+    ) -> tuple[torch.Tensor | None, Found]:
         """dx (None if not needed: the first layer with adapters) and each adapter's gradients;
         residuals that are not there are computed again.
         """
-        grads: dict[tuple[str, str], Grads] = {}
+        grads: Found = {}
         dmid = dy + self._mlp_backward(dy, residuals, p, adapters, grads)
         dbranch = dy if self.spec.parallel else dmid
         dx = self._attention_backward(dbranch, residuals, p, adapters, table, grads, need_dx)
@@ -145,26 +196,53 @@ class Layer:
         residuals: dict[str, Any],
         p: tree.Tree,
         adapters: tree.Tree,
-        grads: dict[tuple[str, str], Grads],
+        grads: Found,
     ) -> torch.Tensor:
-        pulled, names = _Puller(p, adapters, grads, self.seed), inputs(self.mlp)
         branch = residuals.pop("mlp_branch", None)
         dy = add_backward(dy, branch, p.get("mlp_post_norm"), self.spec)
+        mid = residuals["x"] if self.spec.parallel else residuals.pop("mid")
+        gate_up, lows = residuals.pop("gate_up", None), residuals["lows"]
+        tiles = self._tiles(mid.numel() // mid.shape[-1])
+        if len(tiles) == 1:
+            return self._tile_backward(dy, mid, gate_up, lows, p, adapters, grads, self.seed)
+        dys, mids = (t.reshape(-1, t.shape[-1]) for t in (dy, mid))
+        made = torch.empty_like(mids)
+        for tile, seed in tiles:
+            found: Found = {}
+            made[tile] = self._tile_backward(
+                dys[tile], mids[tile], None, {}, p, adapters, found, seed
+            )
+            for key, grad in found.items():
+                grads[key] = _summed(grads[key], grad) if key in grads else grad
+        return made.view(mid.shape)
+
+    def _tile_backward(
+        self,
+        dy: torch.Tensor,
+        mid: torch.Tensor,
+        gate_up: list[torch.Tensor] | None,
+        lows: dict[str, Lows],
+        p: tree.Tree,
+        adapters: tree.Tree,
+        grads: Found,
+        seed: int | None,
+    ) -> torch.Tensor:
+        """The MLP's backward for some tokens: dy of its output to that of its input."""
+        down = _Puller(p, adapters, "mlp", ("down",), seed_after(seed, 6), grads)
+        wide = _Puller(p, adapters, "mlp", inputs(self.mlp), seed_after(seed, 4), grads)
         with torch.enable_grad():
-            mid = residuals["x"] if self.spec.parallel else residuals.pop("mid")
             mid = mid.detach().requires_grad_()
             inner = self._mlp_in(mid, p)
-        if "gate_up" not in residuals:
-            picked = _picked(p["mlp"], adapters, "mlp", names)
-            residuals["gate_up"] = project(inner.detach(), *picked, seed_after(self.seed, 4))
-        with torch.enable_grad():
-            gate_up = [t.detach().requires_grad_() for t in residuals.pop("gate_up")]
-            hidden = activated(gate_up, self.mlp, p["mlp"])
-        dhidden = pulled("mlp", ("down",), hidden.detach(), (dy,), 6)
-        dgate_up = torch.autograd.grad(hidden, gate_up, dhidden)
-        del hidden, gate_up, dhidden
-        dinner = pulled("mlp", names, inner.detach(), dgate_up, 4)
-        del dgate_up
+        again = gate_up is None
+        if gate_up is None:
+            gate_up, _ = self._gate_up(inner.detach(), p, adapters, seed, lows.get("gate_up"))
+        dhidden = down.input((dy,))
+        hidden, dgate_up = pull_activated(dhidden, gate_up, self.mlp, p["mlp"], spend=again)
+        del gate_up, dhidden
+        down.weights(hidden, lows.get("down"))
+        del hidden
+        dinner = wide.input(tuple(dgate_up))
+        wide.weights(inner.detach(), lows.get("gate_up"))
         dmid: torch.Tensor = torch.autograd.grad(inner, mid, dinner)[0]
         return dmid
 
@@ -175,17 +253,19 @@ class Layer:
         p: tree.Tree,
         adapters: tree.Tree,
         table: rope.Table | None,
-        grads: dict[tuple[str, str], Grads],
+        grads: Found,
         need_dx: bool,
     ) -> torch.Tensor | None:
-        pulled = _Puller(p, adapters, grads, self.seed)
+        lows = residuals["lows"]
+        o = _Puller(p, adapters, "attn", ("o",), seed_after(self.seed, 3), grads)
+        qkv = _Puller(p, adapters, "attn", ("q", "k", "v"), self.seed, grads)
         branch = residuals.pop("attn_branch", None)
         dmid = add_backward(dmid, branch, p.get("attn_post_norm"), self.spec)
         with torch.enable_grad():
             x = residuals.pop("x").detach().requires_grad_()
             inner = self._attn_in(x, p)
         if "qkv" not in residuals:
-            residuals["qkv"] = self._qkv(x.detach(), p, adapters)
+            residuals["qkv"], _ = self._qkv(inner.detach(), p, adapters, lows["qkv"])
         with torch.enable_grad():
             raw = tuple(t.detach().requires_grad_() for t in residuals.pop("qkv"))
             raw_q, raw_k, raw_v = raw
@@ -195,45 +275,59 @@ class Layer:
         if saved is None:
             saved = attention_forward(*heads, **self._sight())
         flat = saved.out.reshape(*x.shape[:2], -1)
-        dout = pulled("attn", ("o",), flat, (dmid,), 3).view(saved.out.shape)
+        dout = o.input((dmid,)).view(saved.out.shape)
+        o.weights(flat, lows["o"])
         dq, dk, dv = attention_backward(dout, *heads, saved, **self._sight())
         del saved, flat, dout, heads
         draw = torch.autograd.grad((q, k, v), raw, (dq, dk, dv))
         dys = tuple(t.reshape(*x.shape[:2], -1) for t in draw)
-        dinner = pulled("attn", ("q", "k", "v"), inner.detach(), dys, 0, need_dx)
+        dinner = qkv.input(dys, need_dx)
+        qkv.weights(inner.detach(), lows["qkv"])
         if dinner is None:
             return None
         dx: torch.Tensor = torch.autograd.grad(inner, x, dinner)[0]
         return dx
 
 
+def _summed(total: Grads, more: Grads) -> Grads:
+    """Of tiles, added in fp32 or wider."""
+
+    def plus(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        if a is None or b is None:
+            return None
+        return a.to(torch.promote_types(a.dtype, torch.float32)) + b
+
+    return Grads(a=plus(total.a, more.a), b=plus(total.b, more.b))
+
+
 class _Puller:
-    """Pulls gradients through named projections and notes those of their adapters."""
+    """Pulls a gradient through projections of one input, and notes those of their adapters."""
 
     def __init__(
         self,
         p: tree.Tree,
         adapters: tree.Tree,
-        grads: dict[tuple[str, str], Grads],
-        seed: int | None,
-    ) -> None:
-        self.p, self.adapters, self.grads, self.seed = p, adapters, grads, seed
-
-    def __call__(
-        self,
         part: str,
         names: Any,
-        x: torch.Tensor,
-        dys: tuple[torch.Tensor, ...],
-        step: int,
-        need_x: bool = True,
-    ) -> Any:
-        projections, found = _picked(self.p[part], self.adapters, part, names)
-        wanted = [Wanted(a=f is not None, b=f is not None) for f in found]
-        seed = seed_after(self.seed, step)
-        dx, grads = pull(x, projections, found, seed, dys, wanted, need_x=need_x)
-        self.grads.update({(part, n): g for n, g in zip(names, grads, strict=True)})
+        seed: int | None,
+        grads: Found,
+    ) -> None:
+        self.projections, self.adapters = _picked(p[part], adapters, part, names)
+        self.keys = [(part, name) for name in names]
+        self.seed, self.grads = seed, grads
+
+    def input(self, dys: tuple[torch.Tensor, ...], need_x: bool = True) -> Any:
+        """The gradient of the input, None where it is not needed."""
+        self.dys = dys
+        dx, self.dlows = pull_input(self.projections, self.adapters, self.seed, dys, need_x=need_x)
         return dx
+
+    def weights(self, x: torch.Tensor, lows: Lows | None) -> None:
+        """Note the adapters' gradients, given the input; after `input`."""
+        wanted = [Wanted(a=f is not None, b=f is not None) for f in self.adapters]
+        given = (self.projections, self.adapters, self.seed, self.dys, self.dlows, wanted)
+        found = pull_weights(x, *given, lows=lows)
+        self.grads.update(zip(self.keys, found, strict=True))
 
 
 class _Bound(NamedTuple):

@@ -13,8 +13,9 @@ from torch.utils import _pytree
 
 from ..kernels.launch import apply
 from ..quant.fake import Fake
+from ..quant.linear import PACKED_ROWS, weight_of
 from ..quant.linear import linear as base_linear
-from ..quant.linear import weight_of
+from ..quant.nf4 import NF4
 from . import dora, qat
 from .lora import LoRA
 
@@ -45,7 +46,7 @@ def project(
     if any(a is not None and a.magnitude is not None for a in adapters):
         return project_reference(x, projections, adapters, seed)
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return tuple(_in_place(x, projections, adapters, seed)[: len(projections)])
+        return tuple(products(x, projections, adapters, seed)[0])
     flat, structure = _pytree.tree_flatten((list(projections), list(adapters)))
     outputs = apply(_Project, structure, seed, x, *flat)
     return tuple(outputs[: len(projections)])
@@ -113,23 +114,39 @@ def _plus(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return total.addmm_(a, b)
 
 
-def _in_place(
+def products(
     x: torch.Tensor,
     projections: Sequence[Projection],
     adapters: Sequence[LoRA | None],
-    seed: int | None,
-) -> list[torch.Tensor]:
-    """As `_reference`, the low-rank terms added to the products where they stand."""
-    outputs = []
+    seed: int | None = None,
+    lows: Sequence[torch.Tensor] | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """`project` without a graph: the outputs, and x A^T [t, r] of each adapted projection, which
+    `pull` and a later call with the same x can be given as `lows`.
+    """
     x2 = x.reshape(-1, x.shape[-1])
-    lows = _low_ranks(x2, adapters, seed)
-    remaining = iter(lows)
+    lows = list(_low_ranks(x2, adapters, seed) if lows is None else lows)
+    remaining, outputs = iter(lows), []
     for p, adapter in zip(projections, adapters, strict=True):
-        y = base_linear(x2, p["weight"], p.get("bias"))
-        if adapter is not None:
-            y.addmm_(next(remaining), _scaled(adapter, x.dtype).mT)
+        low = None if adapter is None else next(remaining)
+        y = _product(x2, p, adapter, low)
         outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-    return outputs + lows
+    return outputs, lows
+
+
+def _product(
+    x2: torch.Tensor, p: Projection, adapter: LoRA | None, low: torch.Tensor | None
+) -> torch.Tensor:
+    weight, bias = p["weight"], p.get("bias")
+    if adapter is None or low is None:
+        return base_linear(x2, weight, bias)
+    b = _scaled(adapter, x2.dtype).mT
+    if x2.shape[0] <= PACKED_ROWS or not isinstance(weight, torch.Tensor | NF4):
+        return base_linear(x2, weight, bias).addmm_(low, b)
+    # The thin product first: the large one, bound by arithmetic, adds to it on its way out, where
+    # a thin one that came second would read and write all of y for little arithmetic.
+    y = low @ b if bias is None else torch.addmm(bias.to(x2.dtype), low, b)
+    return y.addmm_(x2, weight_of(weight, x2.dtype).mT)
 
 
 def _low_ranks(
@@ -191,62 +208,90 @@ def pull(
 
     lows: the low-rank activations of the adapted projections, computed again where not given.
     """
-    x2 = x.reshape(-1, x.shape[-1])
-    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    dx: torch.Tensor | None = None
-    found = []
-    for p, dy, want in zip(projections, flat, wanted, strict=True):
-        if need_x:
-            weight = weight_of(p["weight"], x.dtype)
-            dx = dy @ weight if dx is None else _plus(dx, dy, weight)
-            del weight
-        grad = Grads(
-            weight=(dy.mT @ x2).to(p["weight"].dtype) if want.weight else None,
-            bias=_sum_rows(dy).to(p["bias"].dtype) if want.bias else None,
-        )
-        found.append(grad)
-    if any(adapter is not None for adapter in adapters):
-        dx = _pull_adapters(x2, adapters, seed, flat, wanted, lows, dx, found)
+    dx, dlows = pull_input(projections, adapters, seed, dys, need_x=need_x)
+    found = pull_weights(x, projections, adapters, seed, dys, dlows, wanted, lows=lows)
     return None if dx is None else dx.view(x.shape), found
 
 
-def _pull_adapters(
-    x2: torch.Tensor,
+def pull_input(
+    projections: Sequence[Projection],
     adapters: Sequence[LoRA | None],
     seed: int | None,
     dys: Sequence[torch.Tensor],
-    wanted: Sequence[Wanted],
-    lows: Sequence[torch.Tensor] | None,
-    dx: torch.Tensor | None,
-    found: list[Grads],
-) -> torch.Tensor | None:
-    """The adapters' part of `pull`: adds to dx, puts a's and b's gradients into `found`."""
+    *,
+    need_x: bool = True,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The part of `pull` that needs no input: dx [..., in], and dy B [t, r] of each adapted
+    projection for `pull_weights`.
+    """
+    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    dtype = flat[0].dtype
     adapted = [(i, adapter) for i, adapter in enumerate(adapters) if adapter is not None]
-    dlows = [dys[i] @ _scaled(adapter, x2.dtype) for i, adapter in adapted]
+    dlows = [flat[i] @ _scaled(adapter, dtype) for i, adapter in adapted]
+    if not need_x:
+        return None, dlows
+    # As in `products` the thin products come first, and the large ones add to them.
+    dx: torch.Tensor | None = None
+    if _drops(adapters, seed):
+        for (i, adapter), dlow in zip(adapted, dlows, strict=True):
+            part = _drop(dlow @ adapter.a.to(dtype), adapter, seed, i)
+            dx = part if dx is None else dx + part
+    elif adapted:
+        dx = _side_by_side(dlows) @ _stacked_a(adapters, dtype)
+    for p, dy in zip(projections, flat, strict=True):
+        weight = weight_of(p["weight"], dtype)
+        dx = dy @ weight if dx is None else _plus(dx, dy, weight)
+        del weight
+    assert dx is not None
+    return dx.view(*dys[0].shape[:-1], dx.shape[-1]), dlows
+
+
+def pull_weights(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    adapters: Sequence[LoRA | None],
+    seed: int | None,
+    dys: Sequence[torch.Tensor],
+    dlows: Sequence[torch.Tensor],
+    wanted: Sequence[Wanted],
+    *,
+    lows: Sequence[torch.Tensor] | None = None,
+) -> list[Grads]:
+    """The gradients of `pull` beside dx; `dlows` as `pull_input` gives them."""
+    x2 = x.reshape(-1, x.shape[-1])
+    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    found = [
+        Grads(
+            weight=(dy.mT @ x2).to(p["weight"].dtype) if want.weight else None,
+            bias=_sum_rows(dy).to(p["bias"].dtype) if want.bias else None,
+        )
+        for p, dy, want in zip(projections, flat, wanted, strict=True)
+    ]
+    adapted = [(i, adapter) for i, adapter in enumerate(adapters) if adapter is not None]
     if lows is None and any(wanted[i].b for i, _ in adapted):
         lows = _low_ranks(x2, adapters, seed)
+    das: Sequence[torch.Tensor] = ()
     if _drops(adapters, seed):
         das = [
             dlow.mT @ _drop(x2, adapter, seed, i)
             for (i, adapter), dlow in zip(adapted, dlows, strict=True)
         ]
-        for (i, adapter), dlow in zip(adapted, dlows, strict=True):
-            if dx is not None:
-                dx = dx + _drop(dlow @ adapter.a.to(x2.dtype), adapter, seed, i)
-    else:
-        # One product for all of them: these matrices are thin, and each pass over x or dx counts.
-        every = dlows[0] if len(dlows) == 1 else torch.cat(dlows, dim=1)
-        das = list((every.mT @ x2).split_with_sizes([adapter.rank for _, adapter in adapted]))
-        if dx is not None:
-            dx = _plus(dx, every, _stacked_a(adapters, x2.dtype))
+    elif adapted:
+        # One product for all of them: these matrices are thin, and each pass over x counts.
+        every = _side_by_side(dlows).mT @ x2
+        das = every.split_with_sizes([adapter.rank for _, adapter in adapted])
     for at, (i, adapter) in enumerate(adapted):
         if wanted[i].a:
             found[i] = found[i]._replace(a=das[at].to(adapter.a.dtype))
         if wanted[i].b:
             assert lows is not None
-            db = (dys[i].mT @ lows[at]).to(adapter.b.dtype)
+            db = (flat[i].mT @ lows[at]).to(adapter.b.dtype)
             found[i] = found[i]._replace(b=db if adapter.scale == 1.0 else db * adapter.scale)
-    return dx
+    return found
+
+
+def _side_by_side(dlows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return dlows[0] if len(dlows) == 1 else torch.cat(list(dlows), dim=1)
 
 
 class _Project(torch.autograd.Function):
@@ -255,7 +300,8 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(structure: Any, seed: int | None, x: torch.Tensor, *flat: Any) -> Any:
         projections, adapters = _pytree.tree_unflatten(list(flat), structure)
-        return tuple(_in_place(x, projections, adapters, seed))
+        outputs, lows = products(x, projections, adapters, seed)
+        return (*outputs, *lows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

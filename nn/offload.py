@@ -1,5 +1,6 @@
 """Residuals on their way to pinned host memory and back, beside the computation."""
 
+from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,26 @@ class _Coming(NamedTuple):
     owner: torch.cuda.Stream | None = None
 
 
+class _Leaving(NamedTuple):
+    """Device tensors on their way out: when their copies are done, and whose memory they are."""
+
+    tensors: list[torch.Tensor]
+    done: torch.cuda.Event
+    owner: torch.cuda.Stream
+
+
+# Layers whose copies to the host may be under way while a further one is computed.
+_UNDER_WAY = 2
+
+
 class Offload:
     """The parked residuals of one forward pass, by layer; each can be fetched once.
 
     Copies run on streams of their own. Fetching a layer waits for its copies only, and begins to
-    fetch the layer before it, which the backward pass needs next. On the CPU nothing moves.
+    fetch the layer before it, which the backward pass needs next. What is sent away is held until
+    the computing stream has waited for its copies, at most `_UNDER_WAY` layers at a time: its
+    memory is free again in that stream's order, so the allocator needs no more than the peak
+    however far Python runs ahead of the device. On the CPU nothing moves.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,12 +52,14 @@ class Offload:
         self._host: dict[int, tuple[list[Any], Any]] = {}
         self._coming: dict[int, _Coming] = {}
         self._fetched: set[int] = set()
+        self._leaving: deque[_Leaving] = deque()
         if self.cuda:
             self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __del__(self) -> None:
         # Of a backward that ended early: its memory is free for others once the copies are done.
+        self._release(0)
         for coming in self._coming.values():
             if coming.owner is not None and coming.done is not None:
                 coming.owner.wait_event(coming.done)
@@ -50,9 +68,19 @@ class Offload:
         """Send a tree of tensors away; its device memory is free once the copies are done."""
         leaves, structure = _pytree.tree_flatten(residuals)
         if self.cuda:
-            self._out.wait_stream(torch.cuda.current_stream(self.device))
+            self._release(_UNDER_WAY - 1)
+            owner = torch.cuda.current_stream(self.device)
+            self._out.wait_stream(owner)
+            held = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda]
             leaves = [self._send(leaf) for leaf in leaves]
+            self._leaving.append(_Leaving(held, self._out.record_event(), owner))
         self._host[layer] = leaves, structure
+
+    def _release(self, under_way: int) -> None:
+        """Let go of the oldest that leave, until so many are left."""
+        while len(self._leaving) > under_way:
+            leaving = self._leaving.popleft()
+            leaving.owner.wait_event(leaving.done)
 
     def fetch(self, layer: int) -> tree.Tree:
         """The residuals of `layer`, back on the device, usable on the current stream; None if none
@@ -63,6 +91,7 @@ class Offload:
                 "a second backward through one forward pass: residuals sent to the host come back "
                 "once; run the forward again, or use a policy that keeps or recomputes them"
             )
+        self._release(0)
         self._begin(layer)
         if layer not in self._coming:
             self._begin(layer - 1)
@@ -97,7 +126,6 @@ class Offload:
         host = torch.empty_like(leaf, device="cpu", pin_memory=True)
         with torch.cuda.stream(self._out):
             host.copy_(leaf, non_blocking=True)
-        leaf.record_stream(self._out)
         return _OnHost(host)
 
     def _bring(self, leaf: Any) -> Any:

@@ -28,7 +28,9 @@ GIB = 2**30
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A step's shape: rows, tokens in a row, bytes of an element. `offload`: whether there is a
-    host to send residuals to; `scores`: whether attention writes its scores out.
+    host to send residuals to; `scores`: whether attention writes its scores out; `ranks`: the ranks
+    of a layer's adapters summed, whose narrow products are kept throughout; `tile`: how many tokens
+    the MLP runs on at a time.
     """
 
     batch: int
@@ -36,6 +38,8 @@ class Shape:
     itemsize: int
     offload: bool = True
     scores: bool = False
+    ranks: int = 0
+    tile: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -109,12 +113,12 @@ def _least(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> Policy:
     if uncovered(layer):
         return KEEP  # autograd keeps the layer's input and runs it again, whatever is asked
     if not shape.offload:
-        return Policy(qkv="recompute", out="recompute", gate_up="recompute")
+        return Policy(qkv="recompute", out="recompute", gate_up="recompute", tile=shape.tile)
     sent = _size(layer, spec, shape, "out") * 2 / _COPY
     again = _recompute_seconds(layer, spec, shape, "out")
     out: Fate = "offload" if _hidden_copies(layer, spec, shape) or sent < again else "recompute"
     mid: Literal["keep", "offload"] = "offload" if _size(layer, spec, shape, "mid") else "keep"
-    return Policy("offload", "recompute", out, mid, "recompute")
+    return Policy("offload", "recompute", out, mid, "recompute", shape.tile)
 
 
 def _order(spec: ModelSpec, shape: Shape, policies: list[Policy]) -> list[tuple[int, str]]:
@@ -125,6 +129,8 @@ def _order(spec: ModelSpec, shape: Shape, policies: list[Policy]) -> list[tuple[
     for i, layer in enumerate(spec.layers):
         for name in bytes_per_token(layer, spec.dim, shape.itemsize):
             size = _size(layer, spec, shape, name)
+            if name == "gate_up" and policies[i].tile is not None:
+                continue
             if size and getattr(policies[i], name) != "keep":
                 saved = _saved(layer, spec, shape, policies[i], name)
                 found.append((-saved / size, -i, name))
@@ -179,7 +185,8 @@ def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -
     """Bytes that a layer's residuals take on the device until its backward."""
     if uncovered(layer):
         return _size(layer, spec, shape, "x")
-    return _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
+    narrow = shape.tokens * shape.ranks * shape.itemsize
+    return narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
 
 
 def _away(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
@@ -190,7 +197,8 @@ def _away(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> in
 def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
     """Bytes beside the residuals while a layer's backward is at work.
 
-    MLP: what is recomputed of gate and up, their gradients, the hidden product and its gradient.
+    MLP: gate and up, whose gradients take the place of what is recomputed of them, and one of the
+    hidden product and its gradient, in one place too; without a kernel for that, all of these.
     Attention: q, k and v as projected and as rotated, their gradients twice over (fp32 in some
     backends), the output's gradient. Both: some hidden states and two dequantized weights.
     """
@@ -202,8 +210,11 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
         fate = "recompute" if uncovered(layer) else getattr(policy, name)
         return sizes[name] if fate == "recompute" else 0
 
-    hidden = sum((3 + mlp.gated) * mlp.dim for mlp in layer.mlps)
-    mlp = hidden * shape.itemsize + again("gate_up")
+    gated = all(mlp.gated for mlp in layer.mlps) and not uncovered(layer) and shape.offload
+    hidden = sum(mlp.dim if gated else (3 + mlp.gated) * mlp.dim for mlp in layer.mlps)
+    mlp = hidden * shape.itemsize + (sizes["gate_up"] if gated else again("gate_up"))
+    if policy.tile is not None:  # in each of the tiles that share this memory
+        mlp = mlp * min(policy.tile, shape.tokens) // shape.tokens
     if len(layer.mlps) > 1:  # each expert's copy of its tokens, what it makes of them, weighed
         mlp += len(layer.mlps) * spec.dim * (2 * shape.itemsize + 4)
     attention = (3 * (q + 2 * kv) + 2 * q) * shape.itemsize + q * 4

@@ -18,7 +18,9 @@ Fate = Literal["keep", "offload", "recompute"]
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The fate of each residual; x and mid (hidden states before attention and MLP) cannot be
-    recomputed, out is the attention output with its log-sum-exp.
+    recomputed, out is the attention output with its log-sum-exp. tile: how many tokens the MLP
+    runs on at a time, forward and backward, where those of a batch are more; it then keeps neither
+    gate nor up, which gate_up must say.
     """
 
     x: Literal["keep", "offload"] = "keep"
@@ -26,6 +28,14 @@ class Policy:
     out: Fate = "keep"
     mid: Literal["keep", "offload"] = "keep"
     gate_up: Fate = "keep"
+    tile: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile is not None and (self.tile < 1 or self.gate_up != "recompute"):
+            raise ArgumentError(
+                f"tile is {self.tile} with gate_up={self.gate_up!r}: expected at least one token, "
+                'and gate_up="recompute", for tiles keep neither gate nor up'
+            )
 
     @property
     def offloads(self) -> bool:

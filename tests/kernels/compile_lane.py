@@ -216,6 +216,12 @@ def other_cases(every: bool) -> Iterator[Case]:
             (dtype,) * 5 + (count,),
             options,
         )
+        yield Case(
+            f"gated_pull {activation} {dtype}",
+            gated._pull_kernel,
+            (dtype,) * 5 + (count,),
+            options,
+        )
     for dtype, softcap, gradient in itertools.product((F32, BF16), (0.0, 30.0), (False, True)):
         yield Case(
             f"cross_entropy {dtype} {softcap=} {gradient=}",

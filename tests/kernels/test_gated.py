@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracles import assert_elementwise, assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels.gated import ACTIVATIONS, gated, gated_reference
+from purelm.kernels.gated import ACTIVATIONS, gated, gated_pull, gated_reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 HF_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
@@ -59,6 +59,33 @@ def test_launch(interpreted, poisoned, rows, width, activation, dtype, size, see
             assert_rows(*(t.reshape(1, -1) for t in (mine, theirs, truth)))
         else:
             assert_elementwise(mine, theirs, truth, pooled=activation != "relu2")
+
+
+@pytest.mark.parametrize("spend", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_pull_is_forward_and_backward(interpreted, poisoned, dtype, activation, spend):
+    """To the bit, and only what may be written over is."""
+    gate, up, dh = (torch.randn(3, 3, 901) * 3).to(dtype).unbind(0)
+    a, b = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    want = gated(a, b, activation)
+    want = want.detach(), *torch.autograd.grad(want, (a, b), dh)
+    given = dh.clone(), gate.clone(), up.clone()
+    found = gated_pull(*given, activation, spend=spend)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+    assert found[0] is given[0] and (found[1] is given[1]) == (found[2] is given[2]) == spend
+    if not spend:
+        assert torch.equal(given[1], gate) and torch.equal(given[2], up)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_pull_without_a_launch(activation):
+    gate, up, dh = torch.randn(3, 3, 9, dtype=torch.float64).unbind(0)
+    a, b = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    h = gated_reference(a, b, activation)
+    found = gated_pull(dh.clone(), gate, up, activation, spend=True)
+    want = h.detach(), *torch.autograd.grad(h, (a, b), dh)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -118,3 +145,5 @@ def test_bad_input():
         gated(torch.ones(2), torch.ones(3), "silu")
     with pytest.raises(KernelError, match="expected the same"):
         gated(torch.ones(2), torch.ones(2).half(), "silu")
+    with pytest.raises(KernelError, match="expected the same"):
+        gated_pull(torch.ones(2), torch.ones(2), torch.ones(3), "silu")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from purelm.errors import ArgumentError
 from purelm.kernels import attention
 from purelm.nn import decoder, fast_layer, layout, lora, loss, params, rope, tree
 from purelm.nn.fast_layer import Layer
@@ -117,6 +118,46 @@ def test_every_kind_of_layer(changes: dict[str, Any]) -> None:
             assert (got - grad).norm() <= 1e-5 * grad.norm()
 
 
+@pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("tile", [5, 33])
+def test_mlp_in_tiles(changes: dict[str, Any], tile: int) -> None:
+    """Of 34 tokens: the loss and the gradients of the whole."""
+    built = build(KINDS[1], torch.float32, **changes)
+    want, want_grads = run(built, RECOMPUTE, None)
+    for policy in (RECOMPUTE, OFFLOAD):
+        value, grads = run(built, replace(policy, tile=tile), None)
+        torch.testing.assert_close(value, want, rtol=1e-6, atol=0)
+        for got, grad in zip(grads, want_grads, strict=True):
+            assert (got - grad).norm() <= 1e-5 * grad.norm()
+
+
+def test_tiles_repeat_their_dropout() -> None:
+    """What a tile's backward runs again drops what its forward dropped, and tiles differ."""
+    built = build(KINDS[2], torch.float64, nf4=False)
+    spec, base, adapters = built
+    policy = replace(RECOMPUTE, tile=5)
+    _, grads = run(built, policy, 5)
+    leaf = next(iter(tree.leaves(adapters["layers"][0]["mlp"])))
+    step = torch.randn(leaf.a.shape, generator=torch.Generator().manual_seed(2)).double() * 1e-5
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            leaf.a.add_(step, alpha=sign)
+        ends.append(run(built, policy, 5)[0])
+        with torch.no_grad():
+            leaf.a.sub_(step, alpha=sign)
+    at = next(i for i, t in enumerate(tree.tensors(adapters)) if t is leaf.a)
+    slope = (grads[at] * step).sum()
+    # Another dropout, a third of the features, would be another slope altogether.
+    assert abs((ends[0] - ends[1]).detach() / 2 - slope) <= 1e-3 * abs(slope)
+
+
+def test_a_tile_that_cannot_be() -> None:
+    for fates in ({"gate_up": "keep", "tile": 4}, {"gate_up": "recompute", "tile": 0}):
+        with pytest.raises(ArgumentError, match="tile is"):
+            Policy(**fates)  # type: ignore[arg-type]
+
+
 def test_against_float64() -> None:
     """fp32 gradients of the fast path against float64 autograd on the same weights."""
     spec, base, adapters = build(KINDS[1], torch.float32, nf4=False)
@@ -186,13 +227,13 @@ def test_no_gradient_of_an_input_that_needs_none(
     x, dy = (torch.randn(2, 9, 32, generator=g) for _ in range(2))
     table = rope.table(layer.attention.rope, torch.arange(9)[None])
     needed: list[bool] = []
-    real = fast_layer.pull
+    real = fast_layer.pull_input
 
-    def pull(*args: Any, **keywords: Any) -> Any:
+    def pull_input(*args: Any, **keywords: Any) -> Any:
         needed.append(keywords["need_x"])
         return real(*args, **keywords)
 
-    monkeypatch.setattr(fast_layer, "pull", pull)
+    monkeypatch.setattr(fast_layer, "pull_input", pull_input)
     found = []
     for x_needs in (True, False):
         given = x.clone().requires_grad_(x_needs)
@@ -229,6 +270,8 @@ def test_bytes_per_token() -> None:
             x, base["layers"][0], adapters["layers"][0], table
         )
     sizes = bytes_per_token(layer, spec.dim, 4)
+    ranks = sum(leaf.rank for leaf in tree.leaves(adapters["layers"][0]))
+    assert tree.nbytes(residuals.pop("lows")) == ranks * 4 * 18
     assert set(sizes) == set(residuals)
     for name, value in residuals.items():
         assert tree.nbytes(value) == sizes[name] * 18, name
