@@ -1,5 +1,6 @@
 """The fields that dense decoders have in common, read into a `ModelSpec`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -112,11 +113,18 @@ def with_layers(spec: ModelSpec, **changes: Any) -> ModelSpec:
 
 def with_attention(spec: ModelSpec, **changes: Any) -> ModelSpec:
     """The spec with these fields in every layer's attention."""
+    return map_attention(spec, lambda _, attention: replace(attention, **changes))
 
-    def changed(layer: LayerSpec) -> LayerSpec:
-        return replace(layer, attention=replace(layer.attention, **changes))
 
-    return replace(spec, layers=tuple(map(changed, spec.layers)))
+def map_attention(
+    spec: ModelSpec, changed: Callable[[int, AttentionSpec], AttentionSpec]
+) -> ModelSpec:
+    """The spec with changed(number of the layer, its attention) where a layer has attention."""
+    layers = (
+        layer if layer.attention is None else replace(layer, attention=changed(i, layer.attention))
+        for i, layer in enumerate(spec.layers)
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 def without_gate(spec: ModelSpec) -> ModelSpec:

@@ -20,6 +20,7 @@ from ..nn.rope import inverse_frequencies
 from ..nn.spec import MLPSpec, ModelSpec
 from . import atomic, merge
 from .bnb_file import read_dense
+from .dense import with_attention
 from .gguf_file import GGUFTensor, open_gguf
 from .gguf_model import ROPE_FREQS, config_fields, ggml_name
 from .gguf_tokenizer_write import check_tokenizer, tokenizer_fields
@@ -144,7 +145,7 @@ def _plan(model: "CausalLM", method: str) -> list[_Tensor]:
 
     matrix, outer, _ = METHODS[method]
     architecture = _architecture(model)
-    first = model.spec.layers[0].attention
+    first = next(model.spec.attentions())
     made = []
     for tensor in merge.tensors(model):
         name = ggml_name(tensor.name)
@@ -205,15 +206,12 @@ def _architecture(model: "CausalLM") -> str:
 def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
     """The spec that the file will stand for, and its fields."""
     architecture, spec = _architecture(model), model.spec
-    windows = [la.attention.window for la in spec.layers if la.attention.window is not None]
+    windows = [a.window for a in spec.attentions() if a.window is not None]
     context = min(spec.max_positions, *windows) if windows else spec.max_positions
-    layers = tuple(
-        replace(layer, attention=replace(layer.attention, window=None)) for layer in spec.layers
-    )
     written = {tensor.name for tensor in merge.tensors(model)}
     tied = model.origin.family.names.to_hf("head.weight") not in written
-    spec = replace(spec, layers=layers, max_positions=context, tied=tied)
-    first, mlp = layers[0].attention, layers[0].mlp
+    spec = replace(with_attention(spec, window=None), max_positions=context, tied=tied)
+    first, mlp = next(spec.attentions()), spec.layers[0].mlp
     assert isinstance(mlp, MLPSpec)  # no architecture of `_ARCHITECTURES` has experts
     rope = first.rope
     if rope is None:
@@ -222,7 +220,7 @@ def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
         "vocab_size": spec.vocab,
         "context_length": context,
         "embedding_length": spec.dim,
-        "block_count": len(layers),
+        "block_count": len(spec.layers),
         "feed_forward_length": mlp.dim,
         "attention.head_count": first.heads,
         "attention.head_count_kv": first.kv_heads,

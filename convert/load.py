@@ -182,7 +182,7 @@ def _match(
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
     chosen: dict[str, Stored] = {}
     left_out, unknown = [], []
-    groups = family.names.groups(spec.layers[0].attention.kv_heads)
+    groups = family.names.groups(spec)
     for entry in found:
         info = turned(entry) if family.names.is_transposed(entry.name) else entry
         if paths := parts(family.names, info.name, want):

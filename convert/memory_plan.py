@@ -36,14 +36,13 @@ def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
     found = model.plans.get((batch, length))
     if found is None:
         device = model.device
-        head_dim = model.spec.layers[0].attention.head_dim
-        probe = torch.empty((1, 1, 1, head_dim), dtype=model.dtype, device=device)
+        first = next(model.spec.attentions(), None)
         shape = Shape(
             batch,
             length,
             model.dtype.itemsize,
             offload=device.type == "cuda",
-            scores=backend_for(probe) == "reference",
+            scores=first is not None and _scores(model, first.head_dim),
             ranks=_ranks(model),
         )
         fixed = max(_lasting(model), _allocated(device))
@@ -56,6 +55,12 @@ def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
         if found.policies not in known:
             print(f"purelm: {found}", file=sys.stderr)
     return found.policies
+
+
+def _scores(model: "CausalLM", head_dim: int) -> bool:
+    """Whether attention over heads of this width writes its scores out."""
+    probe = torch.empty((1, 1, 1, head_dim), dtype=model.dtype, device=model.device)
+    return backend_for(probe) == "reference"
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
     fields.pop("quantization_config", None)
     if four_bits:
         fields["quantization_config"] = merge_4bit.quantization_config(model)
-    groups = names.groups(model.spec.layers[0].attention.kv_heads)
+    groups = names.groups(model.spec)
     head = names.to_hf("head.weight")
     apart = model.spec.tied and "head.weight" in trained
     if apart:

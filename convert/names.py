@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..nn.spec import ModelSpec
+
 # Llama's layout, which most dense decoders share: our module path -> the checkpoint's.
 LLAMA = {
     "embed": "model.embed_tokens",
@@ -89,9 +91,9 @@ class Names:
         module, _, leaf = name.rpartition(".")
         return tuple(f"{_fill(path, module)}.{leaf}" for path in fused.get(_pattern(module), ()))
 
-    def groups(self, kv_heads: int) -> int:
+    def groups(self, spec: ModelSpec) -> int:
         """How often the parts of a fused tensor follow each other."""
-        return kv_heads if self.by_head else 1
+        return next(spec.attentions()).kv_heads if self.by_head else 1
 
     def constant(self, name: str) -> float | None:
         """The value that a stored tensor always has, or None for one that is read."""

@@ -189,6 +189,11 @@ def _targets(
                 f"target_modules has {', '.join(map(repr, unknown)) or 'no projection'}; this "
                 f"model has {', '.join(short)}"
             )
+        missed = [name for name in short if not peft_targets.matches(targets, f".{name}")]
+        if targets == DEFAULT_TARGETS and missed:
+            notes.append(
+                f"target_modules leaves {', '.join(missed)} without adapters; 'all-linear' is all"
+            )
     return targets, tuple(saved), notes
 
 

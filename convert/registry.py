@@ -28,6 +28,7 @@ from .families import (
     granitemoe,
     helium,
     hunyuan_v1_dense,
+    lfm2,
     llama,
     ministral,
     ministral3,
@@ -118,6 +119,7 @@ FAMILIES = {
         Family("falcon", falcon, "FalconForCausalLM"),
         Family("apertus", apertus, "ApertusForCausalLM"),
         Family("gpt2", gpt2, "GPT2LMHeadModel"),
+        Family("lfm2", lfm2, "Lfm2ForCausalLM"),
     )
 }
 

@@ -37,7 +37,7 @@ def overrides(folder: Path, family: Family, rope_scaling: dict[str, Any] | None)
         if kept is not None:
             scaling.setdefault(name, kept)
     spec = family.spec({**config.fields, **_fields(stored, scaling)}, file)
-    ropes = [x.attention.rope for x in spec.layers if x.attention.rope is not None]
+    ropes = [attention.rope for attention in spec.attentions() if attention.rope is not None]
     if not ropes:
         raise ArgumentError(f"rope_scaling is {rope_scaling!r}, but the model has no rope to scale")
     # Where layers differ (Gemma 3), the long-range ones alone are scaled.

@@ -1,38 +1,40 @@
-"""The key-value cache of generation: a value that `extend` consumes and returns grown."""
+"""The cache of generation: a value that `extend` consumes and returns grown."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import InputError
+from . import recurrent
 from .layout import Layout
-from .spec import ModelSpec
+from .spec import LayerSpec, ModelSpec
 
-# A layer's two buffers and where to write into them.
-Buffers = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
+# What one layer keeps of the tokens seen so far. In "keys" and "values" [b, capacity, k, d], as
+# `AttentionSpec.cached` has them, each token has a column of its own; all else is a state [b, ...]
+# that the next token changes.
+State = dict[str, torch.Tensor]
+COLUMNS = ("keys", "values")
+
+# A layer's state, and where in its columns to write.
+Buffers = tuple[State, int | torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Keys and values of the tokens seen so far, preallocated.
+    """What the layers keep of the tokens seen so far, preallocated.
 
-    keys, values: per layer [b, capacity, k, d], as `AttentionSpec.cached` has them; segments
-    [b, capacity] as in `Layout`, or None where no row has padding; `length` tokens of every row are
-    filled. The same on the device, row by row, for `decode`: first and end [b] int64 bound the
-    tokens that a next one sees. The buffers are written in place when the cache is extended: use
-    only the newest cache.
+    layers: the `State` of each; segments [b, capacity] as in `Layout`, or None
+    where no row has padding; `length` tokens of every row are filled. The same on the device, row
+    by row, for `decode`: first and end [b] int64 bound the tokens that a next one sees. The buffers
+    are written in place when the cache is extended: use only the newest cache.
     """
 
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+    layers: tuple[State, ...]
+    capacity: int
     segments: torch.Tensor | None
     length: int
     first: torch.Tensor
     end: torch.Tensor
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[1]
 
 
 def empty(
@@ -46,17 +48,35 @@ def empty(
 ) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens; `padded` if rows hold padding."""
 
-    def buffers(which: int) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            torch.zeros(
-                (batch, capacity, *layer.attention.cached[which]), dtype=dtype, device=device
-            )
-            for layer in spec.layers
-        )
+    def state(layer: LayerSpec) -> State:
+        made: State = {}
+        if layer.attention is not None:
+            for name, width in zip(COLUMNS, layer.attention.cached, strict=True):
+                made[name] = torch.zeros((batch, capacity, *width), dtype=dtype, device=device)
+        if layer.recurrent is not None:
+            made |= recurrent.empty(layer.recurrent, batch, dtype, device)
+        return made
 
     segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device) if padded else None
     first, end = torch.zeros((2, batch), dtype=torch.int64, device=device).unbind(0)
-    return Cache(buffers(0), buffers(1), segments, 0, first, end)
+    return Cache(tuple(map(state, spec.layers)), capacity, segments, 0, first, end)
+
+
+def empty_like(cache: Cache, batch: int, capacity: int) -> Cache:
+    """An empty cache of the same layers for other rows, which may hold padding."""
+
+    def state(like: State) -> State:
+        shapes = {
+            name: (batch, capacity, *x.shape[2:]) if name in COLUMNS else (batch, *x.shape[1:])
+            for name, x in like.items()
+        }
+        return {name: x.new_zeros(shapes[name]) for name, x in like.items()}
+
+    zeros = cache.end.new_zeros(batch)
+    segments = cache.end.new_zeros(batch, capacity)
+    return Cache(
+        tuple(map(state, cache.layers)), capacity, segments, 0, zeros, torch.zeros_like(zeros)
+    )
 
 
 def write(buffer: torch.Tensor, new: torch.Tensor, at: int | torch.Tensor) -> torch.Tensor:
@@ -110,10 +130,13 @@ def grow(cache: Cache, capacity: int) -> Cache:
         out[:, : cache.length] = buffer[:, : cache.length]
         return out
 
+    def longer(state: State) -> State:
+        return {name: grown(x) if name in COLUMNS else x for name, x in state.items()}
+
     return replace(
         cache,
-        keys=tuple(grown(k) for k in cache.keys),
-        values=tuple(grown(v) for v in cache.values),
+        layers=tuple(map(longer, cache.layers)),
+        capacity=capacity,
         segments=None if cache.segments is None else grown(cache.segments),
     )
 
@@ -121,8 +144,8 @@ def grow(cache: Cache, capacity: int) -> Cache:
 def select(cache: Cache, rows: torch.Tensor) -> Cache:
     """The cache of the given rows [n], copied."""
     return Cache(
-        tuple(k[rows] for k in cache.keys),
-        tuple(v[rows] for v in cache.values),
+        tuple({name: x[rows] for name, x in state.items()} for state in cache.layers),
+        cache.capacity,
         None if cache.segments is None else cache.segments[rows],
         cache.length,
         cache.first[rows],

@@ -52,18 +52,17 @@ def decode(
     cache = kv.stepped(cache, at)
     tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
     tables.update({r: rope.table(r, positions) for r in spec.ropes()})
-    windows = {layer.attention.window for layer in spec.layers}
+    windows = {layer.window for layer in spec.layers}
     seen = {w: _span(cache, w) for w in windows}
     for i, (layer, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
-        how = layer.attention
         x = decoder.layer(
             x,
             p,
             tree.get(adapters, "layers", i),
-            tables[how.rope],
-            seen[how.window],
+            tables[layer.rope],
+            seen[layer.window],
             spec=layer,
-            buffers=(cache.keys[i], cache.values[i], at),
+            buffers=(cache.layers[i], at),
         )
     x = norm(x, params.get("norm"), spec.norm)
     return decoder.logits(params, spec, x[:, 0]), cache

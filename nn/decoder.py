@@ -12,7 +12,7 @@ from ..kernels.attention import Documents
 from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
-from . import rope, tree
+from . import recurrent, rope, tree
 from .attention import Visible, attend, prepared, visible
 from .cache import Buffers, Cache
 from .experts import moe
@@ -49,12 +49,36 @@ def attention(
     v = v.view(b, s, spec.kv_heads, spec.head_dim)
     q, k, v = prepared(q, k, v, p, spec, table)
     if buffers is not None:
-        keys, values, at = buffers
-        k, v = kv.write(keys, k, at), kv.write(values, v, at)
+        state, at = buffers
+        k, v = kv.write(state["keys"], k, at), kv.write(state["values"], v, at)
     out = attend(
         q, k, v, scale=spec.scale, seen=seen, window=spec.window, softcap=spec.softcap
     ).reshape(b, s, -1)
     return linear(out, p["o"], get("o"), seed_after(seed, 3))
+
+
+def mixer(
+    x: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    table: rope.Table | None,
+    seen: Visible,
+    starts: torch.Tensor | None,
+    *,
+    spec: LayerSpec,
+    buffers: Buffers | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Normalised x [b, s, e] through the layer's attention, its recurrent mixer, or both."""
+    parts = []
+    if spec.attention is not None:
+        own = p["attn"], adapters.get("attn"), spec.attention
+        parts.append(attention(x, *own, table, seen, buffers, seed))
+    if spec.recurrent is not None:
+        state = None if buffers is None else buffers[0]
+        own_ = p["recurrent"], adapters.get("recurrent"), spec.recurrent
+        parts.append(recurrent.mix(x, *own_, starts, state, seed))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def layer(
@@ -63,17 +87,16 @@ def layer(
     adapters: tree.Tree,
     table: rope.Table | None,
     seen: Visible,
+    starts: torch.Tensor | None = None,
     *,
     spec: LayerSpec,
     buffers: Buffers | None = None,
     seed: int | None = None,
 ) -> torch.Tensor:
-    """One decoder layer: x [b, s, e] -> [b, s, e]."""
+    """One decoder layer: x [b, s, e] -> [b, s, e]; `starts` as in `recurrent.mix`."""
     adapters = adapters or {}
     inner = norm(x, p.get("attn_norm"), spec.norm) if spec.pre_norm else x
-    branch = attention(
-        inner, p["attn"], adapters.get("attn"), spec.attention, table, seen, buffers, seed
-    )
+    branch = mixer(inner, p, adapters, table, seen, starts, spec=spec, buffers=buffers, seed=seed)
     mid = add(x, branch, p.get("attn_post_norm"), spec)
     if spec.own_norms or not spec.parallel:
         source = x if spec.parallel else mid
@@ -163,8 +186,9 @@ def _run(
         segments = None if cache.segments is None else cache.segments[:, : cache.length]
     tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
     tables.update({r: rope.table(r, layout.positions) for r in spec.ropes()})
-    windows = {layer_spec.attention.window for layer_spec in spec.layers}
+    windows = {layer_spec.window for layer_spec in spec.layers}
     seen = {w: visible(layout, segments, start, w) for w in windows}
+    starts = recurrent.starts(segments, start)
     policies: tuple[Policy | None, ...] = (None,) * len(spec.layers)
     if residuals is not None and torch.is_grad_enabled():
         policies = per_layer(residuals, len(spec.layers))
@@ -172,20 +196,20 @@ def _run(
     for i, (layer_spec, p, policy) in enumerate(
         zip(spec.layers, params["layers"], policies, strict=True)
     ):
-        a, layer_seed = layer_spec.attention, seed_after(seed, 7 * i)
-        args = (x, p, tree.get(adapters, "layers", i), tables[a.rope])
+        layer_seed = seed_after(seed, 7 * i)
+        args = (x, p, tree.get(adapters, "layers", i), tables[layer_spec.rope])
+        view = seen[layer_spec.window], None if layer_spec.recurrent is None else starts
         if cache is not None:
-            buffers = (cache.keys[i], cache.values[i], start)
-            x = layer(*args, seen[a.window], spec=layer_spec, buffers=buffers)
+            x = layer(*args, *view, spec=layer_spec, buffers=(cache.layers[i], start))
         elif policy is None:
-            x = layer(*args, seen[a.window], spec=layer_spec, seed=layer_seed)
-        elif covers(p, seen[a.window]) and uncovered(layer_spec, args[2]) is None:
-            documents = cast("Documents | None", seen[a.window])
+            x = layer(*args, *view, spec=layer_spec, seed=layer_seed)
+        elif covers(p, view[0]) and uncovered(layer_spec, args[2]) is None:
+            documents = cast("Documents | None", view[0])
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
             fast = FastLayer(i, layer_spec, documents, policy, offload, layer_seed, last)
             x = fast.run(*args)
         else:
-            x = _again(layer_spec, layer_seed)(*args, seen[a.window])
+            x = _again(layer_spec, layer_seed)(*args, *view)
     return norm(x, params.get("norm"), spec.norm), cache
 
 
@@ -200,6 +224,8 @@ def covers(p: tree.Tree, seen: Visible) -> bool:
 
 def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
     """What of a layer and its adapters `fast_layer` has no code for; None where it has all."""
+    if spec.attention is None or spec.recurrent is not None:
+        return "mixers other than attention"
     if spec.attention.softcap is not None:
         return "soft-capped scores"
     if spec.attention.latent is not None:

@@ -21,7 +21,7 @@ from .lora import LoRA
 from .norm import add, add_backward, norm
 from .offload import Offload
 from .residuals import Policy
-from .spec import AttentionSpec, LayerSpec, MLPSpec
+from .spec import LayerSpec, MLPSpec
 
 # What o and down make, of which a layer with norms after its branches needs the values.
 BRANCHES = ("attn_branch", "mlp_branch")
@@ -49,8 +49,9 @@ class Layer:
     ) -> None:
         self.index, self.spec, self.documents = index, spec, documents
         self.policy, self.offload, self.seed = policy, offload, seed
-        assert isinstance(spec.mlp, MLPSpec)  # `decoder.uncovered` tells
-        self.mlp = spec.mlp
+        # `decoder.uncovered` tells
+        assert isinstance(spec.mlp, MLPSpec) and spec.attention is not None
+        self.attention, self.mlp = spec.attention, spec.mlp
         self.stays = stays  # on the device, whatever the policy sends away
 
     def fate(self, name: str) -> str:
@@ -84,7 +85,7 @@ class Layer:
         self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, lows: Lows | None = None
     ) -> tuple[Heads, Lows]:
         """The raw heads of normalised inner, before clipping, q/k norm and rotation."""
-        a: AttentionSpec = self.spec.attention
+        a = self.attention
         (q, k, v), lows = products(
             inner, *_picked(p["attn"], adapters, "attn", "qkv"), self.seed, lows
         )
@@ -97,12 +98,12 @@ class Layer:
         return heads, lows
 
     def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table | None) -> Saved:
-        q, k, v = prepared(*heads, p["attn"], self.spec.attention, table)
+        q, k, v = prepared(*heads, p["attn"], self.attention, table)
         return attention_forward(q, k, v, **self._sight())
 
     def _sight(self) -> dict[str, Any]:
         """What attention is told beside its tensors."""
-        a = self.spec.attention
+        a = self.attention
         return {"scale": a.scale, "documents": self.documents, "window": a.window}
 
     def _gate_up(
@@ -269,7 +270,7 @@ class Layer:
         with torch.enable_grad():
             raw = tuple(t.detach().requires_grad_() for t in residuals.pop("qkv"))
             raw_q, raw_k, raw_v = raw
-            q, k, v = prepared(raw_q, raw_k, raw_v, p["attn"], self.spec.attention, table)
+            q, k, v = prepared(raw_q, raw_k, raw_v, p["attn"], self.attention, table)
         heads = (q.detach(), k.detach(), v.detach())
         saved = residuals.pop("out", None)
         if saved is None:

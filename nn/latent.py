@@ -41,8 +41,8 @@ def latent_attention(
     plain, turned = q.split_with_sizes([spec.head_dim - spec.rope.dim, spec.rope.dim], -1)
     turned, key = rope_qk(turned, key, table.cos, table.sin, interleaved=spec.rope.interleaved)
     if buffers is not None:
-        latents, keys, at = buffers
-        latent, key = kv.write(latents, latent, at), kv.write(keys, key, at)
+        state, at = buffers
+        latent, key = kv.write(state["keys"], latent, at), kv.write(state["values"], key, at)
     if isinstance(seen, Span):
         out = _absorbed(
             plain[:, 0], turned[:, 0], latent[:, :, 0], key[:, :, 0], p, get, spec, seen

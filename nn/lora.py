@@ -12,7 +12,11 @@ from .lora_init import Start
 from .params import param_specs
 from .spec import ModelSpec
 
-TARGETS = ("q", "k", "v", "q_a", "q_b", "kv_a", "kv_b", "o", "gate", "up", "down")
+TARGETS = (
+    *("q", "k", "v", "q_a", "q_b", "kv_a", "kv_b", "o"),
+    *("in", "out"),
+    *("gate", "up", "down"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,17 @@ import torch
 
 from ..errors import CheckpointError
 from . import tree
-from .spec import AttentionSpec, LatentSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
+from .spec import (
+    AttentionSpec,
+    LatentSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RecurrentSpec,
+    ShortConvSpec,
+)
 
 # Where xIELU's scalars start: softplus makes them 0.8, and 0.3 above beta (arXiv 2411.13010).
 XIELU = {name: math.log(math.expm1(x)) for name, x in {"alpha_p": 0.8, "alpha_n": 0.3}.items()}
@@ -49,8 +59,11 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
 
 
 def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
-    a = layer.attention
-    attn = _attention(a, e) if a.latent is None else _latent(a, a.latent, e)
+    mixers = {}
+    if (a := layer.attention) is not None:
+        mixers["attn"] = _attention(a, e) if a.latent is None else _latent(a, a.latent, e)
+    if layer.recurrent is not None:
+        mixers["recurrent"] = _recurrent(layer.recurrent, e)
     mlp = _moe(layer.mlp, e) if isinstance(layer.mlp, MoESpec) else _mlp(layer.mlp, e)
     here = {
         "attn_norm": layer.pre_norm,
@@ -61,11 +74,11 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     norms = {name: _norm(layer.norm, (e,), "e") for name, on in here.items() if on}
     if not layer.norm.weight:
         norms = {}
-    return {**norms, "attn": attn, "mlp": mlp}
+    return {**norms, **mixers, "mlp": mlp}
 
 
 def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    q, kv = a.widths
     made = {
         "q": _linear(q, e, "qe", a.qkv_bias),
         "k": _linear(kv, e, "ke", a.qkv_bias),
@@ -97,6 +110,26 @@ def _latent(a: AttentionSpec, latent: LatentSpec, e: int) -> dict[str, Any]:
         "kv_b": _linear(kv, latent.kv_rank, "kr", False),
         "o": _linear(e, a.heads * latent.value_dim, "ev", a.out_bias),
     }
+
+
+def _recurrent(r: RecurrentSpec, e: int) -> dict[str, Any]:
+    return _short_conv(r, e)
+
+
+def _short_conv(r: ShortConvSpec, e: int) -> dict[str, Any]:
+    return {
+        "in": _linear(3 * r.dim, e, "ce", r.bias),
+        "conv": _conv(r.dim, r.kernel, r.bias),
+        "out": _linear(e, r.dim, "ec", r.bias),
+    }
+
+
+def _conv(channels: int, kernel: int, bias: bool) -> dict[str, ParamSpec]:
+    # As torch's Conv1d with a group for each channel stores it.
+    made = {"weight": ParamSpec((channels, 1, kernel), "c1w")}
+    if bias:
+        made["bias"] = ParamSpec((channels,), "c", init="zeros")
+    return made
 
 
 def _mlp(mlp: MLPSpec, e: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Literal
 from ..errors import ArgumentError
 from ..kernels.cross_entropy import chunk_rows
 from .decoder import uncovered
+from .recurrent import working_bytes
 from .residuals import KEEP, Fate, Policy, bytes_per_token
 from .spec import LayerSpec, ModelSpec
 
@@ -149,6 +150,8 @@ def _saved(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy, name
 def _recompute_seconds(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: str) -> float:
     a = layer.attention
     if name == "out":
+        if a is None:
+            return 0.0
         seen = shape.length / 2 if a.window is None else min(a.window, shape.length / 2)
         return 4 * shape.tokens * seen * a.heads * a.head_dim / _ATTENTION
     width = _size(layer, spec, shape, name) / shape.itemsize  # tokens times the output's width
@@ -158,8 +161,7 @@ def _recompute_seconds(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: st
 def _hidden_copies(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> bool:
     """Whether sending x, out and mid takes no longer than the layer's forward."""
     sent = sum(_size(layer, spec, shape, name) for name in ("x", "out", "mid"))
-    a = layer.attention
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    q, kv = layer.attention.widths if layer.attention is not None else (0, 0)
     weights = spec.dim * (2 * q + 2 * kv + sum((2 + mlp.gated) * mlp.dim for mlp in layer.mlps))
     forward = 2 * shape.tokens * weights / _PRODUCTS
     forward += _recompute_seconds(layer, spec, shape, "out")
@@ -203,7 +205,7 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     backends), the output's gradient. Both: some hidden states and two dequantized weights.
     """
     a, f = layer.attention, max(mlp.dim for mlp in layer.mlps)
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    q, kv = a.widths if a is not None else (0, 0)
     sizes = bytes_per_token(layer, spec.dim, shape.itemsize)
 
     def again(name: str) -> int:
@@ -221,10 +223,12 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     attention += again("qkv") + again("out")
     # Expanded heads' gradients of k and v, which some backends make before they sum groups.
     attention += 2 * q * shape.itemsize
+    if layer.recurrent is not None:
+        attention += working_bytes(layer.recurrent, shape.itemsize)
     states = 6 * spec.dim * shape.itemsize
     total = shape.tokens * (max(mlp + again("qkv") + again("out"), attention) + states)
     total += 2 * spec.dim * max(f, q) * shape.itemsize
-    if shape.scores or layer.attention.softcap is not None:
+    if a is not None and (shape.scores or a.softcap is not None):
         total += 4 * shape.batch * a.heads * shape.length**2 * 4
     return total
 

@@ -53,11 +53,11 @@ OFFLOAD = Policy(x="offload", qkv="recompute", out="offload", mid="offload", gat
 def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
     """Bytes that each residual of one layer takes for one token; `dim` is the model's width."""
     a = spec.attention
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    heads, q, kv = (a.heads, *a.widths) if a is not None else (0, 0, 0)
     return {
         "x": dim * itemsize,
         "qkv": (q + 2 * kv) * itemsize,
-        "out": q * itemsize + a.heads * 4,
+        "out": q * itemsize + heads * 4,
         "mid": ((not spec.parallel) + 2 * spec.post_norm) * dim * itemsize,
         "gate_up": sum((1 + mlp.gated) * mlp.dim for mlp in spec.mlps) * itemsize,
     }

@@ -56,20 +56,20 @@ def join(spec: ModelSpec, parts: Sequence[Rows]) -> Rows:
     if not old:
         return Rows()
     lengths = tuple(n for part in parts for n in part.lengths)
-    width, like = max(lengths), old[0].keys[0]
-    cache = kv.empty(
-        spec, len(lengths), width + CHUNK, padded=True, dtype=like.dtype, device=like.device
-    )
+    width, device = max(lengths), old[0].end.device
+    cache = kv.empty_like(old[0], len(lengths), width + CHUNK)
     at = 0
     for part in old:
-        n, end = min(part.length, width), at + part.keys[0].shape[0]
-        for new, buffer in zip(
-            (*cache.keys, *cache.values), (*part.keys, *part.values), strict=True
-        ):
-            new[at:end, width - n : width] = buffer[:, part.length - n : part.length]
+        n, end = min(part.length, width), at + len(part.end)
+        for new, state in zip(cache.layers, part.layers, strict=True):
+            for name, buffer in state.items():
+                if name in kv.COLUMNS:
+                    new[name][at:end, width - n : width] = buffer[:, part.length - n : part.length]
+                else:
+                    new[name][at:end] = buffer
         at = end
-    column = torch.arange(width, device=like.device)
-    positions = column - (width - torch.tensor(lengths, device=like.device)[:, None])
+    column = torch.arange(width, device=device)
+    positions = column - (width - torch.tensor(lengths, device=device)[:, None])
     layout = Layout(positions.clamp(min=0), (positions >= 0).long())
     return Rows(kv.note(cache, layout), lengths)
 
@@ -78,7 +78,7 @@ def keep(spec: ModelSpec, rows: Rows, which: Sequence[int]) -> Rows:
     """The given rows alone, in the given order; the others' memory is freed."""
     if rows.cache is None or not which:
         return Rows()
-    chosen = kv.select(rows.cache, torch.tensor(which, device=rows.cache.keys[0].device))
+    chosen = kv.select(rows.cache, torch.tensor(which, device=rows.cache.end.device))
     return join(spec, [Rows(chosen, tuple(rows.lengths[i] for i in which))])
 
 

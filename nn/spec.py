@@ -126,6 +126,27 @@ class AttentionSpec:
     def value_dim(self) -> int:
         return self.head_dim if self.latent is None else self.latent.value_dim
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features of all query heads, and of all kv heads."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConvSpec:
+    """A gated causal convolution over the last `kernel` tokens, feature by feature (LFM2).
+
+    b, c, x = in(input), `dim` features each; out(c * conv(b * x)). `bias`: of all three.
+    """
+
+    dim: int
+    kernel: int
+    bias: bool = False
+
+
+# Mixers that carry a state of fixed size from token to token, in place of keys and values.
+RecurrentSpec = ShortConvSpec
+
 
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
@@ -171,22 +192,34 @@ class MoESpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
 
+    The mixer is `attention`, or `recurrent`, or the sum of both, which read the same norm(x).
     `pre_norm`: each branch's input is normalised; `post_norm`: its output is, before it is added.
-    `parallel`: attention and MLP both read x and are added to it; they share one norm of it, or
+    `parallel`: mixer and MLP both read x and are added to it; they share one norm of it, or
     have `own_norms`.
     `residual_scale` multiplies what a branch adds.
     """
 
     norm: NormSpec
-    attention: AttentionSpec
+    attention: AttentionSpec | None
     mlp: MLPSpec | MoESpec
+    recurrent: RecurrentSpec | None = None
     pre_norm: bool = True
     post_norm: bool = False
     parallel: bool = False
     own_norms: bool = False
     residual_scale: float = 1.0
+
+    @property
+    def rope(self) -> RopeSpec | None:
+        """What turns queries and keys, if anything does."""
+        return None if self.attention is None else self.attention.rope
+
+    @property
+    def window(self) -> int | None:
+        """How far attention sees, if there is one and it has a limit."""
+        return None if self.attention is None else self.attention.window
 
     @property
     def mlps(self) -> tuple[MLPSpec, ...]:
@@ -223,7 +256,11 @@ class ModelSpec:
     head_bias: bool = False
     learned_positions: bool = False
 
+    def attentions(self) -> Iterator[AttentionSpec]:
+        """The attention of every layer that has one."""
+        yield from (layer.attention for layer in self.layers if layer.attention is not None)
+
     def ropes(self) -> Iterator[RopeSpec]:
         """The distinct rotary embeddings, in the order of their first layer."""
-        ropes = (layer.attention.rope for layer in self.layers)
+        ropes = (attention.rope for attention in self.attentions())
         yield from dict.fromkeys(rope for rope in ropes if rope is not None)

@@ -97,6 +97,15 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {"hidden_size": 64}),
     "apertus": ("Apertus", {"pad_token_id": None}),
     "gpt2": ("GPT2", {"bos_token_id": 1, "eos_token_id": 2}),
+    "lfm2": (
+        "Lfm2",
+        {
+            "pad_token_id": None,
+            "intermediate_size": 96,
+            "block_multiple_of": 64,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),
 }
 # Families that call a size otherwise, or (None) compute it.

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from ...nn.spec import ModelSpec, NormSpec
+from ...nn.spec import AttentionSpec, ModelSpec, NormSpec
 from ..config_fields import Fields
-from ..dense import dense_spec, with_attention
+from ..dense import dense_spec, map_attention, with_attention, with_layers
 from ..names import LLAMA, QK_NORMS, names
 
 NAMES = names(LLAMA, QK_NORMS)
@@ -37,11 +37,10 @@ def layer_norm(fields: Fields) -> NormSpec:
 
 def side_by_side(fields: Fields, spec: ModelSpec) -> ModelSpec:
     """With parallel branches, neighbouring features rotated, and the logits' multiplier."""
-    layers = []
-    for layer in spec.layers:
-        rope = layer.attention.rope
-        turned = None if rope is None else replace(rope, interleaved=True)
-        attention = replace(layer.attention, rope=turned)
-        layers.append(replace(layer, attention=attention, parallel=True))
-    scale = fields.number("logit_scale", 0.0625)
-    return replace(spec, layers=tuple(layers), logit_scale=scale)
+
+    def turned(_: int, attention: AttentionSpec) -> AttentionSpec:
+        rope = attention.rope
+        return replace(attention, rope=None if rope is None else replace(rope, interleaved=True))
+
+    made = with_layers(map_attention(spec, turned), parallel=True)
+    return replace(made, logit_scale=fields.number("logit_scale", 0.0625))

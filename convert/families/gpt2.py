@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ...nn.spec import ModelSpec, NormSpec
 from ..config_fields import Fields
-from ..dense import ACTIVATIONS, dense_spec, without_gate
+from ..dense import ACTIVATIONS, dense_spec, map_attention, without_gate
 from ..names import names
 
 _TABLE = {
@@ -71,8 +71,6 @@ def spec(fields: Fields) -> ModelSpec:
     made = replace(without_gate(made), learned_positions=True)
     if not fields.flag("scale_attn_by_inverse_layer_idx", False):
         return made
-    layers = (
-        replace(layer, attention=replace(layer.attention, scale=layer.attention.scale / (i + 1)))
-        for i, layer in enumerate(made.layers)
+    return map_attention(
+        made, lambda i, attention: replace(attention, scale=attention.scale / (i + 1))
     )
-    return replace(made, layers=tuple(layers))

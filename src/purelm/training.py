@@ -117,7 +117,7 @@ def packs(model: CausalLM) -> bool:
     return (
         model.device.type == "cuda"
         and model.dtype in (torch.bfloat16, torch.float16)
-        and all(layer.attention.softcap is None for layer in model.spec.layers)
+        and all(attention.softcap is None for attention in model.spec.attentions())
     )
 
 

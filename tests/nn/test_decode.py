@@ -1,51 +1,29 @@
 """One step over the cache with lengths on the device, in fp64 against rows without a cache."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hybrids import MIXERS, prompt, small
 
 from purelm.nn import cache as kv
-from purelm.nn import decoder, params
+from purelm.nn import decoder
 from purelm.nn import tree as trees
 from purelm.nn.decode import decode, prefill
 from purelm.nn.layout import Layout
-from purelm.nn.spec import (
-    AttentionSpec,
-    LatentSpec,
-    LayerSpec,
-    MLPSpec,
-    ModelSpec,
-    NormSpec,
-    RopeSpec,
-)
 
-LATENT = {"latent": LatentSpec(16, 24, 10, NormSpec(1e-6)), "rope": RopeSpec(4, 1e4)}
+KINDS = pytest.mark.parametrize("kind", list(MIXERS))
 
 
-def small(**how: Any) -> tuple[ModelSpec, Any]:
-    norm = NormSpec(1e-5)
-    attention = replace(AttentionSpec(4, 2, 8, 8**-0.5, RopeSpec(8, 1e4)), **how)
-    layers = (LayerSpec(norm, attention, MLPSpec(40)),) * 2
-    spec = ModelSpec(50, 32, layers, norm, max_positions=2048, init_std=0.5)
-    tree = params.init(spec, generator=torch.Generator().manual_seed(3))
-    return spec, trees.map(torch.Tensor.double, tree)
-
-
-def prompt(seed: int, rows: int, length: int) -> torch.Tensor:
-    return torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("how", [{}, {"window": 4}, LATENT], ids=["full", "window", "latent"])
-def test_rows_of_any_length_decode_together(how: dict[str, Any]) -> None:
+@KINDS
+def test_rows_of_any_length_decode_together(kind: str) -> None:
     """Rows prefilled alone, put into one cache at their own lengths, each go on as if alone."""
-    spec, tree = small(**how)
+    spec, tree = small(kind)
     rows = [prompt(i, 1, n) for i, n in enumerate((3, 9, 1))]
     shared = _empty(spec, 3, 16)
     for i, row in enumerate(rows):
         _, own = prefill(tree, spec, row, _empty(spec, 1, 16))
-        for ours, theirs in zip(shared.keys + shared.values, own.keys + own.values, strict=True):
+        for ours, theirs in zip(trees.leaves(shared.layers), trees.leaves(own.layers), strict=True):
             ours[i] = theirs[0]
         shared.end[i] = own.end[0]
     for n in range(4):
@@ -58,9 +36,10 @@ def test_rows_of_any_length_decode_together(how: dict[str, Any]) -> None:
     assert shared.end.tolist() == [7, 13, 5]
 
 
-def test_steps_and_pieces_take_turns_over_padded_rows() -> None:
+@KINDS
+def test_steps_and_pieces_take_turns_over_padded_rows(kind: str) -> None:
     """decode, then extend, then decode: lengths and padding are kept on both sides."""
-    spec, tree = small()
+    spec, tree = small(kind)
     ids, mask = prompt(0, 2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     new = prompt(2, 2, 4)
     after = mask.sum(-1, keepdim=True)

@@ -24,7 +24,10 @@ def test_journey(family: str, tmp_path: Path) -> None:
     model = bridged.bridge(folder, quantize="nf4")
     quantized = sum(isinstance(leaf, NF4) for leaf in tree.leaves(model.params))
     assert quantized == sum(p.quantize for p in tree.leaves(param_specs(model.spec)))
-    model = peft_config.apply(model, r=4, lora_alpha=16)
+    # The usual names are of attention and MLP, of which hybrids have others too.
+    hybrid = any(layer.recurrent is not None for layer in model.spec.layers)
+    targets = "all-linear" if hybrid else peft_config.DEFAULT_TARGETS
+    model = peft_config.apply(model, r=4, lora_alpha=16, target_modules=targets)
     ids = bridged.ids()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.residuals = RECOMPUTE
@@ -37,6 +40,7 @@ def test_journey(family: str, tmp_path: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
     # What no fast path covers is said.
+    assert ("mixers other than attention" in model.explain()) == hybrid
     assert ("soft-capped scores" in model.explain()) == (family == "gemma2")
     model.eval()
     out = model.generate(ids[:1, :7], max_new_tokens=5, do_sample=False, eos_token_id=[])

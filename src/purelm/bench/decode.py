@@ -112,7 +112,7 @@ def _weight_bytes(model: Any) -> int:
 
 def _cache_bytes(model: Any, batch: int, length: int) -> int:
     size = model.params["embed"]["weight"].element_size()
-    pairs = (pair for layer in model.spec.layers for pair in layer.attention.cached)
+    pairs = (pair for attention in model.spec.attentions() for pair in attention.cached)
     return int(batch * length * sum(heads * width for heads, width in pairs) * size)
 
 

@@ -1,0 +1,61 @@
+"""Mixers whose state has one size however many tokens it has seen: which function runs which."""
+
+from typing import Any
+
+import torch
+
+from . import short_conv, tree
+from .linear import seed_after
+from .spec import RecurrentSpec, ShortConvSpec
+
+# Each a module with `mix`, `empty` and `working_bytes`.
+_MIXERS: dict[type, Any] = {ShortConvSpec: short_conv}
+
+# Dropout seeds of these projections lie so far from those of attention, which may be beside them.
+_SEED_STEP = 700_001
+
+
+def mix(
+    x: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    spec: RecurrentSpec,
+    starts: torch.Tensor | None,
+    state: dict[str, torch.Tensor] | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Normalised x [b, s, e] -> [b, s, e].
+
+    starts [b, s]: the tokens that see none before them (None: no token of these but, without a
+    state, the first). With a `state` x goes on where that ended, and it is written in place.
+    """
+    mixed: torch.Tensor = _MIXERS[type(spec)].mix(
+        x, p, adapters, spec, starts, state, seed_after(seed, _SEED_STEP)
+    )
+    return mixed
+
+
+def empty(
+    spec: RecurrentSpec, batch: int, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """The state [batch, ...] before the first token, which is zeros."""
+    made: dict[str, torch.Tensor] = _MIXERS[type(spec)].empty(spec, batch, dtype, device)
+    return made
+
+
+def working_bytes(spec: RecurrentSpec, itemsize: int) -> int:
+    """Bytes that autograd keeps and needs for one token while the mixer's backward is at work."""
+    made: int = _MIXERS[type(spec)].working_bytes(spec, itemsize)
+    return made
+
+
+def starts(segments: torch.Tensor | None, offset: int) -> torch.Tensor | None:
+    """Which tokens of segments [b, offset + s] from `offset` on begin one: bool [b, s], or None
+    where there is but one.
+    """
+    if segments is None:
+        return None
+    before = segments[:, max(offset - 1, 0) : -1]
+    if offset == 0:
+        before = torch.cat([segments[:, :1], before], 1)
+    return segments[:, offset:] != before
