@@ -1,22 +1,16 @@
-"""Check and time every kernel on a CUDA machine.
+"""Check every kernel on a CUDA machine; `purelm bench kernels` times them.
 
     python tests/kernels/gpu_check.py [--long] [--sweep] [--tiny]
 
-Each kernel is timed at the shapes of Llama 1B and 8B beside a measured copy rate, bitsandbytes and
-Liger where they are installed, and held to the tolerance rule of tests/oracles.py over random
-inputs with float64 as the truth. Shapes that make Triton compile another variant come from short
-lists, so that a run takes about 100 s; `--long` draws them freely, 200 a kernel. Times go to
-stdout and, with OUT set, to $OUT/kernels.csv, before the checks begin. `--sweep` times other launch
-configurations of the NF4 kernels; `--tiny` runs the whole on the CPU, under the interpreter, with
-tiny shapes.
+Each is held to the tolerance rule of tests/oracles.py over random inputs with float64 as the truth.
+Shapes that make Triton compile another variant come from short lists; `--long` draws them freely,
+200 a kernel. `--sweep` times other launch configurations of the NF4 kernels; `--tiny` runs the
+whole on the CPU, under the interpreter, with tiny shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import importlib
-import os
 import random
 import sys
 import time
@@ -36,6 +30,7 @@ if TINY:
 import torch  # noqa: E402
 from oracles import assert_elementwise, assert_rows  # noqa: E402
 
+from purelm.bench._kernel_time import timed  # noqa: E402
 from purelm.kernels import (  # noqa: E402
     cross_entropy,
     gated,
@@ -48,10 +43,8 @@ from purelm.kernels import (  # noqa: E402
 from purelm.quant import nf4 as leaf  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
-TIMINGS = 2 if TINY else 40
 EXAMPLES = 4 if TINY else 200 if LONG else 16
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-rows: list[dict[str, Any]] = []
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -207,180 +200,13 @@ def check(name: str) -> bool:
     return not bad
 
 
-def seconds(f: Callable[[], Any]) -> float:
-    """Median time of a call, caches cold: more than the L2 cache holds is written before each."""
-    for _ in range(3):
-        f()
-    if TINY:
-        start = time.perf_counter()
-        f()
-        return time.perf_counter() - start
-    flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
-    times = []
-    for _ in range(TIMINGS):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Work for the GPU to be busy with while the host gets its launches out.
-        torch.cuda._sleep(400_000)
-        start.record()
-        f()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return sorted(times)[len(times) // 2]
-
-
 def report(kernel: str, shape: str, who: str, moved: float, f: Callable[[], Any]) -> None:
     try:
-        t = seconds(f)
+        t = timed(f, [()], torch.device(DEVICE), True).seconds
     except Exception as error:
         print(f"{kernel:26} {shape:18} {who:12} {type(error).__name__}: {error}"[:150], flush=True)
         return
-    row = {"kernel": kernel, "shape": shape, "who": who, "us": t * 1e6, "GB/s": moved / t / 1e9}
-    rows.append(row)
-    print(f"{kernel:26} {shape:18} {who:12} {t * 1e6:10.1f} us {row['GB/s']:8.0f} GB/s", flush=True)
-
-
-def peer(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def time_nf4(scale: int) -> None:
-    bnb = peer("bitsandbytes.functional")
-    for out, inner in ((14336, 4096), (4096, 4096), (1024, 4096), (8192, 2048), (128256, 2048)):
-        shape = out // scale, inner // scale
-        w = randn(*shape, dtype=torch.bfloat16)
-        n, label = w.numel(), f"{shape[0]}x{shape[1]}"
-        moved = n * 2.5 + n / 64
-        single, double = leaf.quantize(w, double=False), leaf.quantize(w)
-        buffer = torch.empty_like(w)
-        report("copy", label, "torch", 4 * n, lambda w=w, b=buffer: b.copy_(w))
-        report("nf4_quantize", label, "purelm", moved, lambda w=w: nf4.quantize(w, 64))
-        report("nf4_quantize double", label, "purelm", moved, lambda w=w: leaf.quantize(w))
-        for kind, x in (("", single), (" double", double)):
-            report(
-                f"nf4_dequantize{kind}", label, "purelm", moved,
-                lambda x=x, b=buffer: leaf.dequantize(x, out=b),
-            )  # fmt: skip
-        if bnb and not TINY:
-            for kind, nested in (("", False), (" double", True)):
-                made = lambda w=w, nested=nested: bnb.quantize_4bit(  # noqa: E731
-                    w, blocksize=64, quant_type="nf4", compress_statistics=nested
-                )
-                packed, state = made()
-                report(f"nf4_quantize{kind}", label, "bitsandbytes", moved, made)
-                report(
-                    f"nf4_dequantize{kind}", label, "bitsandbytes", moved,
-                    lambda p=packed, s=state: bnb.dequantize_4bit(p, s),
-                )  # fmt: skip
-
-
-def time_rms_norm(scale: int) -> None:
-    liger = peer("liger_kernel.ops.rms_norm")
-    for width in (2048, 4096, 5120):
-        n, e = 16384 // scale, width // min(scale, 16)
-        x, w, dy = (randn(*s, dtype=torch.bfloat16) for s in ((n, e), (e,), (n, e)))
-        label, size = f"{n}x{e}", n * e * 2.0
-        ours = {"purelm": lambda x, w: rms_norm.rms_norm(x, w, 1e-5)}
-        if liger and not TINY:
-            ours["liger"] = lambda x, w: liger.LigerRMSNormFunction.apply(
-                x, w, 1e-5, 0.0, "llama", False
-            )
-        for who, f in ours.items():
-            report("rms_norm", label, who, 2 * size, lambda f=f, x=x, w=w: f(x, w))
-            leaf_x = x.clone().requires_grad_()
-            y = f(leaf_x, w)
-            report(
-                "rms_norm dx", label, who, 3 * size,
-                lambda y=y, leaf_x=leaf_x, dy=dy: torch.autograd.grad(
-                    y, leaf_x, dy, retain_graph=True
-                ),
-            )  # fmt: skip
-            leaf_w = w.clone().requires_grad_()
-            y = f(leaf_x, leaf_w)
-            report(
-                "rms_norm dx dw", label, who, 3 * size,
-                lambda y=y, leaf_x=leaf_x, leaf_w=leaf_w, dy=dy: torch.autograd.grad(
-                    y, (leaf_x, leaf_w), dy, retain_graph=True
-                ),
-            )  # fmt: skip
-
-
-def time_rope(scale: int) -> None:
-    for h, k, d in ((32, 8, 64), (32, 8, 128)):
-        b, s = 8, 2048 // scale
-        q, key = (randn(b, s, n, d, dtype=torch.bfloat16) for n in (h, k))
-        angle = torch.rand(1, s, d, device=DEVICE)
-        cos, sin = angle.cos(), angle.sin()
-        moved = 2.0 * (q.numel() + key.numel()) * 2
-        label = f"{b * s}x({h}+{k})x{d}"
-        for kind in (False, True):
-            report(
-                f"rope_qk{' interleaved' if kind else ''}", label, "purelm", moved,
-                lambda kind=kind, q=q, key=key, cos=cos, sin=sin: rope.rope_qk(
-                    q, key, cos, sin, interleaved=kind
-                ),
-            )  # fmt: skip
-
-
-def time_gated(scale: int) -> None:
-    liger = peer("liger_kernel.ops.swiglu")
-    for f in (8192, 14336):
-        n, width = 16384 // scale, f // min(scale, 16)
-        gate, up, dh = (randn(n, width, dtype=torch.bfloat16) for _ in range(3))
-        size, label = n * width * 2.0, f"{n}x{width}"
-        for activation in ("silu", "gelu_tanh"):
-            report(
-                f"gated {activation}", label, "purelm", 3 * size,
-                lambda a=activation, g=gate, u=up: gated.gated(g, u, a),
-            )  # fmt: skip
-            report(
-                f"gated_backward {activation}", label, "purelm", 5 * size,
-                lambda a=activation, d=dh, g=gate, u=up: torch.ops.purelm.gated_backward(
-                    d, g, u, a
-                ),
-            )  # fmt: skip
-        if liger and not TINY:
-            report(
-                "gated silu", label, "liger", 3 * size,
-                lambda g=gate, u=up: liger.LigerSiLUMulFunction.apply(g, u),
-            )  # fmt: skip
-
-
-def time_cross_entropy(scale: int) -> None:
-    liger = peer("liger_kernel.ops.fused_linear_cross_entropy")
-    for e, v in ((2048, 128256), (4096, 128256)):
-        n, e_, v_ = 16384 // scale, e // min(scale, 16), v // scale
-        h = randn(n, e_, dtype=torch.bfloat16).requires_grad_()
-        w = randn(v_, e_, dtype=torch.bfloat16) * 0.02
-        labels = torch.randint(v_, (n,), device=DEVICE)
-        flops = 4.0 * n * e_ * v_
-        label = f"{n}x{e_}x{v_}"
-        for chunk in (1024, 2048, 4096):
-            report(
-                f"linear_ce chunk {chunk} (FLOP)", label, "purelm", flops,
-                lambda h=h, w=w, y=labels, c=chunk: cross_entropy.linear_cross_entropy(
-                    h, w, y, chunk=c
-                ).backward(),
-            )  # fmt: skip
-        logits = randn(min(n, 2048), v_, dtype=torch.bfloat16)
-        some = labels[: len(logits)]
-        report(
-            "cross_entropy row step", f"{len(logits)}x{v_}", "purelm", 4.0 * logits.numel(),
-            lambda z=logits, y=some: cross_entropy._row_step(
-                z, y, -100, None, 1.0, True
-            ),
-        )  # fmt: skip
-        if liger and not TINY:
-            report(
-                "linear_ce (FLOP)", label, "liger", flops,
-                lambda h=h, w=w, y=labels: liger.LigerFusedLinearCrossEntropyFunction.apply(
-                    h, w, y
-                )[0].backward(),
-            )  # fmt: skip
+    print(f"{kernel:26} {shape:18} {who:12} {t * 1e6:10.1f} us {moved / t / 1e9:8.0f} GB/s")
 
 
 def sweep() -> None:
@@ -404,26 +230,13 @@ def sweep() -> None:
     nf4_launch.quantize_config, nf4_launch.dequantize_config = plain
 
 
-def write(machine: str) -> None:
-    """The times as $OUT/kernels.csv."""
-    with open(Path(os.environ["OUT"]) / "kernels.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine", "torch"])
-        writer.writeheader()
-        writer.writerows({**row, "machine": machine, "torch": torch.__version__} for row in rows)
-
-
 def main() -> int:
     here = launch.interpreting() if TINY else contextlib.nullcontext()
-    scale = 256 if TINY else 1
     machine = "interpreter" if TINY else torch.cuda.get_device_name()
     print(f"{machine}, torch {torch.__version__}", flush=True)
     with here:
-        for timer in (time_nf4, time_rms_norm, time_rope, time_gated, time_cross_entropy):
-            timer(scale)
         if "--sweep" in sys.argv:
             sweep()
-        if os.environ.get("OUT"):
-            write(machine)
         failed = [name for name in CHECKS if not check(name)]
     print("failed: " + ", ".join(failed) if failed else "all checks passed", flush=True)
     return 1 if failed else 0
