@@ -25,6 +25,7 @@ from .hub import resolve
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
+from .text_half import text_half
 
 Quantize = Literal["nf4", "int8"] | None
 Stored = Entry | Turned | Part
@@ -47,6 +48,7 @@ class Loaded:
     stored_dtypes: tuple[torch.dtype, ...]
     left_out: tuple[str, ...] = field(default=())
     dequantized_from: str | None = None
+    half: str | None = None
 
 
 def load(
@@ -61,6 +63,7 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     subfolder: str | None = None,
+    text_only: bool = False,
     progress: bool = False,
 ) -> tuple[ModelSpec, tree.Tree]:
     """(spec, params) of a local folder, a GGUF file, or a hub repository.
@@ -71,7 +74,8 @@ def load(
     tensors and of what quantized weights dequantize to (default: as stored; bfloat16 where that
     differs by tensor, and for fp8). device: default the
     first GPU if there is one, else the CPU. quant_skip: texts; a projection whose checkpoint name
-    contains one stays unquantized.
+    contains one stays unquantized. text_only: of a vision-language model the text half, which such
+    a model needs.
 
     Raises SourceError, ConfigError or CheckpointError.
     """
@@ -89,6 +93,7 @@ def load(
         dtype=dtype,
         device=default_device() if device is None else torch.device(device),
         quant_skip=quant_skip,
+        text_only=text_only,
         progress=progress,
     )
     return loaded.spec, loaded.params
@@ -107,9 +112,13 @@ def load_folder(
     device: torch.device,
     quant_skip: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    text_only: bool = False,
     progress: bool = False,
 ) -> Loaded:
-    """The model in `folder`, which may also be a GGUF file; `overrides` replace config fields."""
+    """The model in `folder`, which may also be a GGUF file; `overrides` replace config fields.
+
+    text_only: the text half of a vision-language model, which `Loaded.half` then tells of.
+    """
     if quantize not in (None, *_QUANTIZERS):
         raise ArgumentError(f"quantize is {quantize!r}, expected 'nf4', 'int8' or None")
     if dtype is not None and dtype not in _LOADABLE:
@@ -120,6 +129,8 @@ def load_folder(
     gguf = None if file is None else open_gguf(file)
     path = Path(folder) / "config.json" if gguf is None else gguf.file
     config = Config.from_folder(folder) if gguf is None else Config(config_fields(gguf), str(file))
+    half = text_half(config, path) if text_only else None
+    config = config if half is None else half.config
     config.update(dict(overrides or {}))
     stored_fp8 = fp8_file.is_fp8(config.quantization_config, path)
     if stored_fp8:
@@ -137,6 +148,9 @@ def load_folder(
     family = family_of(config.fields, path)
     spec = family.spec(config.fields, path)
     checkpoint = open_checkpoint(folder) if gguf is None else gguf_checkpoint(gguf)
+    left_behind = None
+    if half is not None:
+        checkpoint, left_behind = half.checkpoint(checkpoint)
     found = entries(checkpoint)
     if prequantized != any(isinstance(entry, Packed) for entry in found):
         raise ConfigError(
@@ -163,16 +177,26 @@ def load_folder(
     params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, progress)
     stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
     return Loaded(
-        spec, params, config, family, checkpoint, stored, left_out, "fp8" if stored_fp8 else None
+        spec,
+        params,
+        config,
+        family,
+        checkpoint,
+        stored,
+        left_out,
+        "fp8" if stored_fp8 else None,
+        left_behind,
     )
 
 
-def read_config(folder: Path) -> Config:
-    """The config of a model folder, or the one that a GGUF file stands for."""
+def read_config(folder: Path, *, text_only: bool = False) -> Config:
+    """The config of a model folder, or of its text half, or the one that a GGUF file stands for."""
     file = find(folder)
-    if file is None:
-        return Config.from_folder(folder)
-    return Config(config_fields(open_gguf(file)), str(file))
+    if file is not None:
+        return Config(config_fields(open_gguf(file)), str(file))
+    config = Config.from_folder(folder)
+    half = text_half(config, folder / "config.json") if text_only else None
+    return config if half is None else half.config
 
 
 def _match(

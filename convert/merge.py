@@ -5,7 +5,6 @@ written is read again and checked before it takes its place.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from .json_file import read_json
 from .local_file import locate
 from .merge_tensor import Change, check, digest, merged
 from .safetensors_file import read_header
-from .shards import Checkpoint, open_checkpoint, read, read_index
+from .shards import Checkpoint, open_checkpoint, read
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -197,11 +196,10 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor name -> plain name of its file; `checkpoint.files` may be blobs of a cache."""
-    gguf = any(isinstance(info, GGUFTensor) for info in checkpoint.tensors.values())
-    if gguf or os.path.lexists(checkpoint.folder / _SINGLE):
+    """Tensor name -> plain name of the file that it is written into."""
+    if not checkpoint.placed:  # of a GGUF file
         return dict.fromkeys(checkpoint.tensors, _SINGLE)
-    return dict(sorted(read_index(checkpoint.folder / _INDEX).items(), key=lambda item: item[1]))
+    return dict(sorted(checkpoint.placed.items(), key=lambda item: item[1]))
 
 
 def _maker(tensor: Tensor, meant: dict[str, bytes]) -> Any:

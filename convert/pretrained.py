@@ -93,8 +93,10 @@ class FastLanguageModel:
         what holds in any case where adapters are trained: all that is trained is fp32, and products
         are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
         format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds
-        (weights, or activations-weights). A parameter that is not implemented yet raises
-        NotImplementedError for any value but its default.
+        (weights, or activations-weights). text_only: of a vision-language model load the text half,
+        which trains and is saved as a text model; the model's report says what was left out. A
+        parameter that is not implemented yet raises NotImplementedError for any value but its
+        default.
 
         Raises SourceError, ConfigError, CheckpointError, TokenizerError, AdapterError for files,
         ArgumentError for arguments that contradict each other.
@@ -104,6 +106,7 @@ class FastLanguageModel:
             trust_remote_code=trust_remote_code,
             use_exact_model_name=use_exact_model_name,
             local_files_only=local_files_only,
+            text_only=text_only,
         )
         if trust_remote_code:
             raise ArgumentError(
@@ -132,7 +135,6 @@ class FastLanguageModel:
             max_lora_rank=(max_lora_rank, 64),
             disable_log_stats=(disable_log_stats, True),
             unsloth_tiled_mlp=(unsloth_tiled_mlp, False),
-            text_only=(text_only, False),
             prefer_prequantized=(prefer_prequantized, False),
             compute=(compute, None),
         )
@@ -158,8 +160,9 @@ class FastLanguageModel:
         adapter = adapter_file.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
-        config = read_config(base.folder)
-        family = family_of(config.fields, base.folder / "config.json")
+        config = read_config(base.folder, text_only=text_only)
+        config_file = base.folder / "config.json"
+        family = family_of(config.fields, config_file)
         notes = []
         if adapter is not None and rope_scaling is None:
             rope_scaling = adapter_file.read_rope_scaling(source.folder)
@@ -175,11 +178,14 @@ class FastLanguageModel:
             dtype=choose_dtype(dtype, device),
             device=device,
             quant_skip=quant_skip,
-            overrides=rope_override.overrides(base.folder, family, rope_scaling),
+            overrides=rope_override.overrides(config, config_file, family, rope_scaling),
+            text_only=text_only,
             progress=True,
         )
         if loaded.dequantized_from is not None:
             notes.append(f"the files store weights in {loaded.dequantized_from}; dequantized")
+        if loaded.half is not None:
+            notes.append(loaded.half)
         if loaded.left_out:
             notes.append(f"not loaded: {', '.join(loaded.left_out[:4])}")
         spec, params = loaded.spec, loaded.params

@@ -11,8 +11,10 @@ from .json_file import parse_json
 from .registry import Family
 
 
-def overrides(folder: Path, family: Family, rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Fields for the config.json in `folder`, from which purelm and transformers compute alike.
+def overrides(
+    config: Config, file: Path, family: Family, rope_scaling: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Fields for the `config` of `file`, from which purelm and transformers compute alike.
 
     They name what the scaling would otherwise take from the config's context, and then the context
     that it gives: `max_position_embeddings` itself, but for "dynamic", which begins to act there.
@@ -22,7 +24,6 @@ def overrides(folder: Path, family: Family, rope_scaling: dict[str, Any] | None)
         return {}
     if not isinstance(rope_scaling, dict):
         raise ArgumentError(f"rope_scaling is {rope_scaling!r}, expected a dict")
-    config, file = Config.from_folder(folder), folder / "config.json"
     stored = config.get("rope_parameters") or {}
     if not isinstance(stored, dict):
         raise ConfigError(f"rope_parameters is {stored!r:.60}, expected an object", file=file)

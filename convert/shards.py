@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,12 +33,16 @@ _MAX_INDEX_BYTES = 64 * MIB
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one folder's safetensors files, by name; no tensor's data is held."""
+    """The tensors of one folder's safetensors files, by name; no tensor's data is held.
+
+    placed: the plain name of the file that each is in, where `files` may be blobs of a cache.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    placed: Mapping[str, str] = field(default_factory=dict)
 
     def in_file_order(self) -> Iterator[TensorInfo]:
         """Every tensor, in the order that reads the files from front to back."""
@@ -58,7 +62,14 @@ def open_checkpoint(folder: str | os.PathLike[str], *, stem: str = "model") -> C
     if os.path.lexists(folder / single):
         path = locate(folder, single)
         tensors, metadata = read_header(path)
-        return Checkpoint(folder, (path,), MappingProxyType(tensors), MappingProxyType(metadata))
+        placed = dict.fromkeys(tensors, single)
+        return Checkpoint(
+            folder,
+            (path,),
+            MappingProxyType(tensors),
+            MappingProxyType(metadata),
+            MappingProxyType(placed),
+        )
     if os.path.lexists(folder / index):
         return _open_sharded(folder, index)
     raise CheckpointError(_no_weights(folder, stem), file=folder)
@@ -108,7 +119,13 @@ def _open_sharded(folder: Path, index: str) -> Checkpoint:
         files.append(path)
         tensors.update(found)
         metadata.update(its_metadata)
-    return Checkpoint(folder, tuple(files), MappingProxyType(tensors), MappingProxyType(metadata))
+    return Checkpoint(
+        folder,
+        tuple(files),
+        MappingProxyType(tensors),
+        MappingProxyType(metadata),
+        MappingProxyType(weight_map),
+    )
 
 
 def _same_names(named: set[str], found: set[str], path: Path) -> None:

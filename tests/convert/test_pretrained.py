@@ -80,7 +80,6 @@ NOT_YET = {
     "max_lora_rank": 128,
     "disable_log_stats": False,
     "unsloth_tiled_mlp": "arctic",
-    "text_only": True,
     "prefer_prequantized": True,
     "compute": "fast",
     "device_map": "balanced",

@@ -1,0 +1,144 @@
+"""The text half of a vision-language checkpoint: its config and its tensors as a text model's.
+
+Only wrappers are known whose text half computes on text what its own model_type does: rotary
+positions of images ("mrope") are those of text where there are none.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+from .config import Config
+from .registry import FAMILIES
+from .shards import Checkpoint
+
+_WRAPPERS = frozenset(
+    """
+    gemma3 gemma4 llama4 llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe
+    """.split()
+)
+# Text halves that are called otherwise when they stand alone; and of configs without one of
+# their own, whose fields stand beside those of the vision half.
+_TEXT_TYPES = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+}
+# Where text tensors stand -> where they stand alone.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
+# Of the whole model's fields those that are meant for its text half too.
+_SHARED = tuple(
+    """
+    tie_word_embeddings eos_token_id bos_token_id pad_token_id torch_dtype dtype
+    quantization_config transformers_version
+    """.split()
+)
+_OF_IMAGES = ("image", "video", "vision", "audio", "mm_")
+
+
+@dataclass(frozen=True)
+class TextHalf:
+    """A text model's config, out of a whole one of `model_type`, and the fields left behind."""
+
+    model_type: str
+    config: Config
+    fields: tuple[str, ...]
+
+    def checkpoint(self, whole: Checkpoint) -> tuple[Checkpoint, str]:
+        """The text half's tensors under a text model's names, and what was left out in words.
+
+        Raises CheckpointError where no tensor is the text half's.
+        """
+        flat = not any(
+            name.startswith(("model.language_model.", "language_model.")) for name in whole.tensors
+        )
+        prefixes = {"model.": "model.", "lm_head.": "lm_head."} if flat else _PREFIXES
+        renamed: dict[str, str] = {}
+        left: Counter[str] = Counter()
+        for name in whole.tensors:
+            prefix = next((p for p in prefixes if name.startswith(p)), None)
+            if prefix is None or name.startswith("model.visual."):
+                left[".".join(name.split(".")[: 1 + name.startswith("model.")])] += 1
+            else:
+                renamed[name] = prefixes[prefix] + name.removeprefix(prefix)
+        if not renamed:
+            raise CheckpointError(
+                "no tensor is called as those of a text half are (language_model.*)",
+                file=whole.folder,
+            )
+        tensors = {ours: replace(whole.tensors[name], name=ours) for name, ours in renamed.items()}
+        placed = {ours: whole.placed[name] for name, ours in renamed.items() if whole.placed}
+        parts = [f"{count} tensors of {module}" for module, count in left.items()]
+        parts += [f"the config field(s) {', '.join(self.fields)}"] if self.fields else []
+        return (
+            replace(whole, tensors=MappingProxyType(tensors), placed=MappingProxyType(placed)),
+            f"the text half of a {self.model_type} model, without {'; '.join(parts) or 'loss'}",
+        )
+
+
+def text_half(config: Config, file: object = None) -> TextHalf | None:
+    """The text half of a whole model's config, or None for a config that is a text model's.
+
+    Raises ConfigError for a wrapper or a text half that is not known.
+    """
+    kind = config.get("model_type")
+    if not is_wrapped(config.fields):
+        return None
+    if kind not in _WRAPPERS:
+        raise ConfigError(
+            f"model_type {kind!r:.60} has a text half of which it is not known whether it computes "
+            f"alone what it does there; known are {', '.join(sorted(_WRAPPERS))}",
+            file=file,
+        )
+    inner = config.get("text_config")
+    if inner is None:
+        inner = {
+            name: value
+            for name, value in config.fields.items()
+            if not any(part in name for part in _OF_IMAGES)
+        }
+        left = config.fields.keys() - inner.keys()
+    elif not isinstance(inner, dict):
+        raise ConfigError(f"text_config is {inner!r:.60}, expected an object", file=file)
+    else:
+        left = config.fields.keys() - {"text_config", "model_type", "architectures", *_SHARED}
+    model_type = inner.get("model_type", kind)
+    model_type = _TEXT_TYPES.get(model_type, model_type)
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"the text half of this {kind} model is of model_type {model_type!r:.60}, which is not "
+            f"supported; known are {', '.join(FAMILIES)}",
+            file=file,
+        )
+    fields = {
+        name: value for name, value in inner.items() if not any(part in name for part in _OF_IMAGES)
+    }
+    left = left | (inner.keys() - fields.keys())
+    fields.update({name: config.fields[name] for name in _SHARED if config.get(name) is not None})
+    fields.update(model_type=model_type, architectures=[FAMILIES[model_type].hf_class])
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(fields.get(name), dict):
+            fields[name] = _of_text(fields[name])
+    return TextHalf(str(kind), Config(fields, str(config.name_or_path)), tuple(sorted(left)))
+
+
+def is_wrapped(fields: Mapping[str, Any]) -> bool:
+    """Whether a config is of a model with a text half and another."""
+    return any(fields.get(name) is not None for name in ("text_config", "vision_config"))
+
+
+def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary fields without the share of rows and columns of images."""
+    kept = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
+    return {name: "default" if value == "mrope" else value for name, value in kept.items()}
