@@ -23,6 +23,7 @@ from purelm.kernels import (
     cross_entropy,
     decode_attention,
     gated,
+    grouped_launch,
     nf4,
     nf4_decode,
     nf4_launch,
@@ -127,6 +128,64 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
                 **({} if one else {"ROWS": max(16, power_of_two(rows))}),
             },
         )
+
+
+def grouped_cases(every: bool) -> Iterator[Case]:
+    """Products of 128 experts, 768 wide: at 1, 16 and 128 rows an expert."""
+    groups, wide, narrow = 128, 2048, 768
+    shapes = ((narrow, wide, 16), (wide, narrow, 16), (16, wide, 0))
+    dtypes = (F32, F16, BF16) if every else (BF16,)
+    for rows, (outputs, depth, rank), dtype in itertools.product(
+        (128, 2048, 65536), shapes, dtypes
+    ):
+        cut = grouped_launch.dense_config(rows, groups, outputs, depth, dtype)
+        launch = {"GROUPS": groups, "num_warps": cut.num_warps, "num_stages": cut.num_stages}
+        term = (dtype, dtype) if rank else (None, None)
+        weight = (outputs * depth, depth, 1)
+        steps = (outputs * rank, rank, 1) if rank else (0, 0, 0)
+        for turned in (False, True) if rank else (False,):
+            yield Case(
+                f"grouped_dense {rows}x{depth}x{outputs} {dtype} {turned=}",
+                grouped_launch._dense_kernel,
+                (dtype, dtype, *term, dtype, I32, groups, outputs, depth, rank)
+                + (weight[0], 1, outputs) * turned
+                + weight * (not turned)
+                + steps,
+                {"ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, "RANK": rank}
+                | {"EVEN": depth % cut.depth == 0, **launch},
+            )
+        cut = grouped_launch.outer_config(outputs, depth, dtype)
+        yield Case(
+            f"grouped_outer {outputs}x{depth} {dtype}",
+            grouped_launch._outer_kernel,
+            (dtype, dtype, dtype, I32, outputs, depth),
+            {"ROWS": cut.rows, "P": cut.outputs, "Q": cut.depth, "num_warps": cut.num_warps}
+            | {"num_stages": cut.num_stages},
+        )
+        if not rank:
+            continue
+        for block, double, turned in itertools.product(
+            (32, 64, 4096) if every else (64,), (False, True) if every else (True,), (False, True)
+        ):
+            cut = grouped_launch.nf4_config(rows, groups, outputs, depth, block, dtype, turned)
+            unit = min(block, nf4_launch.UNIT)
+            absmax = (U8, F32, F32) if double else (F32, None, None)
+            blocks = outputs * depth // block
+            tile = {"DEPTH": cut.depth, "RUNS": cut.outputs // unit}
+            if not turned:
+                tile = {"OUTPUTS": cut.outputs, "RUNS": cut.depth // unit}
+            yield Case(
+                f"grouped_nf4 {rows}x{depth}x{outputs} {block=} {dtype} {double=} {turned=}",
+                grouped_launch._nf4_turned_kernel if turned else grouped_launch._nf4_kernel,
+                (dtype, I32, *absmax, F32 if dtype == F32 else I32, F32, *term, dtype, I32)
+                + (groups, outputs, depth // unit, rank, outputs * depth // 8, blocks)
+                + (blocks // 256, *steps),
+                {"BLOCK": block, "WIDTH": unit, "ROWS": cut.rows, "RANK": rank, "DOUBLE": double}
+                | {"DECODE": None if dtype == F32 else nf4_decode.DECODE}
+                | {"UNSCALE": 1.0 if dtype == F32 else 1.0 / nf4_decode.SCALES["nf4"]}
+                | {**tile, "GROUPS": groups, "num_warps": cut.num_warps}
+                | {"num_stages": cut.num_stages},
+            )
 
 
 def rms_norm_cases(every: bool) -> Iterator[Case]:
@@ -241,6 +300,7 @@ def cases(every: bool) -> Iterator[Case]:
     """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
+    yield from grouped_cases(every)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
     yield from decode_attention_cases(every)
