@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from . import nf4
+from . import codebook, nf4
 from .launch import ceil_div, on_gpu, ops
 from .nf4_launch import GROUP, UNIT
+
+# With more rows than this for each matrix, 4-bit ones are dequantized in PARTS parts instead
+# (examples/measurements/grouped_h100.md).
+PACKED_ROWS = 384
+PARTS = 8
 
 
 def matmul(
@@ -91,9 +96,57 @@ def matmul_nf4(
     _check_stack(*parts, outputs * width, block)
     _check_term(x, groups, width if turned else outputs, low, b)
     if on_gpu(x, *parts, offsets, low, b):
+        if (
+            x.dtype != torch.float32
+            and len(x) > PACKED_ROWS * groups
+            and not width * outputs % block
+        ):
+            return _in_parts(x, parts, offsets, shape, block, kind, low, b, turned)
         y: Tensor = ops.grouped_nf4(x, *parts, offsets, low, b, outputs, width, block, kind, turned)
         return y
     return matmul_nf4_reference(x, *parts, offsets, shape, block, kind, low, b, turned=turned)
+
+
+def _in_parts(
+    x: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    offsets: Tensor,
+    shape: tuple[int, int],
+    block: int,
+    kind: str,
+    low: Tensor | None,
+    b: Tensor | None,
+    turned: bool,
+) -> Tensor:
+    """`matmul_nf4` through one buffer for a PARTS-th of the matrices, which are dequantized into it
+    by turns: with many rows each, decoding a matrix once beats decoding it for every tile of rows.
+    """
+    packed, absmax, scale, offset = parts
+    groups = len(packed)
+    each = ceil_div(groups, PARTS)
+    out = x.new_empty((len(x), shape[1] if turned else shape[0]))
+    buffer = x.new_empty((each, *shape))
+    for i in range(0, groups, each):
+        own = slice(i, min(i + each, groups))
+        weight = buffer[: own.stop - i]
+        double = [None if t is None else t[own] for t in (scale, offset)]
+        maxima = _block_absmax(absmax[own], *double).view(-1)
+        count = weight.numel()
+        nf4.dequantize(
+            packed[own].view(-1), absmax, None, None, count, block, out=weight, kind=kind
+        )
+        weight = weight.mT if turned else weight
+        matmul(x, weight, offsets[i : own.stop + 1], low, None if b is None else b[own], out)
+    return out
+
+
+def _block_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The fp32 maxima [x, blocks] of stacked matrices, from either form, as `nf4.block_absmax`."""
+    if scale is None or offset is None:
+        return absmax
+    values = codebook.device_tables(absmax.device, "nf4")[2][absmax.int()]
+    scales = scale.repeat_interleave(GROUP, dim=1)[:, : absmax.shape[1]]
+    return values * scales + offset[:, None]
 
 
 def outer(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -225,7 +278,7 @@ def _check_stack(
 ) -> None:
     """Raise KernelError unless these are the stacked parts of matrices of `count` weights."""
     groups, blocks = len(packed), ceil_div(count, block)
-    wanted = {
+    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "packed": (packed, (groups, ceil_div(count, 2))),
         "absmax": (absmax, (groups, blocks)),
     }

@@ -9,6 +9,7 @@ its group and its rows from the offsets, and the grid has as many programs as an
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ from .launch import language as tl
 from .nf4_decode import _codes, _levels
 from .nf4_launch import UNIT
 from .nf4_matvec_launch import WORD, _absmax, _aligned
+
+# Multiprocessors and compute capability where there is no GPU, under the interpreter.
+NO_GPU = (1, 9)
+# From this capability on (Hopper), tiles of 128 x 128 and more keep their sums without spilling.
+LARGE_TILES = 9
 
 
 class Config(NamedTuple):
@@ -33,11 +39,13 @@ class Config(NamedTuple):
 
 
 def _rows_of(rows: int, groups: int, most: int) -> int:
-    """Rows of a tile: as a group has on average, a power of two."""
-    return min(most, max(16, power_of_two(ceil_div(rows, groups))))
+    """Rows of a tile: a power of two that most groups do not exceed, if rows spread evenly."""
+    return min(most, max(16, power_of_two(ceil_div(3 * rows, 2 * groups))))
 
 
-def dense_config(rows: int, groups: int, outputs: int, depth: int, dtype: torch.dtype) -> Config:
+def dense_config(
+    rows: int, groups: int, outputs: int, depth: int, dtype: torch.dtype, capability: int
+) -> Config:
     """The cut of a product with dense weights [groups, outputs, depth]."""
     tile = _rows_of(rows, groups, 128)
     if dtype == torch.float32:
@@ -45,23 +53,32 @@ def dense_config(rows: int, groups: int, outputs: int, depth: int, dtype: torch.
     if outputs <= 64:  # a low-rank term
         return Config(tile, max(16, power_of_two(outputs)), 64, 4, 3)
     if tile == 128:
-        return Config(128, 128, 64, 8, 3)
+        return Config(128, 256 if capability >= LARGE_TILES else 128, 64, 8, 3)
     return Config(tile, 64, 64, 4, 3)
 
 
 def nf4_config(
-    rows: int, groups: int, outputs: int, depth: int, block: int, dtype: torch.dtype, turned: bool
+    rows: int,
+    groups: int,
+    outputs: int,
+    depth: int,
+    block: int,
+    dtype: torch.dtype,
+    turned: bool,
+    capability: int,
 ) -> Config:
     """The cut of a product with 4-bit weights [groups, outputs, depth]; `turned`: with their
     transposes, so that the outputs are the last axis.
     """
     unit = min(block, UNIT)
-    tile = _rows_of(rows, groups, 64 if dtype == torch.float32 else 128)
+    tile = _rows_of(rows, groups, 128 if capability >= LARGE_TILES else 64)
     if dtype == torch.float32:
         return Config(min(tile, 32), unit if turned else 32, 32 if turned else unit, 4, 1)
+    if tile == 128:
+        return Config(128, 128, 64, 4, 3)
     if turned:
-        return Config(tile, unit, 64 if tile >= 64 else 128, 4, 2)
-    return Config(tile, 64, max(64, unit), 4, 2)
+        return Config(tile, max(64, unit), 128 if tile == 16 else 64, 4, 3)
+    return Config(tile, 64, 128 if tile == 16 and depth % 128 == 0 else 64, 4, 3)
 
 
 def outer_config(left: int, right: int, dtype: torch.dtype) -> Config:
@@ -133,12 +150,18 @@ def _dense_kernel(
     RANK: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    group, begin, end = _place(p_offsets, groups, tl.program_id(1), GROUPS, ROWS)
-    if group < groups:
+    # Programs walk over the tiles that these offsets have: no more exist, whatever the grid.
+    o_g = tl.arange(0, GROUPS)
+    b_begin = tl.load(p_offsets + o_g, mask=o_g < groups, other=0)
+    b_end = tl.load(p_offsets + o_g + 1, mask=o_g < groups, other=0)
+    across = tl.cdiv(outputs, OUTPUTS)
+    total = tl.sum((b_end - b_begin + ROWS - 1) // ROWS, axis=0) * across
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        group, begin, end = _place(p_offsets, groups, tile // across, GROUPS, ROWS)
         wide = group.to(tl.int64)
         o_m = begin.to(tl.int64) + tl.arange(0, ROWS)
         m_m = o_m < end
-        o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        o_n = (tile % across) * OUTPUTS + tl.arange(0, OUTPUTS)
         m_n = o_n < outputs
         o_k = tl.arange(0, DEPTH)
         p_rows = p_x + o_m[:, None] * depth
@@ -153,8 +176,8 @@ def _dense_kernel(
             b_w = tl.load(p_columns + (i + o_k)[:, None] * s_wk, mask=m_w, other=0.0)
             b_y = tl.dot(b_x, b_w, b_y, input_precision="ieee")
         if RANK > 0:
-            p_b += wide * s_bg
-            b_y = _add_term(b_y, p_low, p_b, o_m, m_m, o_n, m_n, rank, s_bn, s_br, RANK)
+            p_own = p_b + wide * s_bg
+            b_y = _add_term(b_y, p_low, p_own, o_m, m_m, o_n, m_n, rank, s_bn, s_br, RANK)
         o_y = o_m[:, None] * outputs + o_n[None, :]
         tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -398,6 +421,20 @@ def _tiles(rows: int, groups: int, tile: int) -> int:
     return rows // tile + min(groups, rows)
 
 
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, major compute capability)."""
+    if device.type != "cuda":
+        return NO_GPU
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major
+
+
+def _programs(device: torch.device, config: Config) -> int:
+    """As many as a device runs at once: one of the large tiles a multiprocessor, four of others."""
+    return _gpu(device)[0] * (1 if config.num_warps > 4 else 4)
+
+
 def _term(low: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> tuple[list[Tensor], ...]:
     """low and b as the kernels take them, and b's strides with its rank."""
     if low is None or b is None:
@@ -426,11 +463,11 @@ def _launch_dense(
 ) -> None:
     rows, depth = x.shape
     groups, outputs, _ = w.shape
-    config = dense_config(rows, groups, outputs, depth, x.dtype)
+    config = dense_config(rows, groups, outputs, depth, x.dtype, _gpu(x.device)[1])
     term, strides = _term(low, b, x.dtype)
-    grid = (ceil_div(outputs, config.outputs), _tiles(rows, groups, config.rows))
+    most = ceil_div(outputs, config.outputs) * _tiles(rows, groups, config.rows)
     _dense_kernel(
-        grid,
+        (min(most, _programs(x.device, config)),),
         x.contiguous(),
         w,
         *term,
@@ -478,7 +515,8 @@ def _launch_nf4(
 ) -> Tensor:
     rows, groups = x.shape[0], packed.shape[0]
     unit = min(block, UNIT)
-    config = nf4_config(rows, groups, outputs, depth, block, x.dtype, turned)
+    capability = _gpu(x.device)[1]
+    config = nf4_config(rows, groups, outputs, depth, block, x.dtype, turned, capability)
     levels, _, dynamic, *_ = codebook.device_tables(x.device, kind)
     wide = x.dtype == torch.float32
     if not wide:

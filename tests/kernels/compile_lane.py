@@ -130,7 +130,7 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
         )
 
 
-def grouped_cases(every: bool) -> Iterator[Case]:
+def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
     """Products of 128 experts, 768 wide: at 1, 16 and 128 rows an expert."""
     groups, wide, narrow = 128, 2048, 768
     shapes = ((narrow, wide, 16), (wide, narrow, 16), (16, wide, 0))
@@ -138,7 +138,7 @@ def grouped_cases(every: bool) -> Iterator[Case]:
     for rows, (outputs, depth, rank), dtype in itertools.product(
         (128, 2048, 65536), shapes, dtypes
     ):
-        cut = grouped_launch.dense_config(rows, groups, outputs, depth, dtype)
+        cut = grouped_launch.dense_config(rows, groups, outputs, depth, dtype, arch // 10)
         launch = {"GROUPS": groups, "num_warps": cut.num_warps, "num_stages": cut.num_stages}
         term = (dtype, dtype) if rank else (None, None)
         weight = (outputs * depth, depth, 1)
@@ -167,7 +167,9 @@ def grouped_cases(every: bool) -> Iterator[Case]:
         for block, double, turned in itertools.product(
             (32, 64, 4096) if every else (64,), (False, True) if every else (True,), (False, True)
         ):
-            cut = grouped_launch.nf4_config(rows, groups, outputs, depth, block, dtype, turned)
+            cut = grouped_launch.nf4_config(
+                rows, groups, outputs, depth, block, dtype, turned, arch // 10
+            )
             unit = min(block, nf4_launch.UNIT)
             absmax = (U8, F32, F32) if double else (F32, None, None)
             blocks = outputs * depth // block
@@ -296,11 +298,11 @@ def other_cases(every: bool) -> Iterator[Case]:
         )
 
 
-def cases(every: bool) -> Iterator[Case]:
+def cases(every: bool, arch: int) -> Iterator[Case]:
     """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
-    yield from grouped_cases(every)
+    yield from grouped_cases(every, arch)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
     yield from decode_attention_cases(every)
@@ -340,7 +342,7 @@ def main(arch: int, every: bool) -> None:
             return 0
 
     triton.runtime.driver.set_active(Driver())
-    for case in cases(every):
+    for case in cases(every, arch):
         exact = case.kernel in (
             nf4_launch._quantize_kernel,
             nf4_launch._quantize_absmax_kernel,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,38 +48,14 @@ table: list[dict[str, Any]] = []
 
 NF4_CUTS = {
     "large": [
-        Config(128, 64, 64, 4, 3),
-        Config(128, 128, 64, 8, 3),
         Config(128, 128, 64, 4, 3),
-        Config(256, 64, 64, 4, 3),
-        Config(256, 64, 64, 8, 3),
-        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 64, 4, 4),
+        Config(64, 64, 64, 4, 3),
         Config(64, 128, 64, 4, 3),
     ],
-    "turned": [
-        Config(128, 64, 64, 4, 3),
-        Config(128, 128, 64, 8, 3),
-        Config(128, 128, 64, 4, 3),
-        Config(128, 256, 64, 8, 3),
-        Config(256, 128, 64, 8, 3),
-    ],
-    "small": [
-        Config(16, 64, 64, 4, 3),
-        Config(16, 64, 128, 4, 3),
-        Config(16, 32, 128, 4, 3),
-        Config(16, 32, 256, 4, 2),
-        Config(16, 16, 256, 2, 2),
-        Config(16, 16, 512, 4, 2),
-        Config(16, 32, 512, 8, 2),
-    ],
+    "small": [Config(16, 64, 128, 4, 3), Config(16, 64, 64, 4, 4), Config(32, 64, 64, 4, 3)],
 }
-DENSE_CUTS = [
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 64, 4, 4),
-    Config(128, 256, 64, 8, 3),
-    Config(128, 256, 64, 8, 4),
-    Config(256, 128, 64, 8, 3),
-]
+DENSE_CUTS = [Config(128, 256, 64, 8, 3), Config(128, 256, 64, 8, 4), Config(128, 128, 64, 8, 3)]
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -131,38 +108,8 @@ def timed(f: Callable[[], Any]) -> tuple[float, float]:
     return statistics.median(times[1:]), extra
 
 
-def in_chunks(
-    x: torch.Tensor,
-    parts: list[Any],
-    at: torch.Tensor,
-    shape: tuple[int, int],
-    turned: bool,
-    n: int,
-) -> torch.Tensor:
-    """A `1/n` of the experts at a time, dequantized into one buffer."""
-    each = EXPERTS // n
-    absmax = nf4_absmax(parts)
-    out = x.new_empty(len(x), shape[1] if turned else shape[0])
-    buffer = x.new_empty(each, *shape)
-    for i in range(0, EXPERTS, each):
-        packed = parts[0][i : i + each].view(-1)
-        nf4.dequantize(
-            packed, absmax[i : i + each].view(-1), None, None, buffer.numel(), 64, out=buffer
-        )
-        grouped.matmul(x, buffer.mT if turned else buffer, at[i : i + each + 1], out=out)
-    return out
-
-
-def nf4_absmax(parts: list[Any]) -> torch.Tensor:
-    from purelm.kernels import codebook
-
-    values = codebook.dynamic_map(parts[1].device)[parts[1].int()]
-    scales = parts[2].repeat_interleave(256, 1)[:, : values.shape[1]]
-    return values * scales + parts[3][:, None]
-
-
 def peer(x: torch.Tensor, parts: list[Any], at: torch.Tensor, shape: Any, turned: bool) -> Any:
-    absmax = nf4_absmax(parts).view(-1)
+    absmax = grouped._block_absmax(*parts[1:]).view(-1)
     count = EXPERTS * shape[0] * shape[1]
     dense = nf4.dequantize(parts[0].view(-1), absmax, None, None, count, 64).view(EXPERTS, *shape)
     return torch._grouped_mm(x, dense if turned else dense.mT, offs=at[1:])
@@ -179,65 +126,59 @@ def variants(sizes: tuple[int, ...]) -> Iterator[tuple[dict[str, Any], Callable[
             at = routed(tokens)
             x = randn(tokens * ACTIVE, outputs if turned else width)
             what = {"tokens": tokens, "shape": f"{width}->{outputs}", "turned": turned}
-
-            def ours(x: Any = x, at: Any = at, turned: bool = turned) -> Any:
-                return grouped.matmul_nf4(x, *parts, at, shape, 64, turned=turned)
-
-            yield {**what, "how": "packed"}, ours
+            ours = partial(grouped.matmul_nf4, x, *parts, at, shape, 64, turned=turned)
+            yield {**what, "how": "ours"}, ours
             if not TINY:
-                yield (
-                    {**what, "how": "dequantize + torch._grouped_mm"},
-                    lambda x=x, at=at, turned=turned: peer(x, parts, at, shape, turned),
-                )
-            for n in (2,) if TINY else (4, 8, 16) if tokens >= 2048 else ():
-                yield (
-                    {**what, "how": f"dequantize in {n}"},
-                    lambda x=x, at=at, turned=turned, n=n: in_chunks(
-                        x, parts, at, shape, turned, n
-                    ),
-                )
+                other = partial(peer, x, parts, at, shape, turned)
+                yield {**what, "how": "dequantize + torch._grouped_mm"}, other
             if SWEEP:
-                kind = "small" if tokens <= 32 else "turned" if turned else "large"
-                for cut in NF4_CUTS[kind]:
-                    if turned or cut.depth <= width:
-                        yield (
-                            {**what, "how": f"packed {tuple(cut)}"},
-                            forced("nf4_config", cut, ours),
-                        )
-                dense = randn(EXPERTS, outputs, width)
-                w = dense if turned else dense.mT
-                for cut in DENSE_CUTS if tokens >= 2048 else ():
-                    yield (
-                        {**what, "how": f"16 bits {tuple(cut)}"},
-                        forced(
-                            "dense_config", cut, lambda w=w, x=x, at=at: grouped.matmul(x, w.mT, at)
-                        ),
-                    )
-                if not TINY and tokens >= 2048:
-                    yield (
-                        {**what, "how": "torch._grouped_mm alone"},
-                        lambda w=w, x=x, at=at: torch._grouped_mm(x, w, offs=at[1:]),
-                    )
+                yield from cuts(what, ours, x, at, shape)
     for tokens in (t for t in sizes if t >= 2048 or TINY):
         at = routed(tokens)
         for left, right in ((16, WIDE), (NARROW, 16)):
             dy, x = randn(tokens * ACTIVE, left), randn(tokens * ACTIVE, right)
             what = {"tokens": tokens, "shape": f"{left}x{right}", "turned": ""}
-            yield {**what, "how": "outer"}, lambda dy=dy, x=x, at=at: grouped.outer(dy, x, at)
+            yield {**what, "how": "outer"}, partial(grouped.outer, dy, x, at)
         for outputs, width in ((16, WIDE), (NARROW, 16)):
             x, w = randn(tokens * ACTIVE, width), randn(EXPERTS, outputs, width)
             what = {"tokens": tokens, "shape": f"{width}->{outputs}", "turned": False}
-            yield {**what, "how": "low rank"}, lambda w=w, x=x, at=at: grouped.matmul(x, w, at)
+            yield {**what, "how": "low rank"}, partial(grouped.matmul, x, w, at)
 
 
-def forced(name: str, cut: Config, f: Callable[[], Any]) -> Callable[[], Any]:
+def cuts(
+    what: dict[str, Any], ours: Callable[[], Any], x: Any, at: Any, shape: tuple[int, int]
+) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """The same product cut otherwise, in parts or not, and in 16 bits."""
+    tokens, turned = what["tokens"], what["turned"]
+    packed = swapped(grouped, "PACKED_ROWS", 1 << 30, ours)
+    for cut in NF4_CUTS["small" if tokens <= 32 else "large"]:
+        call = swapped(grouped_launch, "nf4_config", lambda *_, cut=cut: cut, packed)
+        yield {**what, "how": f"packed {tuple(cut)}"}, call
+    if tokens < 2048 and not TINY:
+        return
+    for parts in (2,) if TINY else (4, 6, 8):
+        some = swapped(grouped, "PARTS", parts, swapped(grouped, "PACKED_ROWS", 0, ours))
+        yield {**what, "how": f"in {parts} parts"}, some
+    dense = randn(EXPERTS, *shape)
+    for cut in DENSE_CUTS:
+        call = partial(grouped.matmul, x, dense.mT if turned else dense, at)
+        call = swapped(grouped_launch, "dense_config", lambda *_, cut=cut: cut, call)
+        yield {**what, "how": f"16 bits {tuple(cut)}"}, call
+    if not TINY:
+        call = partial(torch._grouped_mm, x, dense if turned else dense.mT, offs=at[1:])
+        yield {**what, "how": "torch._grouped_mm alone"}, call
+
+
+def swapped(module: Any, name: str, value: Any, f: Callable[[], Any]) -> Callable[[], Any]:
+    """`f` with another value in its module."""
+
     def call() -> Any:
-        before = getattr(grouped_launch, name)
-        setattr(grouped_launch, name, lambda *_: cut)
+        before = getattr(module, name)
+        setattr(module, name, value)
         try:
             return f()
         finally:
-            setattr(grouped_launch, name, before)
+            setattr(module, name, before)
 
     return call
 
@@ -265,6 +206,21 @@ def checks() -> None:
             used = {i for i, _ in grouped._slices(at)}
             assert not any(bool(made[i].any()) for i in range(EXPERTS) if i not in used)
         print(f"checked {tokens} tokens", flush=True)
+    in_parts_is_packed()
+
+
+def in_parts_is_packed() -> None:
+    """Dequantizing in parts gives what the packed product gives, but for the order of sums."""
+    tokens = 3 if TINY else 100
+    at = routed(tokens)
+    parts, shape = stack(NARROW, WIDE), (NARROW, WIDE)
+    for turned in (False, True):
+        x = randn(tokens * ACTIVE, NARROW if turned else WIDE)
+        low, b = randn(len(x), 16), randn(EXPERTS, WIDE if turned else NARROW, 16)
+        ours = partial(grouped.matmul_nf4, x, *parts, at, shape, 64, "nf4", low, b, turned=turned)
+        w = in_bf16(parts, shape)
+        near(swapped(grouped, "PACKED_ROWS", 0, ours)(), x, w.mT if turned else w, at, low, b)
+    print("checked in parts", flush=True)
 
 
 def in_bf16(parts: list[Any], shape: tuple[int, int]) -> torch.Tensor:
