@@ -133,7 +133,7 @@ def _in_parts(
         maxima = _block_absmax(absmax[own], *double).view(-1)
         count = weight.numel()
         nf4.dequantize(
-            packed[own].view(-1), absmax, None, None, count, block, out=weight, kind=kind
+            packed[own].view(-1), maxima, None, None, count, block, out=weight, kind=kind
         )
         weight = weight.mT if turned else weight
         matmul(x, weight, offsets[i : own.stop + 1], low, None if b is None else b[own], out)
