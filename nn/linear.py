@@ -13,7 +13,8 @@ from torch.utils import _pytree
 
 from ..kernels.launch import apply
 from ..quant.fake import Fake
-from ..quant.linear import PACKED_ROWS, weight_of
+from ..quant.fp8_product import computes, pulled
+from ..quant.linear import PACKED_ROWS, linears, weight_of
 from ..quant.linear import linear as base_linear
 from ..quant.nf4 import NF4
 from . import dora, qat
@@ -127,6 +128,14 @@ def products(
     x2 = x.reshape(-1, x.shape[-1])
     lows = list(_low_ranks(x2, adapters, seed) if lows is None else lows)
     remaining, outputs = iter(lows), []
+    if any(computes(p["weight"]) for p in projections):
+        biases = [p.get("bias") for p in projections]
+        ys = linears(x2, [p["weight"] for p in projections], biases)
+        for y, adapter in zip(ys, adapters, strict=True):
+            if adapter is not None:
+                y.addmm_(next(remaining), _scaled(adapter, x2.dtype).mT)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        return outputs, lows
     for p, adapter in zip(projections, adapters, strict=True):
         low = None if adapter is None else next(remaining)
         y = _product(x2, p, adapter, low)
@@ -230,15 +239,22 @@ def pull_input(
     dlows = [flat[i] @ _scaled(adapter, dtype) for i, adapter in adapted]
     if not need_x:
         return None, dlows
-    # As in `products` the thin products come first, and the large ones add to them.
+    # As in `products` the thin products come first, and the large ones add to them; those in fp8
+    # cannot add.
+    eight = [i for i, p in enumerate(projections) if computes(p["weight"])]
     dx: torch.Tensor | None = None
+    if eight:
+        dx = pulled([flat[i] for i in eight], [projections[i]["weight"] for i in eight])
     if _drops(adapters, seed):
         for (i, adapter), dlow in zip(adapted, dlows, strict=True):
             part = _drop(dlow @ adapter.a.to(dtype), adapter, seed, i)
             dx = part if dx is None else dx + part
     elif adapted:
-        dx = _side_by_side(dlows) @ _stacked_a(adapters, dtype)
-    for p, dy in zip(projections, flat, strict=True):
+        thin = _side_by_side(dlows), _stacked_a(adapters, dtype)
+        dx = thin[0] @ thin[1] if dx is None else _plus(dx, *thin)
+    for i, (p, dy) in enumerate(zip(projections, flat, strict=True)):
+        if i in eight:
+            continue
         weight = weight_of(p["weight"], dtype)
         dx = dy @ weight if dx is None else _plus(dx, dy, weight)
         del weight

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import KernelError
 from ..kernels import nf4 as kernel
+from ..kernels.fp8 import Scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,8 @@ class NF4:
     packed uint8 [ceil(n/2)], first code in the high nibble; absmax fp32 [ceil(n/block)], or under
     double quantization uint8 of that length with absmax_scale fp32 [ceil(blocks/256)] and
     absmax_offset fp32 []. `dtype` is what it dequantizes to by default. `kind` names the
-    sixteen values: "nf4" or "fp4". A torch pytree node whose leaves are its tensors.
+    sixteen values: "nf4" or "fp4". `product`: where its products are computed in fp8, the scales
+    for that (quant/fp8_product.py). A torch pytree node whose leaves are its tensors.
     """
 
     packed: Tensor
@@ -34,6 +36,7 @@ class NF4:
     dtype: torch.dtype
     block: int
     kind: str = "nf4"
+    product: Scales | None = None
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +54,7 @@ class NF4:
     def tensors(self) -> tuple[Tensor, ...]:
         """Its tensors, absent ones left out."""
         parts = (self.packed, self.absmax, self.absmax_scale, self.absmax_offset)
-        return tuple(part for part in parts if part is not None)
+        return tuple(part for part in (*parts, *(self.product or ())) if part is not None)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> NF4:
         """The same weight on another device; no dtype of its parts ever changes."""
@@ -60,8 +63,8 @@ class NF4:
         )
 
 
-def _static(leaf: NF4) -> tuple[torch.Size, torch.dtype, int, str]:
-    return leaf.shape, leaf.dtype, leaf.block, leaf.kind
+def _static(leaf: NF4) -> tuple[bool, torch.Size, torch.dtype, int, str]:
+    return leaf.absmax_scale is not None, leaf.shape, leaf.dtype, leaf.block, leaf.kind
 
 
 def _split(leaf: NF4) -> tuple[list[Any], Any]:
@@ -69,9 +72,11 @@ def _split(leaf: NF4) -> tuple[list[Any], Any]:
 
 
 def _join(parts: Any, static: Any) -> NF4:
-    packed, absmax, *double = parts
-    scale, offset = double or (None, None)
-    return NF4(packed, absmax, scale, offset, *static)
+    packed, absmax, *rest = parts
+    double, shape, dtype, block, kind = static
+    scale, offset, *rest = rest if double else (None, None, *rest)
+    product = Scales(*rest) if rest else None
+    return NF4(packed, absmax, scale, offset, shape, dtype, block, kind, product)
 
 
 pytree.register_pytree_node(NF4, _split, _join, serialized_type_name="purelm.NF4")

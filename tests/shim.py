@@ -1,9 +1,9 @@
 """Makes Triton's interpreter trustworthy: import this before anything imports triton.
 
-The bare interpreter computes bf16 on bit patterns, truncates casts to bf16, ignores tf32, accepts
-out-of-bounds access, int32 overflow and races, reads masked lanes as 0 and skips device_assert.
-Here bf16 and tf32 are right, and the rest raises. It imports triton at the first launch only, so
-that importing it costs nothing where no kernel runs.
+The bare interpreter computes bf16 on bit patterns, truncates casts to bf16, rounds casts to e4m3
+wrongly, ignores tf32, accepts out-of-bounds access, int32 overflow and races, reads masked lanes as
+0 and skips device_assert. Here bf16, e4m3 and tf32 are right, and the rest raises. It imports
+triton at the first launch only, so that importing it costs nothing where no kernel runs.
 
 `checking(race=..., reverse=...)` sets, for the launches inside, whether stores of two programs to
 one address raise, and whether the programs run in reverse order.
@@ -72,6 +72,12 @@ def to_tf32(values: np.ndarray) -> np.ndarray:
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def to_e4m3(values: np.ndarray) -> np.ndarray:
+    """float32 as e4m3 bits, rounded to nearest even, the largest number for what is too large."""
+    wide = torch.from_numpy(np.ascontiguousarray(values)).clamp(-448.0, 448.0)
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def install() -> None:
     """Patch the interpreter; once, before the first launch. Raises if triton was imported too
     early.
@@ -120,6 +126,8 @@ def _patch_numbers(interpreter: Any, tl: Any) -> None:
             return cast_impl(self, src, dst)
         if source == tl.bfloat16 and target in (tl.float32, tl.float64):
             return cast_impl(self, src, dst)
+        if target == tl.float8e4nv and nearest:
+            return handle(to_e4m3(values(src).astype(np.float32)), target)
         return fp0(self, src, dst, mode)
 
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:

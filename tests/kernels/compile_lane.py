@@ -22,6 +22,7 @@ import torch
 from purelm.kernels import (
     cross_entropy,
     decode_attention,
+    fp8_launch,
     gated,
     grouped_launch,
     nf4,
@@ -33,13 +34,14 @@ from purelm.kernels import (
 )
 from purelm.kernels.launch import Kernel, power_of_two
 
-F32, F16, BF16, U8, I32, I64 = (
+F32, F16, BF16, U8, I32, I64, E4M3 = (
     torch.float32,
     torch.float16,
     torch.bfloat16,
     torch.uint8,
     torch.int32,
     torch.int64,
+    torch.float8_e4m3fn,
 )
 
 
@@ -190,6 +192,45 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
             )
 
 
+def fp8_cases(every: bool) -> Iterator[Case]:
+    """For GPUs that have e4m3: compute capability 8.9 and above."""
+    widths: tuple[tuple[int, ...], ...] = ((576,), (4096,), (14336,), (28672,), (4096, 1024, 1024))
+    for parts, dtype in itertools.product(widths, (F32, F16, BF16) if every else (BF16,)):
+        chunk, warps = fp8_launch.cast_config(parts)
+        none = 3 - len(parts)
+        strides = parts + (0,) * none
+        yield Case(
+            f"fp8_cast_rows {'+'.join(map(str, parts))} {dtype}",
+            fp8_launch._cast_kernel,
+            (dtype,) * len(parts) + (None,) * none + (E4M3, F32, *strides, *strides, sum(parts)),
+            {
+                "WHOLE": len(parts) == 1 and parts[0] <= chunk,
+                "CHUNK": chunk,
+                "num_warps": warps,
+            },
+        )
+    for block, width, double, transposed in itertools.product(
+        (32, 64, 4096) if every else (64,), (4096, 592), (False, True), (False, True)
+    ):
+        unit = fp8_launch.unit_for(width, block)
+        config = fp8_launch.config_for(unit, transposed)
+        absmax = (U8, F32, F32) if double else (F32, None, None)
+        yield Case(
+            f"fp8_nf4_rows {width} {block=} {double=} {transposed=}",
+            fp8_launch._nf4_kernel,
+            (U8, *absmax, F32, F32, F32, E4M3, 4096, width, 4096 if transposed else width),
+            {
+                "BLOCK": block,
+                "UNIT": unit,
+                "ROWS": config.rows,
+                "RUNS": config.runs,
+                "DOUBLE": double,
+                "TRANSPOSED": transposed,
+                "num_warps": config.num_warps,
+            },
+        )
+
+
 def rms_norm_cases(every: bool) -> Iterator[Case]:
     widths = (64, 128, 576, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
     for width in widths if every else (128, 576, 2048, 4096, 8192):
@@ -300,6 +341,8 @@ def other_cases(every: bool) -> Iterator[Case]:
 
 def cases(every: bool, arch: int) -> Iterator[Case]:
     """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
+    if arch >= 89:
+        yield from fp8_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
     yield from grouped_cases(every, arch)
@@ -347,6 +390,8 @@ def main(arch: int, every: bool) -> None:
             nf4_launch._quantize_kernel,
             nf4_launch._quantize_absmax_kernel,
             nf4_launch._dequantize_kernel,
+            fp8_launch._cast_kernel,
+            fp8_launch._nf4_kernel,
             rope._rope_kernel,
         )
         made = case.kernel.jitted.warmup(

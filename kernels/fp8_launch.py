@@ -1,0 +1,258 @@
+"""The Triton launches behind fp8.py, which has their references and defines the arithmetic."""
+
+# Kernels are written in Triton's language: they have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import codebook
+from .launch import ceil_div, jit, operator, power_of_two
+from .launch import language as tl
+
+LARGEST = 448.0  # of e4m3
+TINY = 1e-30  # what a row's largest magnitude counts as, if it is less
+GROUP = 256  # absmax values that share one scale under double quantization
+WHOLE = 16384  # widest row that a program holds in registers
+CHUNK = 4096  # of a wider one, or of several side by side, it takes so much at a time
+
+
+class Config(NamedTuple):
+    """The tile of a dequantizing program: rows of the weight, runs of columns, warps."""
+
+    rows: int
+    runs: int
+    num_warps: int
+
+
+def unit_for(width: int, block: int) -> int:
+    """Weights of a row that are sure to share their absmax, at most 64; width a multiple of 16."""
+    unit = min(block, 64)
+    while width % unit:
+        unit //= 2
+    return unit
+
+
+def config_for(unit: int, transposed: bool) -> Config:
+    """64 rows x 64 columns where both directions matter, else long runs of a few rows."""
+    return Config(64, 64 // unit, 4) if transposed else Config(8, 512 // unit, 4)
+
+
+def cast_config(widths: Sequence[int]) -> tuple[int, int]:
+    """(columns at a time, warps) of a program that casts one row."""
+    block = power_of_two(widths[0])
+    if len(widths) > 1 or block > WHOLE:
+        return CHUNK, 8
+    return block, min(16, max(1, block // 1024))
+
+
+@jit
+def _most(p_row, width, b_most, CHUNK: tl.constexpr):
+    """The running maximum of magnitudes' bits, over a row: so NaN is the largest of all."""
+    for start in range(0, width, CHUNK):
+        o = start + tl.arange(0, CHUNK)
+        b_x = tl.load(p_row + o, mask=o < width, other=0.0).to(tl.float32)
+        b_most = tl.maximum(b_most, tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0))
+    return b_most
+
+
+@jit
+def _put(p_row, p_out, width, b_inverse, CHUNK: tl.constexpr):
+    for start in range(0, width, CHUNK):
+        o = start + tl.arange(0, CHUNK)
+        b_x = tl.load(p_row + o, mask=o < width, other=0.0).to(tl.float32)
+        tl.store(p_out + o, (b_x * b_inverse).to(p_out.dtype.element_ty), mask=o < width)
+
+
+@jit
+def _scale(b_bits):
+    """The scale of a row whose largest magnitude has these bits, and its reciprocal."""
+    # Tensors, as a literal below the normal numbers would be taken for float64.
+    b_tiny = tl.full([1], TINY, dtype=tl.float32)
+    b_most = tl.full([1], 0, dtype=tl.int32) | b_bits
+    b_most = b_most.to(tl.float32, bitcast=True)
+    b_most = tl.where(b_most < b_tiny, b_tiny, b_most)
+    b_scale = tl.div_rn(b_most, tl.full([1], LARGEST, dtype=tl.float32))
+    return b_scale, tl.div_rn(tl.full([1], 1.0, dtype=tl.float32), b_scale)
+
+
+@jit
+def _cast_kernel(
+    p_x,
+    p_y,
+    p_z,
+    p_out,
+    p_scale,
+    width_x,
+    width_y,
+    width_z,
+    stride_x,
+    stride_y,
+    stride_z,
+    stride_out,
+    WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    p_out += i_row * stride_out
+    p_x += i_row * stride_x
+    if WHOLE:
+        o = tl.arange(0, CHUNK)
+        b_x = tl.load(p_x + o, mask=o < width_x, other=0.0).to(tl.float32)
+        b_most = tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+        b_scale, b_inverse = _scale(b_most)
+        tl.store(p_out + o, (b_x * b_inverse).to(p_out.dtype.element_ty), mask=o < width_x)
+    else:
+        b_most = _most(p_x, width_x, tl.full([1], 0, dtype=tl.int32), CHUNK)
+        if p_y is not None:
+            p_y += i_row * stride_y
+            b_most = _most(p_y, width_y, b_most, CHUNK)
+        if p_z is not None:
+            p_z += i_row * stride_z
+            b_most = _most(p_z, width_z, b_most, CHUNK)
+        b_scale, b_inverse = _scale(b_most)
+        _put(p_x, p_out, width_x, b_inverse, CHUNK)
+        if p_y is not None:
+            _put(p_y, p_out + width_x, width_y, b_inverse, CHUNK)
+        if p_z is not None:
+            _put(p_z, p_out + width_x + width_y, width_z, b_inverse, CHUNK)
+    tl.store(p_scale + i_row + tl.arange(0, 1), b_scale)
+
+
+@jit
+def _nf4_kernel(
+    p_packed,
+    p_absmax,
+    p_absmax_scale,
+    p_offset,
+    p_levels,
+    p_map,
+    p_scale,
+    p_out,
+    rows,
+    width,
+    stride_out,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    # A tile is ROWS rows of RUNS runs of UNIT weights, each run within one block.
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
+    mask = (o_row < rows)[:, None] & (o_run * UNIT < width)[None, :]
+    o_first = o_row[:, None] * width + o_run[None, :] * UNIT
+    o_block = o_first // BLOCK
+    if DOUBLE:
+        b_code = tl.load(p_absmax + o_block, mask=mask, other=0).to(tl.int32)
+        b_group = tl.load(p_absmax_scale + o_block // GROUP, mask=mask, other=0.0)
+        b_absmax = tl.load(p_map + b_code) * b_group + tl.load(p_offset)
+    else:
+        b_absmax = tl.load(p_absmax + o_block, mask=mask, other=0.0)
+    o_byte = (o_first // 2)[:, :, None] + tl.arange(0, UNIT // 2)[None, None, :]
+    b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
+    b_first = tl.load(p_levels + (b_packed >> 4)) * b_absmax[:, :, None]
+    b_second = tl.load(p_levels + (b_packed & 15)) * b_absmax[:, :, None]
+    b_w = tl.reshape(tl.join(b_first, b_second), (ROWS, RUNS * UNIT))
+    o_col = tl.program_id(1) * RUNS * UNIT + tl.arange(0, RUNS * UNIT)
+    m_row, m_col = o_row < rows, o_col < width
+    if TRANSPOSED:
+        b_scale = tl.load(p_scale + o_col, mask=m_col, other=1.0)
+        b_one = tl.full([RUNS * UNIT], 1.0, dtype=tl.float32)
+        b_codes = (b_w * tl.div_rn(b_one, b_scale)[None, :]).to(p_out.dtype.element_ty)
+        o = o_col[:, None].to(tl.int64) * stride_out + o_row[None, :]
+        tl.store(p_out + o, tl.trans(b_codes), mask=m_col[:, None] & m_row[None, :])
+    else:
+        b_scale = tl.load(p_scale + o_row, mask=m_row, other=1.0)
+        b_one = tl.full([ROWS], 1.0, dtype=tl.float32)
+        b_codes = (b_w * tl.div_rn(b_one, b_scale)[:, None]).to(p_out.dtype.element_ty)
+        o = o_row[:, None] * stride_out + o_col[None, :]
+        tl.store(p_out + o, b_codes, mask=m_row[:, None] & m_col[None, :])
+
+
+def _new_rows(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    width = x.shape[1] + sum(t.shape[1] for t in others if t is not None)
+    codes = x.new_empty((x.shape[0], width), dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@operator(
+    "fp8_cast_rows(Tensor x, Tensor? y, Tensor? z) -> (Tensor, Tensor)",
+    fake=_new_rows,
+)
+def _launch_cast(x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes, scale = _new_rows(x, y, z)
+    parts = [p for p in (x, y, z) if p is not None]
+    given = [p if p.stride(1) == 1 else p.contiguous() for p in parts]
+    widths = [p.shape[1] for p in given]
+    chunk, warps = cast_config(widths)
+    none = 3 - len(given)
+    _cast_kernel(
+        (x.shape[0],),
+        *given,
+        *(None,) * none,
+        codes,
+        scale,
+        *widths,
+        *(0,) * none,
+        *(p.stride(0) for p in given),
+        *(0,) * none,
+        codes.stride(0),
+        WHOLE=len(given) == 1 and widths[0] <= chunk,
+        CHUNK=chunk,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+    return codes, scale
+
+
+@operator(
+    "fp8_nf4_rows(Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset,"
+    ' Tensor scale, Tensor(a!) out, int block, bool transposed, str kind="nf4") -> ()',
+    fake=lambda *_: None,
+    mutates=("out",),
+)
+def _launch_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    scale: Tensor,
+    out: Tensor,
+    block: int,
+    transposed: bool,
+    kind: str = "nf4",
+) -> None:
+    rows, width = out.shape[::-1] if transposed else out.shape
+    levels, _, dynamic, *_ = codebook.device_tables(packed.device, kind)
+    unit = unit_for(width, block)
+    config = config_for(unit, transposed)
+    _nf4_kernel(
+        (ceil_div(rows, config.rows), ceil_div(width, config.runs * unit)),
+        packed,
+        absmax,
+        absmax_scale,
+        absmax_offset,
+        levels,
+        dynamic,
+        scale,
+        out,
+        rows,
+        width,
+        out.stride(0),
+        BLOCK=block,
+        UNIT=unit,
+        ROWS=config.rows,
+        RUNS=config.runs,
+        DOUBLE=absmax_scale is not None,
+        TRANSPOSED=transposed,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
