@@ -9,7 +9,8 @@ import torch
 from ..errors import ArgumentError
 from ..nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
 from ..quant import fake
-from .load import Quantize, default_device
+from .load import default_device
+from .precision import Quantize
 
 Auto = Literal["auto"]
 
@@ -52,7 +53,10 @@ def choose_quantize(
     load_in_fp8: bool | str,
     full_finetuning: bool,
 ) -> Quantize:
-    """ "nf4", "int8" or None (16 bits); raises ArgumentError for two precisions asked for."""
+    """ "nf4", "int8", "fp8", "fp8_block" or None (16 bits).
+
+    Raises ArgumentError for two precisions asked for.
+    """
     check_flags(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
@@ -68,15 +72,22 @@ def choose_quantize(
     named = [name for name, value in asked.items() if value]
     if len(named) > 1:
         raise ArgumentError(f"{' and '.join(named)} are both asked for; ask for one precision")
-    not_yet(load_in_fp8=(load_in_fp8, False))
-    if full_finetuning and named in (["load_in_4bit"], ["load_in_8bit"]):
+    if load_in_fp8 not in (True, False, "row", "block"):
+        raise ArgumentError(
+            f"load_in_fp8 is {load_in_fp8!r}, expected False, True (a scale a row) or 'block'"
+        )
+    if full_finetuning and named and named != ["load_in_16bit"]:
         raise ArgumentError(
             "full_finetuning trains every weight, and quantized weights are frozen; "
             f"leave {named[0]} out"
         )
-    if named == ["load_in_16bit"] or full_finetuning or not load_in_4bit:
+    if load_in_fp8:
+        return "fp8_block" if load_in_fp8 == "block" else "fp8"
+    if load_in_8bit:
+        return "int8"
+    if load_in_16bit or full_finetuning or not load_in_4bit:
         return None
-    return "int8" if load_in_8bit else "nf4"
+    return "nf4"
 
 
 def not_yet(**given: tuple[Any, Any]) -> None:

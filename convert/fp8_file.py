@@ -1,4 +1,4 @@
-"""Weights stored as fp8 (e4m3) with scales, as Qwen3-FP8 and DeepSeek are, read by dequantizing.
+"""Weights stored as fp8 (e4m3) with scales, as Qwen3-FP8 and DeepSeek are, dequantized or kept.
 
 A weight `w` [out, in] has beside it `w_scale_inv` (one scale for each 128x128 block, transformers'
 `FineGrainedFP8Config`) or `w_scale` (one for each row, or one alone, compressed-tensors'
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from ..quant.fp8 import Fp8
 from .safetensors_file import TensorInfo
 
 BLOCK = 128
@@ -89,6 +90,25 @@ def entries(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         return dict(tensors)
     unused = {name for name in tensors if name.endswith(_INPUTS)}
     return {n: made.get(n, info) for n, info in tensors.items() if n not in taken | unused}
+
+
+def leaf(info: FP8Tensor, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Fp8:
+    """The stored codes [out, in] and scales as they are; one scale alone becomes that of each row.
+
+    `dtype` is what it dequantizes to. Raises CheckpointError for a code that is NaN or a scale that
+    is not finite.
+    """
+    rows, scale = codes.shape[0], scale.float()
+    blocks = info.scale.name.endswith("_inv")
+    scale = scale if blocks else scale.reshape(-1).expand(rows).contiguous()
+    finite = scale.isfinite().all() and not codes.to(torch.bfloat16).isnan().any()
+    if not bool(finite):
+        raise CheckpointError(
+            "codes or scales of an fp8 weight are NaN or infinite; repair the checkpoint",
+            tensor=info.name,
+            file=info.file,
+        )
+    return Fp8(codes, scale, dtype)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

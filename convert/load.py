@@ -1,10 +1,10 @@
 """A checkpoint's tensors into a tree of params: read one at a time, placed, quantized, checked."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,7 +13,9 @@ from ..errors import ArgumentError, CheckpointError, ConfigError
 from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
-from ..quant import int8, nf4
+from ..quant import nf4
+from ..quant.fp8 import Fp8
+from ..quant.fp8_product import computing
 from . import fp8_file
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
@@ -22,17 +24,16 @@ from .gguf_file import find, open_gguf
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
 from .hub import resolve
+from .precision import FP8, QUANTIZERS, Compute, Quantize, check_compute, in_products
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 from .text_half import text_half
 
-Quantize = Literal["nf4", "int8"] | None
 Stored = Entry | Turned | Part
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-_QUANTIZERS: dict[str, Callable[..., Any]] = {"nf4": nf4.quantize, "int8": int8.quantize}
 _LOADABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -55,6 +56,7 @@ def load(
     name: str | Path,
     *,
     quantize: Quantize = None,
+    compute: Compute = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     quant_skip: Sequence[str] = (),
@@ -69,8 +71,11 @@ def load(
     """(spec, params) of a local folder, a GGUF file, or a hub repository.
 
     quantize: "nf4" stores every projection of the layers in 4 bits, "int8" in 8 bits a row
-    (LLM.int8); of a checkpoint that bitsandbytes stored in 4 bits "nf4" keeps those that are, as
-    they are, and None dequantizes them. Weights in fp8 are dequantized first. dtype: of the other
+    (LLM.int8), "fp8" in e4m3 with a scale a row, "fp8_block" with one a block of 128 x 128; of a
+    checkpoint that bitsandbytes stored in 4 bits "nf4" keeps those that are, as they are, and None
+    dequantizes them; of one in fp8 "fp8" and "fp8_block" keep what is stored, and for others it is
+    dequantized first. compute: "fp8" for products of 4-bit and fp8 weights in fp8
+    (quant/fp8_product.py). dtype: of the other
     tensors and of what quantized weights dequantize to (default: as stored; bfloat16 where that
     differs by tensor, and for fp8). device: default the
     first GPU if there is one, else the CPU. quant_skip: texts; a projection whose checkpoint name
@@ -90,6 +95,7 @@ def load(
     loaded = load_folder(
         source.folder,
         quantize=quantize,
+        compute=compute,
         dtype=dtype,
         device=default_device() if device is None else torch.device(device),
         quant_skip=quant_skip,
@@ -108,6 +114,7 @@ def load_folder(
     folder: Path,
     *,
     quantize: Quantize,
+    compute: Compute = None,
     dtype: torch.dtype | None,
     device: torch.device,
     quant_skip: Sequence[str] = (),
@@ -119,8 +126,10 @@ def load_folder(
 
     text_only: the text half of a vision-language model, which `Loaded.half` then tells of.
     """
-    if quantize not in (None, *_QUANTIZERS):
-        raise ArgumentError(f"quantize is {quantize!r}, expected 'nf4', 'int8' or None")
+    if quantize not in (None, *QUANTIZERS):
+        kinds = ", ".join(map(repr, QUANTIZERS))
+        raise ArgumentError(f"quantize is {quantize!r}, expected {kinds} or None")
+    check_compute(compute, quantize, device)
     if dtype is not None and dtype not in _LOADABLE:
         raise ArgumentError(f"dtype is {dtype}, expected one of {_LOADABLE}")
     if isinstance(quant_skip, str) or not all(isinstance(t, str) and t for t in quant_skip):
@@ -139,10 +148,10 @@ def load_folder(
     prequantized = config.quantization_config is not None
     if prequantized:
         check_config(config.quantization_config, path)
-        if quantize == "int8":
+        if quantize not in (None, "nf4"):
             raise ConfigError(
                 "the checkpoint is stored in 4 bits, of which 8 bits cannot make more; load it "
-                "with load_in_4bit=True, or the 16-bit original with load_in_8bit=True",
+                "with load_in_4bit=True, or the 16-bit original in 8",
                 file=path,
             )
     family = family_of(config.fields, path)
@@ -174,8 +183,9 @@ def load_folder(
         dtype = _common_dtype(chosen, spec)
     if prequantized and quantize is None:
         config.fields.pop("quantization_config")
-    params = _read_all(chosen, spec, quantize, dtype, device, quant_skip, progress)
+    params = _read_all(chosen, spec, quantize, compute, dtype, device, quant_skip, progress)
     stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
+    kept = any(isinstance(leaf, Fp8) for leaf in tree.leaves(params))
     return Loaded(
         spec,
         params,
@@ -184,7 +194,7 @@ def load_folder(
         checkpoint,
         stored,
         left_out,
-        "fp8" if stored_fp8 else None,
+        "fp8" if stored_fp8 and not kept else None,
         left_behind,
     )
 
@@ -304,6 +314,7 @@ def _read_all(
     chosen: Mapping[str, Stored],
     spec: ModelSpec,
     quantize: Quantize,
+    compute: Compute,
     dtype: torch.dtype,
     device: torch.device,
     quant_skip: Sequence[str],
@@ -312,7 +323,7 @@ def _read_all(
     want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
     # What a 4-bit checkpoint keeps in 16 bits stays so.
     stored_packed = any(isinstance(info, Packed) for info in chosen.values())
-    make = None if quantize is None or stored_packed else _QUANTIZERS[quantize]
+    make = None if quantize is None or stored_packed else QUANTIZERS[quantize]
     leaves: dict[str, Any] = {}
     total = sum(info.nbytes for info in chosen.values())
     shown = None if progress else True  # None: where there is a terminal
@@ -329,10 +340,15 @@ def _read_all(
                 leaf = read_leaf(info, dtype, stager.read)
                 # What computes with 16 bits only, the head for one, loses nothing by that.
                 leaves[path] = leaf if quantize is not None and may else nf4.dequantize(leaf)
+            elif may and quantize in FP8 and isinstance(info, fp8_file.FP8Tensor):
+                codes, scale = stager.read(info.codes), stager.read(info.scale)
+                leaves[path] = fp8_file.leaf(info, codes, scale, dtype)
             else:
                 stored = read_stored(info)
                 dense = _finite(stored.to(torch.float32 if want[path].wide else dtype), info)
                 leaves[path] = make(dense, name=info.name) if make is not None and may else dense
+            if compute == "fp8" and in_products(path, spec):
+                leaves[path] = computing(leaves[path])
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.
     return tree.from_items({path: leaves[path] for path in want})

@@ -29,6 +29,7 @@ from .gguf_tokenizer import read_tokenizer
 from .hub import Source, resolve
 from .load import Loaded, load_folder, read_config
 from .lora_config import DEFAULT_TARGETS
+from .precision import Compute, check_compute
 from .registry import family_of
 from .resize import resized, with_pad_token
 from .tokenizer import Tokenizer
@@ -73,7 +74,7 @@ class FastLanguageModel:
         local_files_only: bool = False,
         cache_dir: str | Path | None = None,
         subfolder: str | None = None,
-        compute: str | None = None,
+        compute: Compute = None,
         memory_budget: int | None = None,
     ) -> tuple[CausalLM, Tokenizer]:
         """(model, tokenizer) of a local folder, GGUF file or hub repository, or an adapter of one.
@@ -81,7 +82,12 @@ class FastLanguageModel:
         model_name is loaded exactly as given, with or without `use_exact_model_name`. The
         projections of the layers are stored in 4-bit NF4 unless another precision is asked for:
         `load_in_8bit=True` (LLM.int8: 8 bits a row, products in 8 bits a token but for outlier
-        columns), `load_in_16bit=True` or `load_in_4bit=False` (16 bits). dtype: what is computed in
+        columns), `load_in_fp8=True` (e4m3 with a scale a row; "block": one a block of 128 x 128;
+        what a checkpoint stores in fp8 is kept as it is), `load_in_16bit=True` or
+        `load_in_4bit=False` (16 bits). compute: "fp8" computes the products of those 4-bit or fp8
+        weights in fp8, forward and backward (both operands rounded to e4m3 with a scale a row),
+        on a GPU that has it (compute capability 8.9) in bfloat16; head, adapters and attention
+        stay in `dtype`. dtype: what is computed in
         (default bfloat16 where the device has it). max_seq_length: the length you mean to train
         at; nothing is ever cut, and rows longer than the model's own context need a
         `rope_scaling`. quant_skip: texts; a projection whose checkpoint name contains one keeps
@@ -136,7 +142,6 @@ class FastLanguageModel:
             disable_log_stats=(disable_log_stats, True),
             unsloth_tiled_mlp=(unsloth_tiled_mlp, False),
             prefer_prequantized=(prefer_prequantized, False),
-            compute=(compute, None),
         )
         check_scheme(qat_scheme)
         if qat_scheme is not None and not full_finetuning:
@@ -151,6 +156,7 @@ class FastLanguageModel:
         residuals = choose_residuals(use_gradient_checkpointing)
         check_budget(memory_budget, residuals)
         device = choose_device(device_map)
+        check_compute(compute, quantize, device)
         hub: dict[str, Any] = {
             "token": token,
             "cache_dir": cache_dir,
@@ -175,6 +181,7 @@ class FastLanguageModel:
         loaded = load_folder(
             base.folder,
             quantize=quantize,
+            compute=compute,
             dtype=choose_dtype(dtype, device),
             device=device,
             quant_skip=quant_skip,

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels.fp8 import MULTIPLE, takes
 from ..nn import tree
 from ..nn.decoder import uncovered
 from ..nn.residuals import Policy
+from ..quant.fp8 import Fp8
+from ..quant.fp8_product import computes
 from ..quant.int8 import Int8
 from ..quant.nf4 import NF4
 
@@ -31,7 +34,9 @@ def describe(model: "CausalLM") -> str:
     return "\n".join([*lines, _backward(model), *origin.notes])
 
 
-def _stored(leaf: NF4 | Int8) -> str:
+def _stored(leaf: NF4 | Int8 | Fp8) -> str:
+    if isinstance(leaf, Fp8):
+        return f"in fp8 (e4m3, a scale {'a block of 128 x 128' if leaf.blocks else 'a row'})"
     if isinstance(leaf, Int8):
         apart = f", inputs from {leaf.threshold:g} on apart" if leaf.threshold else ""
         return f"in int8 (a scale a row{apart})"
@@ -43,17 +48,25 @@ def explain(model: "CausalLM") -> str:
     """One line per projection: its format, its adapter, and how its product is computed."""
     kernel = "Triton" if model.device.type == "cuda" else "torch"
     lines = []
+    eight = any(map(computes, tree.leaves(model.params)))
     for path, leaf in tree.items(model.params):
         module, _, name = path.rpartition(".")
         if name != "weight" or getattr(leaf, "ndim", 0) != 2 or module.endswith("_norm"):
             continue
         adapter = tree.get(model.adapters, *_keys(module))
-        if isinstance(leaf, NF4):
+        if computes(leaf):
+            kind = "NF4" if isinstance(leaf, NF4) else "fp8"
+            how = f"{kind}, product of fp8 rows (e4m3), backward too"
+        elif isinstance(leaf, Fp8):
+            how = "fp8, dequantized per use (torch) for a dense product"
+        elif isinstance(leaf, NF4):
             how = f"NF4, dequantized per use ({kernel}) for a dense product"
         elif isinstance(leaf, Int8):
             how = "int8, product of 8-bit codes (torch), dequantized in backward"
         else:
             how = f"{str(leaf.dtype).removeprefix('torch.')}, {_use(model, module)}"
+        if eight and isinstance(leaf, NF4 | Fp8) and not takes(leaf.shape):
+            how += f" (a side is no multiple of {MULTIPLE}, as fp8 products need)"
         if model.qat_scheme and module not in ("embed", "head"):
             how += f", rounded as {model.qat_scheme} with its adapter"
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:

@@ -37,13 +37,6 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-class Scales(NamedTuple):
-    """The fp32 scales of a weight [n, k]: of its rows [n], and of its transpose's, [k]."""
-
-    rows: Tensor
-    columns: Tensor
-
-
 def takes(shape: Sequence[int]) -> bool:
     """Whether a weight of this shape [out, in] can be in such a product."""
     return len(shape) == 2 and all(n > 0 and n % MULTIPLE == 0 for n in shape)
@@ -64,10 +57,10 @@ def scale_of(amax: Tensor) -> Tensor:
     return amax.float().clamp(min=TINY) / LARGEST
 
 
-def scales_of(w: Tensor) -> Scales:
-    """Those of the dense weight w [n, k]."""
+def scales_of(w: Tensor) -> tuple[Tensor, Tensor]:
+    """The fp32 scales of the dense weight w [n, k]: of its rows [n], and of its transpose's [k]."""
     size = w.abs()
-    return Scales(scale_of(size.amax(1)), scale_of(size.amax(0)))
+    return scale_of(size.amax(1)), scale_of(size.amax(0))
 
 
 def cast_rows(x: Tensor | Sequence[Tensor]) -> Rows:

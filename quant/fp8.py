@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import KernelError
-from ..kernels.fp8 import E4M3, FLOATS, Scales, scale_of
+from ..kernels.fp8 import E4M3, FLOATS, scale_of
 
 BLOCK = 128
 
@@ -25,15 +25,16 @@ class Fp8:
     """A weight [out, in]: codes e4m3 of that shape; scale fp32 [out], or of its blocks,
     [ceil(out/128), ceil(in/128)].
 
-    `dtype` is what it dequantizes to by default. `product`: where its products are computed in
-    fp8, the scales for that (quant/fp8_product.py). A torch pytree node whose leaves are its
-    tensors.
+    `dtype` is what it dequantizes to by default. Where its products are in fp8 too
+    (quant/fp8_product.py), `fp8_rows` [out] and `fp8_columns` [in] are the scales for that. A
+    torch pytree node whose leaves are its tensors.
     """
 
     codes: Tensor
     scale: Tensor
     dtype: torch.dtype
-    product: Scales | None = None
+    fp8_rows: Tensor | None = None
+    fp8_columns: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -58,7 +59,9 @@ class Fp8:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.codes, self.scale, *(self.product or ()))
+        """Its tensors, absent ones left out."""
+        every = (self.codes, self.scale, self.fp8_rows, self.fp8_columns)
+        return tuple(part for part in every if part is not None)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Fp8:
         """The same weight on another device; no dtype of its parts ever changes."""
@@ -68,7 +71,7 @@ class Fp8:
 
 def _join(parts: Any, dtype: torch.dtype) -> Fp8:
     codes, scale, *product = parts
-    return Fp8(codes, scale, dtype, Scales(*product) if product else None)
+    return Fp8(codes, scale, dtype, *product)
 
 
 pytree.register_pytree_node(

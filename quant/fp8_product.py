@@ -31,12 +31,13 @@ def computing(leaf: Any) -> Any:
     """
     if not isinstance(leaf, NF4 | Fp8) or not kernel.takes(leaf.shape):
         return leaf
-    return dataclasses.replace(leaf, product=scales_of(_dense(leaf)))
+    rows, columns = scales_of(_dense(leaf))
+    return dataclasses.replace(leaf, fp8_rows=rows, fp8_columns=columns)
 
 
 def computes(leaf: Any) -> bool:
     """Whether products with this leaf are in fp8."""
-    return isinstance(leaf, NF4 | Fp8) and leaf.product is not None
+    return isinstance(leaf, NF4 | Fp8) and leaf.fp8_rows is not None
 
 
 def products(x: Tensor, leaves: Sequence[NF4 | Fp8]) -> tuple[Tensor, ...]:
@@ -78,13 +79,13 @@ def _dense(leaf: NF4 | Fp8) -> Tensor:
 
 def _forward_rows(leaf: NF4 | Fp8) -> Rows:
     """The weight's rows [out, in]: an Fp8 leaf's own where it has row scales."""
-    assert leaf.product is not None
+    assert leaf.fp8_rows is not None
     if isinstance(leaf, Fp8):
         if not leaf.blocks:
             return Rows(leaf.codes, leaf.scale)
-        scale = leaf.product.rows
+        scale = leaf.fp8_rows
         return Rows((_dense(leaf) * scale.reciprocal()[:, None]).to(E4M3), scale)
-    return Rows(_nf4_rows(leaf, leaf.product.rows), leaf.product.rows)
+    return Rows(_nf4_rows(leaf, leaf.fp8_rows), leaf.fp8_rows)
 
 
 def _backward_rows(leaf: NF4 | Fp8, scale: Tensor, out: Tensor) -> None:
@@ -108,7 +109,7 @@ def _pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8]) -> Tensor:
     total: Tensor | None = None
     for at in range(0, len(dys), kernel.MOST_PARTS):
         some = leaves[at : at + kernel.MOST_PARTS]
-        columns = [leaf.product.columns for leaf in some if leaf.product is not None]
+        columns = [leaf.fp8_columns for leaf in some if leaf.fp8_columns is not None]
         scale = torch.stack(columns).amax(0) if len(columns) > 1 else columns[0]
         widths = [leaf.shape[0] for leaf in some]
         codes = torch.empty((len(scale), sum(widths)), dtype=E4M3, device=scale.device)

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from ..errors import KernelError
 from ..kernels import nf4 as kernel
-from ..kernels.fp8 import Scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +23,9 @@ class NF4:
     packed uint8 [ceil(n/2)], first code in the high nibble; absmax fp32 [ceil(n/block)], or under
     double quantization uint8 of that length with absmax_scale fp32 [ceil(blocks/256)] and
     absmax_offset fp32 []. `dtype` is what it dequantizes to by default. `kind` names the
-    sixteen values: "nf4" or "fp4". `product`: where its products are computed in fp8, the scales
-    for that (quant/fp8_product.py). A torch pytree node whose leaves are its tensors.
+    sixteen values: "nf4" or "fp4". Where its products are in fp8 (quant/fp8_product.py), `fp8_rows`
+    [out] and `fp8_columns` [in] are the scales for that. A torch pytree node whose leaves are its
+    tensors.
     """
 
     packed: Tensor
@@ -36,7 +36,8 @@ class NF4:
     dtype: torch.dtype
     block: int
     kind: str = "nf4"
-    product: Scales | None = None
+    fp8_rows: Tensor | None = None
+    fp8_columns: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +55,8 @@ class NF4:
     def tensors(self) -> tuple[Tensor, ...]:
         """Its tensors, absent ones left out."""
         parts = (self.packed, self.absmax, self.absmax_scale, self.absmax_offset)
-        return tuple(part for part in (*parts, *(self.product or ())) if part is not None)
+        every = (*parts, self.fp8_rows, self.fp8_columns)
+        return tuple(part for part in every if part is not None)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> NF4:
         """The same weight on another device; no dtype of its parts ever changes."""
@@ -75,8 +77,7 @@ def _join(parts: Any, static: Any) -> NF4:
     packed, absmax, *rest = parts
     double, shape, dtype, block, kind = static
     scale, offset, *rest = rest if double else (None, None, *rest)
-    product = Scales(*rest) if rest else None
-    return NF4(packed, absmax, scale, offset, shape, dtype, block, kind, product)
+    return NF4(packed, absmax, scale, offset, shape, dtype, block, kind, *rest)
 
 
 pytree.register_pytree_node(NF4, _split, _join, serialized_type_name="purelm.NF4")

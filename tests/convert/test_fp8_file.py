@@ -9,62 +9,14 @@ import bridged
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from fp8_folders import FINE, ROWS, SIZES, Q, Tensors, scales, spread, stored
+from safetensors.torch import load_file
 
 import purelm
 from purelm.convert.fp8_file import dequantize
 from purelm.errors import CheckpointError, ConfigError
 from purelm.nn import decoder, lora, tree
 from purelm.quant.nf4 import NF4
-
-Tensors = dict[str, torch.Tensor]
-SIZES: dict[str, Any] = {"hidden_size": 144, "intermediate_size": 272, "head_dim": 40}
-FINE = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-ROWS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-def scales(w: torch.Tensor, kind: str) -> torch.Tensor:
-    """The largest of each block over the largest fp8 number."""
-    if kind == "tensor":
-        return w.abs().amax().reshape(1) / 448
-    if kind == "row":
-        return w.abs().amax(1, keepdim=True) / 448
-    rows = [r.split(128, 1) for r in w.split(128)]
-    return torch.stack([torch.stack([b.abs().max() for b in row]) for row in rows]) / 448
-
-
-def spread(scale: torch.Tensor, shape: torch.Size, kind: str) -> torch.Tensor:
-    """The scale of every element, in float64."""
-    scale = scale.double()
-    if kind != "block":
-        return scale.expand(shape)
-    i, j = torch.arange(shape[0]) // 128, torch.arange(shape[1]) // 128
-    return scale[i][:, j]
-
-
-def stored(folder: Path, kind: str, change: Callable[[Tensors], Any] | None = None) -> Any:
-    """A folder in fp8, and transformers' model with the weights that it stands for."""
-    model = tiny.hf_model("qwen3", **SIZES)
-    tiny.save(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = FINE if kind == "block" else ROWS
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors, state = load_file(folder / "model.safetensors"), model.state_dict()
-    for name, w in list(tensors.items()):
-        if "_proj.weight" in name:
-            scale = scales(w, kind)
-            codes = (w.double() / spread(scale, w.shape, kind)).to(torch.float8_e4m3fn)
-            tensors[name] = codes
-            tensors[name + ("_scale_inv" if kind == "block" else "_scale")] = scale
-            state[name] = (codes.double() * spread(scale, w.shape, kind)).float()
-            if kind == "tensor":
-                tensors[name.replace("weight", "input_scale")] = torch.ones(1)
-    model.load_state_dict(state)
-    if change is not None:
-        change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return model
 
 
 @pytest.mark.parametrize("kind", ["block", "row", "tensor"])

@@ -71,7 +71,6 @@ OURS = [
     "memory_budget",
 ]
 NOT_YET = {
-    "load_in_fp8": "block",
     "offload_embedding": True,
     "float32_mixed_precision": False,
     "fast_inference": True,
@@ -81,7 +80,6 @@ NOT_YET = {
     "disable_log_stats": False,
     "unsloth_tiled_mlp": "arctic",
     "prefer_prequantized": True,
-    "compute": "fast",
     "device_map": "balanced",
 }
 
@@ -178,8 +176,11 @@ def test_another_precision_turns_the_default_off() -> None:
     assert quantized(full_finetuning=True, load_in_16bit=True) is None
     assert quantized(load_in_4bit=False) is None
     assert quantized(load_in_8bit=True) == "int8"
-    with pytest.raises(NotImplementedError, match="load_in_fp8"):
-        quantized(load_in_fp8=True)
+    assert quantized(load_in_8bit=True, load_in_4bit=False) == "int8"
+    assert quantized(load_in_fp8=True) == quantized(load_in_fp8="row") == "fp8"
+    assert quantized(load_in_fp8="block", load_in_4bit=False) == "fp8_block"
+    with pytest.raises(ArgumentError, match="load_in_fp8 is 'tile'"):
+        quantized(load_in_fp8="tile")
 
 
 @pytest.mark.parametrize("other", ["load_in_8bit", "load_in_16bit", "load_in_fp8"])
