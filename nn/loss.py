@@ -32,15 +32,25 @@ def next_token(
     *,
     layout: Layout | None = None,
     count: torch.Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of hidden states x [b, s, e] against labels [b, s], in fp32.
 
     Sum over the predicted tokens divided by `count` (default: their number), so that n batches
     accumulated with the count of all of them equal one large batch. IGNORE labels do not count.
+    token_weights [b, s] weigh the loss of predicting the label at their place; the default count
+    is then the sum of those that count. `label_smoothing` and `z_loss` are those of
+    `kernels.cross_entropy.linear_cross_entropy`.
     """
     target = shift(labels, layout).reshape(-1)
     weight = weight_of(head_weight(params, spec), x.dtype)
     flat = x.reshape(-1, x.shape[-1])
+    following = None
+    if token_weights is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        following = F.pad(token_weights[:, 1:], (0, 1)).reshape(-1).to(wide)
     if spec.head_bias:
         # A column of the matrix, whose feature is 1 in every row: one copy of the matrix a loss.
         # Seven columns of zeros keep its rows aligned for tensor cores.
@@ -53,8 +63,14 @@ def next_token(
         target,
         softcap=spec.logit_softcap,
         scale=spec.logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        token_weights=following,
     )
-    return total / ((target != IGNORE).sum() if count is None else count)
+    if count is None:
+        counts = target != IGNORE
+        count = (counts if following is None else torch.where(counts, following, 0.0)).sum()
+    return total / count
 
 
 def token_logprobs(
@@ -102,9 +118,22 @@ def loss(
     count: torch.Tensor | float | None = None,
     residuals: Residuals | None = None,
     seed: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean next-token loss of tokens [b, s]; see `hidden` and `next_token`."""
     x = hidden(
         params, spec, tokens, layout=layout, adapters=adapters, residuals=residuals, seed=seed
     )
-    return next_token(params, spec, x, labels, layout=layout, count=count)
+    return next_token(
+        params,
+        spec,
+        x,
+        labels,
+        layout=layout,
+        count=count,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        token_weights=token_weights,
+    )

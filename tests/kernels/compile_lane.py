@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from purelm.kernels import (
-    cross_entropy,
+    cross_entropy_rows,
     decode_attention,
     fp8_launch,
     gated,
@@ -324,17 +324,22 @@ def other_cases(every: bool) -> Iterator[Case]:
             (dtype,) * 5 + (count,),
             options,
         )
-    for dtype, softcap, gradient in itertools.product((F32, BF16), (0.0, 30.0), (False, True)):
+    plain, options = (None, 0.0, 0.0), (F32, 0.1, 1e-4)
+    for dtype, softcap, gradient, (weights, smoothing, z_loss) in itertools.product(
+        (F32, BF16), (0.0, 30.0), (False, True), (plain, options)
+    ):
         yield Case(
-            f"cross_entropy {dtype} {softcap=} {gradient=}",
-            cross_entropy._row_kernel,
-            (dtype, I64, F32, 128256, -100, 128256),
+            f"cross_entropy {dtype} {softcap=} {gradient=} {smoothing=} {z_loss=}",
+            cross_entropy_rows._row_kernel,
+            (dtype, I64, weights, F32, 128256, -100, 128256),
             {
                 "SCALE": 1.0,
                 "SOFTCAP": softcap,
+                "SMOOTHING": smoothing,
+                "Z_LOSS": z_loss,
                 "GRADIENT": gradient,
-                "BLOCK": cross_entropy.BLOCK,
-                "num_warps": cross_entropy.WARPS,
+                "BLOCK": cross_entropy_rows.BLOCK,
+                "num_warps": cross_entropy_rows.WARPS,
             },
         )
 

@@ -1,6 +1,6 @@
 """Check every kernel on a CUDA machine; `purelm bench kernels` times them.
 
-    python tests/kernels/gpu_check.py [--long] [--sweep] [--tiny]
+    python tests/kernels/gpu_check.py [--long] [--sweep] [--tiny] [KERNEL...]
 
 Each is held to the tolerance rule of tests/oracles.py over random inputs with float64 as the truth.
 Shapes that make Triton compile another variant come from short lists; `--long` draws them freely,
@@ -158,15 +158,23 @@ def check_gated(r: random.Random) -> None:
 def check_cross_entropy(r: random.Random) -> None:
     n, v, e = r.randrange(2, 30), r.randrange(2, 300 if TINY else 20_000), r.choice([32, 64, 128])
     dtype = r.choice(FLOATS)
-    options = {"softcap": r.choice([None, 10.0]), "scale": r.choice([1.0, 0.25])}
+    # Each is another compilation: a few settings that have everything among them.
+    kinds = ((None, 1.0, 0.0, 0.0), (10.0, 0.25, 0.0, 0.0), (None, 1.0, 0.1, 1e-3))
+    kind = r.choice([*kinds, (10.0, 0.25, 0.1, 1e-3)])
+    options = dict(zip(("softcap", "scale", "label_smoothing", "z_loss"), kind, strict=True))
+    weights = torch.rand(n, device=DEVICE) * 2 if kind[2] else None
     labels = torch.randint(v, (n,), device=DEVICE)
     labels[torch.rand(n, device=DEVICE) < 0.3] = -100
     chunk = r.choice([None, 8])
     h, w = randn(n, e, dtype=dtype), randn(v, e, dtype=dtype) * 0.3
     compare(
         "cross_entropy",
-        lambda h, w: cross_entropy.linear_cross_entropy(h, w, labels, chunk=chunk, **options),
-        lambda h, w: cross_entropy.linear_cross_entropy_reference(h, w, labels, **options),
+        lambda h, w: cross_entropy.linear_cross_entropy(
+            h, w, labels, token_weights=weights, chunk=chunk, **options
+        ),
+        lambda h, w: cross_entropy.linear_cross_entropy_reference(
+            h, w, labels, token_weights=weights, **options
+        ),
         (h, w.to(dtype)),
         flat=True,
     )
@@ -237,7 +245,8 @@ def main() -> int:
     with here:
         if "--sweep" in sys.argv:
             sweep()
-        failed = [name for name in CHECKS if not check(name)]
+        named = [name for name in CHECKS if name in sys.argv] or list(CHECKS)
+        failed = [name for name in named if not check(name)]
     print("failed: " + ", ".join(failed) if failed else "all checks passed", flush=True)
     return 1 if failed else 0
 

@@ -27,6 +27,13 @@ def drawn(n, vocabulary, dim, seed, dtype, ignored=0.3):
     return hidden, weight, labels
 
 
+def weights_for(labels, seed):
+    """Weights of every size and both signs, zero among them."""
+    g = torch.Generator().manual_seed(seed + 1)
+    weights = torch.randn(labels.shape, generator=g) * 2
+    return torch.where(torch.rand(labels.shape, generator=g) < 0.2, 0.0, weights)
+
+
 def run(f, hidden, weight, labels, factor=1.0, **options):
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss = f(hidden, weight, labels, **options)
@@ -42,25 +49,58 @@ def run(f, hidden, weight, labels, factor=1.0, **options):
     chunk=st.sampled_from([None, 1, 4, 7]),
     softcap=st.sampled_from([None, 5.0]),
     scale=st.sampled_from([1.0, 0.25]),
+    smoothing=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 0.0, 1e-4, 0.3]),
+    weighted=st.booleans(),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**31),
 )
 def test_loss_and_gradients(
-    interpreted, poisoned, on, n, vocabulary, dim, chunk, softcap, scale, dtype, seed
+    interpreted,
+    poisoned,
+    on,
+    n,
+    vocabulary,
+    dim,
+    chunk,
+    softcap,
+    scale,
+    smoothing,
+    z_loss,
+    weighted,
+    dtype,
+    seed,
 ):
     hidden, weight, labels = drawn(n, vocabulary, dim, seed, dtype)
-    options = {"softcap": softcap, "scale": scale}
+    options = {"softcap": softcap, "scale": scale, "label_smoothing": smoothing, "z_loss": z_loss}
+    weights = weights_for(labels, seed) if weighted else None
     with launch.interpreting(on):
-        ours = run(linear_cross_entropy, hidden, weight, labels, chunk=chunk, **options)
+        ours = run(
+            linear_cross_entropy,
+            *(hidden, weight, labels),
+            chunk=chunk,
+            token_weights=weights,
+            **options,
+        )
 
     def in_pieces(hidden, weight, labels, **options):
         # A product of one row is another routine of the BLAS, with other errors than that of
         # many.
-        parts = zip(hidden.split(chunk or n), labels.split(chunk or n), strict=True)
-        return sum(linear_cross_entropy_reference(h, weight, y, **options) for h, y in parts)
+        size = chunk or n
+        ws = [None] * len(labels.split(size)) if weights is None else weights.split(size)
+        parts = zip(hidden.split(size), labels.split(size), ws, strict=True)
+        return sum(
+            linear_cross_entropy_reference(h, weight, y, token_weights=w, **options)
+            for h, y, w in parts
+        )
 
     eager = run(in_pieces, hidden, weight, labels, **options)
-    exact = run(linear_cross_entropy_reference, hidden.double(), weight.double(), labels, **options)
+    exact = run(
+        linear_cross_entropy_reference,
+        *(hidden.double(), weight.double(), labels),
+        token_weights=None if weights is None else weights.double(),
+        **options,
+    )
     assert ours[0].dtype == torch.float32
     # Eager logits in 16 bits carry the rounding of one product each, which a sum over few rows
     # may hide.
@@ -92,9 +132,9 @@ def test_the_factor_is_not_rounded_to_the_dtype_of_the_gradients():
 def test_only_wanted_gradients_are_made(interpreted, poisoned, monkeypatch):
     hidden, weight, labels = drawn(9, 50, 8, 1, torch.float32)
     made = []
-    step = cross_entropy._row_step
+    step = cross_entropy.row_step
     monkeypatch.setattr(
-        cross_entropy, "_row_step", lambda *args: made.append(args[-1]) or step(*args)
+        cross_entropy, "row_step", lambda *args: made.append(args[-1]) or step(*args)
     )
     linear_cross_entropy(hidden, weight, labels)
     assert made == [False]
@@ -155,6 +195,54 @@ def test_transforms(interpreted):
         torch.testing.assert_close(ours, want)
 
 
+@pytest.mark.parametrize("on", [True, False], ids=["launch", "torch"])
+def test_transforms_of_every_option(interpreted, on):
+    """Gradients to hidden, weight and token weights, whole and per sample."""
+    hidden, weight, labels = drawn(5, 30, 8, 3, torch.float32)
+    weights = weights_for(labels, 0)
+    many = torch.stack([hidden, hidden + 1, hidden * 2])
+    each = torch.stack([weights, weights + 1, -weights])
+
+    def loss(f):
+        options = {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 0.1}
+        return lambda hidden, weight, w: f(hidden, weight, labels, token_weights=w, **options)
+
+    def made(f):
+        grad = torch.func.grad(f, argnums=(0, 1, 2))
+        batched = torch.func.vmap(grad, (0, None, 0))(many, weight, each)
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, weights)]
+        reverse = torch.autograd.grad(f(*leaves) * 0.5, leaves)
+        alone = weights.clone().requires_grad_()
+        (only,) = torch.autograd.grad(f(hidden, weight, alone), alone)
+        return grad(hidden, weight, weights), batched, reverse, only
+
+    with launch.interpreting(on):
+        ours = made(loss(linear_cross_entropy))
+    torch.testing.assert_close(ours, made(loss(linear_cross_entropy_reference)))
+
+
+def test_options_by_their_definition():
+    """In float64, written out."""
+    hidden, weight, labels = drawn(9, 40, 8, 5, torch.float64)
+    w = weights_for(labels, 5).double()
+    z = hidden @ weight.T
+    lse = z.logsumexp(-1)
+    own = z.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    rows = lse - 0.7 * own - 0.3 * z.mean(-1) + 0.01 * lse**2
+    want = (torch.where(labels == -100, 0.0, rows) * w).sum()
+    options = {"label_smoothing": 0.3, "z_loss": 0.01, "token_weights": w}
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, **options), want)
+
+
+def test_options_that_are_off_change_no_bit(interpreted):
+    hidden, weight, labels = drawn(9, 4100, 16, 1, torch.bfloat16)
+    plain = run(linear_cross_entropy, hidden, weight, labels)
+    ones = torch.ones(9)
+    off = {"label_smoothing": 0.0, "z_loss": 0.0, "token_weights": ones}
+    for a, b in zip(plain, run(linear_cross_entropy, hidden, weight, labels, **off), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_second_derivative_raises():
     hidden, weight, labels = drawn(5, 30, 8, 3, torch.float32)
     first = torch.func.grad(lambda h: linear_cross_entropy(h, weight, labels))
@@ -180,5 +268,14 @@ def test_bad_input():
     ]:
         with pytest.raises(KernelError, match=message):
             linear_cross_entropy(*args)
-    with pytest.raises(KernelError, match="chunk"):
-        linear_cross_entropy(hidden, weight, labels, chunk=0)
+    for options, message in [
+        ({"chunk": 0}, "chunk"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"label_smoothing": float("nan")}, "label_smoothing"),
+        ({"z_loss": -1e-4}, "z_loss"),
+        ({"z_loss": float("inf")}, "z_loss"),
+        ({"token_weights": torch.ones(3)}, r"expected torch.float32 \[5\]"),
+        ({"token_weights": torch.ones(5).half()}, "token_weights torch.float16"),
+    ]:
+        with pytest.raises(KernelError, match=message):
+            linear_cross_entropy(hidden, weight, labels, **options)

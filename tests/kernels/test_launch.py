@@ -77,7 +77,18 @@ def test_ops_have_right_schemas_and_fakes(interpreted):
         (ops.nf4_dequantize_into, (*parts, torch.empty(500), 64)),
         (
             ops.linear_cross_entropy,
-            (torch.randn(3, 8), torch.randn(9, 8), labels, -100, None, 1.0, 2, True, True, False),
+            (
+                torch.randn(3, 8),
+                torch.randn(9, 8),
+                labels,
+                torch.rand(3),
+                -100,
+                None,
+                1.0,
+                0.1,
+                1e-4,
+            )
+            + (2, True, True, False),
         ),
     ]:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

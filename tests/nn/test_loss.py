@@ -51,6 +51,28 @@ def test_token_logprobs(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(-found.sum() / counted, loss.loss(p, spec, ids, labels))
 
 
+@pytest.mark.parametrize("changes", KINDS, ids=["plain", "tied", "capped", "bias"])
+def test_options_of_the_loss(changes: dict[str, Any]) -> None:
+    """Smoothing, z-loss and weights from whole logits; a weight belongs to the label there."""
+    spec, p = built(**changes)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 50, (3, 9), generator=generator)
+    labels = torch.where(torch.rand(3, 9, generator=generator) < 0.3, loss.IGNORE, ids)
+    weights = torch.rand(3, 9, generator=generator, dtype=torch.float64)
+    z = decoder.forward(p, spec, ids)[:, :-1]
+    target, w = labels[:, 1:], weights[:, 1:]
+    rows = torch.nn.functional.cross_entropy(
+        z.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=0.1
+    )
+    rows = rows.view(target.shape) + 0.01 * z.logsumexp(-1) ** 2
+    w = torch.where(target == loss.IGNORE, 0.0, w)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01, "token_weights": weights}
+    found = loss.loss(p, spec, ids, labels, **options)
+    torch.testing.assert_close(found, (rows * w).sum() / w.sum())
+    found = loss.loss(p, spec, ids, labels, count=4.0, **options)
+    torch.testing.assert_close(found, (rows * w).sum() / 4)
+
+
 def test_documents_end_where_they_end() -> None:
     spec, p = built()
     one, two = torch.arange(6)[None], torch.arange(20, 28)[None]
