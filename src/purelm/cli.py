@@ -118,6 +118,11 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="run a batch as one row without padding (default: where that is fastest)",
     )
+    group(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="replay packed steps from CUDA graphs (default: where that can be)",
+    )
     group("--learning-rate", type=float, help="at its peak (default: 2e-4, for --full 2e-5)")
     group("--schedule", help="cosine, linear or constant (default: cosine)")
     group("--warmup", type=float, help="steps, or below 1 a share of them (default: 0.03)")

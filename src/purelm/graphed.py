@@ -8,11 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .buckets import bucket_for, filled
 from .convert import batch, memory_plan
 from .convert.bridge import CausalLM
 from .errors import ArgumentError
 from .nn import decoder, layout, loss, tree
-from .nn.residuals import per_layer
+from .nn.decode import waits_for
+from .nn.layout import Layout
+from .nn.residuals import Residuals, per_layer
+
+# Shapes whose graphs are held at a time; the one that was not used for longest goes.
+_MOST_SHAPES = 32
+
+# Rows, tokens in a row, whether a count is given; of a packed row its documents and their longest.
+_Key = tuple[int, int, bool, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +31,32 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     ids: torch.Tensor
     labels: torch.Tensor
+    cu_seqlens: torch.Tensor | None
     count: torch.Tensor | None
     loss: torch.Tensor
+
+
+def uncapturable(model: CausalLM) -> str | None:
+    """Why no step of `model` can be captured; None where one can."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    if any(leaf.dropout for leaf in tree.leaves(model.adapters)):
+        return "the adapters have dropout, drawn anew in each step"
+    if model.trained or model.train_all or not model.adapters:
+        return "only adapters can be trained by it"
+    found = waits_for(model.params, model.spec)
+    return None if found is None else f"it asks the device in between: {found}"
+
+
+def unplayable(model: CausalLM, tokens: tuple[int, int]) -> str | None:
+    """Why a step of a batch of so many rows and tokens in each cannot be replayed; None if not."""
+    policies = memory_plan.residuals_for(model, *tokens)
+    if any(p.offloads for p in per_layer(policies, len(model.spec.layers))):
+        return (
+            "residuals that are sent to the host cannot be captured: use "
+            "use_gradient_checkpointing=False, True, or 'auto' with room for the batch"
+        )
+    return None
 
 
 class GraphedStep:
@@ -31,9 +64,10 @@ class GraphedStep:
 
     The first call with a shape runs eagerly, captures and replays; later calls with that shape
     replay. Losses and gradients are those of the eager step to the bit, as far as that repeats
-    itself (cuDNN's attention backward does not always). Gradients are added to the
-    parameters' `.grad`, so an optimizer, clipping and `zero_grad` work as ever. Each shape keeps
-    the memory of its step for as long as this object lives; all shapes share one pool.
+    itself (cuDNN's attention backward does not always). Packed rows are filled up to one of a few
+    shapes (`buckets`). Gradients are added to the parameters' `.grad`, so an optimizer, clipping
+    and `zero_grad` work as ever. The latest shapes keep their graphs; all share one pool of memory,
+    as large as the largest step, for as long as this object lives.
 
     Raises ArgumentError for a model that is not on a GPU, has dropout or trains whole weights, or
     sends residuals to the host: none of these can be replayed.
@@ -41,17 +75,11 @@ class GraphedStep:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
-        reason = None
-        if model.device.type != "cuda":
-            reason = f"the model is on {model.device}"
-        elif any(leaf.dropout for leaf in tree.leaves(model.adapters)):
-            reason = "the adapters have dropout, drawn anew in each step"
-        elif model.trained or model.train_all or not model.adapters:
-            reason = "only adapters can be trained by it"
+        reason = uncapturable(model)
         if reason is not None:
             raise ArgumentError(f"a step of this model cannot be captured: {reason}")
         self._pool = torch.cuda.graph_pool_handle()
-        self._shapes: dict[tuple[int, int, bool], _Captured] = {}
+        self._shapes: dict[_Key, _Captured] = {}
         self._trained = self._live()
         self._grads = [torch.zeros_like(p) for p in self._trained]
 
@@ -60,26 +88,43 @@ class GraphedStep:
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """ids and labels [b, s] -> the loss, fp32 []; full rows, or padded on the right with labels
-        of -100. num_items_in_batch: a tensor [] to divide the summed loss by.
+        of -100, or with cu_seqlens [documents + 1] one packed row. num_items_in_batch: a tensor []
+        to divide the summed loss by. Packed rows are read on the CPU: best given there.
 
         Raises InputError as the model does, and ArgumentError where the step cannot be captured.
         """
-        batch.check_ids(input_ids, self.model.spec)
-        rows = batch.layout_of(input_ids, self.model.spec, input_ids.device)
-        batch.check_labels(labels, rows, self.model.spec, num_items_in_batch)
+        spec, longest = self.model.spec, 0
+        batch.check_ids(input_ids, spec)
+        rows = batch.layout_of(input_ids, spec, input_ids.device, cu_seqlens=cu_seqlens)
+        batch.check_labels(labels, rows, spec, num_items_in_batch)
+        if cu_seqlens is not None:
+            input_ids, labels, cu_seqlens = (t.cpu() for t in (input_ids, labels, cu_seqlens))
+            bucket = bucket_for(cu_seqlens)
+            longest = bucket.longest
+            made = filled(input_ids, labels, cu_seqlens, bucket)
+            input_ids, labels, cu_seqlens = made["input_ids"], made["labels"], made["cu_seqlens"]
         if any(a is not b for a, b in zip(self._trained, self._live(), strict=True)):
             raise ArgumentError(
                 "the model wears other adapters than were captured; make a new step"
             )
         self._attach()
-        key = (*input_ids.shape, num_items_in_batch is not None)
-        found = self._shapes.get(key)
+        documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+        b, s = input_ids.shape
+        key = (b, s, num_items_in_batch is not None, documents, longest)
+        found = self._shapes.pop(key, None)
         if found is None:
-            found = self._shapes[key] = self._capture(input_ids, labels, num_items_in_batch)
+            found = self._capture(input_ids, labels, num_items_in_batch, cu_seqlens, longest)
+        self._shapes[key] = found
+        if len(self._shapes) > _MOST_SHAPES:
+            torch.cuda.synchronize(self.model.device)
+            del self._shapes[next(iter(self._shapes))]
         found.ids.copy_(input_ids)
         found.labels.copy_(labels)
+        if found.cu_seqlens is not None and cu_seqlens is not None:
+            found.cu_seqlens.copy_(cu_seqlens)
         if found.count is not None and num_items_in_batch is not None:
             found.count.copy_(num_items_in_batch)
         with torch.cuda.device(self.model.device):  # a graph runs on the current device's stream
@@ -102,37 +147,54 @@ class GraphedStep:
             torch._foreach_zero_(fresh)
 
     def _capture(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        count: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        longest: int,
     ) -> _Captured:
-        device = self.model.device
-        policies = memory_plan.residuals_for(self.model, *input_ids.shape)
-        if any(p.offloads for p in per_layer(policies, len(self.model.spec.layers))):
-            raise ArgumentError(
-                "residuals that are sent to the host cannot be captured: use "
-                "use_gradient_checkpointing=False, True, or 'auto' with room for the batch"
-            )
+        device, b, s = self.model.device, *input_ids.shape
+        reason = unplayable(self.model, (b, s))
+        if reason is not None:
+            raise ArgumentError(reason)
+        policies = memory_plan.residuals_for(self.model, b, s)
         ids, targets = input_ids.to(device, copy=True), labels.to(device, copy=True)
         held = None if count is None else count.to(device, copy=True)
+        ends = None if cu_seqlens is None else cu_seqlens.to(device, copy=True)
 
         def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            params, spec = self.model.computed_params(), self.model.spec
-            rows = layout.dense(*ids.shape, device=device)
-            x = decoder.hidden(
-                params, spec, ids, layout=rows, adapters=self.model.adapters, residuals=policies
-            )
-            total = loss.next_token(params, spec, x, targets, layout=rows, count=held)
-            return total.detach(), torch.autograd.grad(total, self._trained)
+            if ends is None:
+                rows = layout.dense(b, s, device=device)
+            else:
+                rows = layout.from_cu_seqlens(ends, s, longest)
+            value = value_of(self.model, ids, targets, rows, count=held, residuals=policies)
+            return value.detach(), torch.autograd.grad(value, self._trained)
 
         # Kernels are compiled and libraries set up before, on a stream of its own as captures need.
         with memory_plan.told(self.model, policies), torch.cuda.device(device):
             side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                for _ in range(2):
-                    run()
+                run()
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=side):
                 value, grads = run()
                 torch._foreach_add_(self._grads, list(grads))
-        return _Captured(graph, ids, targets, held, value)
+        return _Captured(graph, ids, targets, ends, held, value)
+
+
+def value_of(
+    model: CausalLM,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    rows: Layout,
+    *,
+    count: torch.Tensor | None,
+    residuals: Residuals,
+) -> torch.Tensor:
+    """The loss that is captured: `model(ids, labels=labels).loss`, of what is on the device."""
+    params, spec = model.computed_params(), model.spec
+    x = decoder.hidden(params, spec, ids, layout=rows, adapters=model.adapters, residuals=residuals)
+    return loss.next_token(params, spec, x, labels, layout=rows, count=count)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import chat, plot, train_state, training
 from .convert.memory_plan import advice
 from .errors import ArgumentError, SaveError, TrainingError
+from .graphed_training import Graphs, graphs_for
 from .interrupt import held_back
 from .metrics import Metrics, open_metrics, peak_memory
 from .sft_job import Job, Say, prepare
@@ -71,7 +72,7 @@ def run(options: Options, *, say: Say = print, on_step: OnStep | None = None) ->
         if not options.resume:
             before = {"loss": _evaluate(job, m, 0), "sample": _sample(job)}
         _report_start(job, before, say)
-        _train(job, m, start, before, on_step)
+        _train(job, m, start, before, on_step, say)
         after = _last_loss(m) if _was_evaluated(m, job.plan.steps) else None
         if job.held_out and after is None:
             after = _evaluate(job, m, job.plan.steps)
@@ -113,10 +114,23 @@ def _check_output(options: Options, state: Path) -> None:
 
 
 def _train(
-    job: Job, metrics: Metrics, start: int, before: dict[str, Any], on_step: OnStep | None
+    job: Job,
+    metrics: Metrics,
+    start: int,
+    before: dict[str, Any],
+    on_step: OnStep | None,
+    say: Say,
 ) -> None:
     options, plan = job.options, job.plan
     job.model.train()
+    graphs = graphs_for(
+        job.model,
+        job.optimizer,
+        options.max_grad_norm,
+        packing=job.packing,
+        asked=options.graph,
+        say=say,
+    )
     with (
         tqdm(total=plan.steps, initial=start, unit="step", disable=None, file=sys.stderr) as bar,
         held_back() if options.save_every else nullcontext(lambda: False) as interrupted,
@@ -124,7 +138,7 @@ def _train(
         for step in range(start, plan.steps):
             began = time.perf_counter()
             rate = training.learning_rate(job.schedule, step)
-            result = _step(job, step, rate)
+            result = _step(job, step, rate, graphs)
             seconds = time.perf_counter() - began
             memory = peak_memory(job.model.device)
             done = step + 1
@@ -162,7 +176,7 @@ def _train(
             raise KeyboardInterrupt
 
 
-def _step(job: Job, step: int, rate: float) -> training.StepResult:
+def _step(job: Job, step: int, rate: float, graphs: Graphs | None) -> training.StepResult:
     window = [[job.train[i] for i in some] for some in training.batches(job.plan, step)]
     try:
         return training.train_step(
@@ -174,6 +188,7 @@ def _step(job: Job, step: int, rate: float) -> training.StepResult:
             max_grad_norm=job.options.max_grad_norm,
             pad_id=job.pad_id,
             packing=job.packing,
+            graphs=graphs,
         )
     except torch.OutOfMemoryError as problem:
         longest = max(len(row.ids) for some in window for row in some)

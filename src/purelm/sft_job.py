@@ -35,7 +35,7 @@ class Job:
     prompt: str | list[dict[str, Any]] | None
     plan: training.Plan
     schedule: training.Schedule
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     identity: dict[str, Any]
 
     @property
@@ -158,7 +158,8 @@ def _identity(
     """Everything that a resumed run must have in common with the run that it continues."""
     free = (
         *("model", "data", "output", "eval_data", "eval_fraction", "eval_every", "save_every"),
-        *("device", "dtype", "max_seq_length", "too_long", "packing", "recompute", "learning_rate"),
+        *("device", "dtype", "max_seq_length", "too_long", "packing", "graph"),
+        *("recompute", "learning_rate"),
         *("resume", "overwrite", "prompt", "merge", "max_steps", "epochs"),
     )
     kept = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}

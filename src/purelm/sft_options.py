@@ -24,9 +24,10 @@ class Options:
     learning_rate: None is 2e-4, for "full" 2e-5. warmup: steps if at least 1, else a share of them.
     max_steps: None trains for `epochs`. *_every: in steps, 0 is never; a run evaluates before its
     first step and after its last one anyway. packing: a batch's rows run as one row without
-    padding; None does so where that is fastest (`training.packs`). max_seq_length: None is the
-    model's context, at most 2048. prompt: what is answered before and after; None takes the first
-    held-out row's.
+    padding; None does so where that is fastest (`training.packs`). graph: packed steps are replayed
+    from CUDA graphs; None does so where they can be (`graphed.uncapturable`). max_seq_length: None
+    is the model's context, at most 2048. prompt: what is answered before and after; None takes the
+    first held-out row's.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Options:
     max_seq_length: int | None = None
     too_long: TooLong = "error"
     packing: bool | None = None
+    graph: bool | None = None
     batch_size: int = 2
     accumulation: int = 4
     learning_rate: float | None = None

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from .convert.bridge import CausalLM
 from .errors import ArgumentError, TrainingError
 from .rows import Row, collate, pack
+
+if TYPE_CHECKING:
+    from .graphed_training import Graphs
 
 ScheduleKind = Literal["cosine", "linear", "constant"]
 
@@ -131,36 +134,52 @@ def train_step(
     max_grad_norm: float,
     pad_id: int,
     packing: bool = False,
+    graphs: Graphs | None = None,
 ) -> StepResult:
     """One update from all batches of `window`, each token of it weighing the same.
 
     packing: the rows of a batch run as one packed row instead of a padded batch; see `packs`.
+    graphs: replay the step from these, of this model and optimizer, whose rows are packed.
     Raises TrainingError, with the parameters as they were, for a loss or gradient that is not
     finite.
     """
     count = sum(row.learned for rows in window for row in rows)
     total: torch.Tensor | float = 0.0
     for rows in window:
+        if graphs is not None:
+            total = total + graphs.loss(rows, count)
+            continue
         batch = pack(rows) if packing else collate(rows, pad_id)
         loss = model(**batch, num_items_in_batch=count).loss
         assert loss is not None
         loss.backward()
         total = total + loss.detach()
+    tokens = sum(len(row.ids) for rows in window for row in rows)
+    if graphs is not None:
+        assert isinstance(total, torch.Tensor)
+        return _checked(StepResult(*graphs.update(total, rate), tokens), step, rate)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm else math.inf)
-    result = StepResult(float(total), float(norm), sum(len(r.ids) for rows in window for r in rows))
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+    try:
+        result = _checked(StepResult(float(total), float(norm), tokens), step, rate)
+    except TrainingError:
         optimizer.zero_grad()
-        raise TrainingError(
-            f"step {step + 1}: the loss is {result.loss} and the gradient's norm "
-            f"{result.grad_norm}; lower the learning rate ({rate:.3g}), or compute in bfloat16 or "
-            "float32"
-        )
+        raise
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
     return result
+
+
+def _checked(result: StepResult, step: int, rate: float) -> StepResult:
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+        return result
+    raise TrainingError(
+        f"step {step + 1}: the loss is {result.loss} and the gradient's norm "
+        f"{result.grad_norm}; lower the learning rate ({rate:.3g}), or compute in bfloat16 or "
+        "float32"
+    )
 
 
 @torch.no_grad()

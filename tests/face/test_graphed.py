@@ -8,9 +8,11 @@ import pytest
 import torch
 from bridged import ids
 
-from purelm import FastLanguageModel
-from purelm.errors import ArgumentError, InputError
+from purelm import FastLanguageModel, training
+from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed import GraphedStep
+from purelm.graphed_training import Graphs
+from purelm.rows import Row, pack
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +70,62 @@ def test_what_cannot_be_captured(folder: Path) -> None:
         step(ids().cuda(), ids().cuda())
     with pytest.raises(InputError, match="vocabulary"):
         step(ids().cuda() + 5000, ids().cuda())
+
+
+def drawn(lengths: tuple[int, ...], seed: int) -> list[Row]:
+    g = torch.Generator().manual_seed(seed)
+    made = [torch.randint(4, 200, (n,), generator=g).tolist() for n in lengths]
+    return [Row(tuple(of), (-100, -100, *of[2:])) for of in made]
+
+
+BATCHES = [(5, 60, 31), (60,) * 4, (9, 3), (5, 60, 31), (60,) * 3, (8, 4), (33, 33, 33), (64,) * 5]
+
+
+@pytest.mark.gpu
+def test_packed_rows_equal_the_eager_step(folder: Path) -> None:
+    """Loss and gradients of each batch, filled up or not, as near as two orders of sums are."""
+    model = load(folder, "cuda", init_lora_weights="gaussian")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.normal_(0, 0.1)
+    step = GraphedStep(model)
+    for seed, lengths in enumerate(BATCHES):
+        batch, count = pack(drawn(lengths, seed)), torch.tensor(11.0)
+        loss = model(**batch, num_items_in_batch=count).loss
+        want = [loss.detach(), *torch.autograd.grad(loss, trained)]
+        got = [step(**batch, num_items_in_batch=count)]
+        got += [p.grad.clone() for p in trained]
+        for p in trained:
+            p.grad = None
+        for a, b in zip(got, want, strict=True):
+            assert a.isfinite().all() and (a - b).norm() <= 2e-2 * b.norm()
+    assert len(step._shapes) < len(BATCHES)
+
+
+@pytest.mark.gpu
+def test_a_run_from_graphs(folder: Path) -> None:
+    """The losses of the eager run, its parameters left alone by a step that is not finite."""
+    found = []
+    for graphed in (False, True):
+        model = load(folder, "cuda")
+        optimizer = training.adamw(model, 0.01)
+        graphs = Graphs(model, optimizer, 1.0) if graphed else None
+        options: Any = {"max_grad_norm": 1.0, "pad_id": 0, "packing": True, "graphs": graphs}
+        losses = []
+        for step, lengths in enumerate(BATCHES * 3):
+            window = [drawn(lengths, 1), drawn(lengths[:2], 2)]
+            result = training.train_step(model, optimizer, window, step=step, rate=1e-2, **options)
+            losses.append(result.loss)
+            if step == 6:
+                assert result.grad_norm > 0
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
+    assert found[1][-8] < found[1][0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        trained[0].fill_(float("nan"))
+    before = [p.detach().clone() for p in trained]
+    with pytest.raises(TrainingError, match="loss is nan"):
+        training.train_step(model, optimizer, [drawn((60, 5), 3)], step=0, rate=1e-2, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], trained[1:], strict=True))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from purelm import FastLanguageModel, training
 from purelm.errors import ArgumentError, TrainingError
+from purelm.graphed_training import graphs_for
+from purelm.graphed_update import GraphedUpdate
 from purelm.rows import Row, collate
 
 
@@ -185,3 +187,52 @@ def test_norms_do_not_decay(folder: Path) -> None:
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert all(p.ndim == 1 for p in groups[1]["params"]) and groups[1]["params"]
     assert sum(len(g["params"]) for g in groups) == len(training.trained(model))
+
+
+def test_the_update_that_is_captured_is_the_step_s_own(folder: Path) -> None:
+    """Clipping, AdamW, zeroed gradients; nothing of it for a loss that is not finite."""
+    found = []
+    rows = [drawn(4, seed) for seed in range(3)]
+    for captured in (False, True):
+        model = load(folder)
+        optimizer = training.adamw(model, 0.01)
+        update = GraphedUpdate(optimizer, 0.5)
+        results = []
+        for step, some in enumerate(rows):
+            if captured:
+                count = sum(row.learned for row in some)
+                loss = model(**collate(some, 0), num_items_in_batch=count).loss
+                loss.backward()
+                results += update(loss.detach(), 0.01 * (step + 1))
+                assert all(not p.grad.any() for p in training.trained(model).values())
+            else:
+                done = training.train_step(
+                    model, optimizer, [some], step=step, rate=0.01 * (step + 1),
+                    max_grad_norm=0.5, pad_id=0,
+                )  # fmt: skip
+                results += [done.loss, done.grad_norm]
+        found.append((results, list(training.trained(model).values())))
+        if captured:
+            before = [p.clone() for p in training.trained(model).values()]
+            for p in training.trained(model).values():
+                p.grad.fill_(1.0)
+            assert math.isnan(update(torch.tensor(math.nan), 0.1)[0])
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(before, training.trained(model).values(), strict=True)
+            )
+            assert {int(s["step"]) for s in optimizer.state.values()} == {3}
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
+def test_graphs_that_cannot_be(folder: Path) -> None:
+    model = load(folder)
+    optimizer, said = training.adamw(model, 0.0), []
+    options: Any = {"packing": True, "say": said.append}
+    assert graphs_for(model, optimizer, 1.0, asked=None, **options) is None
+    assert graphs_for(model, optimizer, 1.0, asked=False, **options) is None
+    assert not said
+    with pytest.raises(ArgumentError, match="on cpu"):
+        graphs_for(model, optimizer, 1.0, asked=True, **options)

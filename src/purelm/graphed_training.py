@@ -1,0 +1,84 @@
+"""Packed training steps from graphs, where they can be: what a loop holds to replay them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .buckets import bucket_for
+from .convert.bridge import CausalLM
+from .errors import ArgumentError
+from .graphed import GraphedStep, uncapturable, unplayable
+from .graphed_update import GraphedUpdate
+from .rows import Row, pack
+
+
+class Graphs:
+    """The graphs of one model and its optimizer.
+
+    Raises ArgumentError, with the reason, for a model whose steps cannot be captured.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        optimizer: torch.optim.AdamW,
+        max_grad_norm: float,
+        *,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model, self._say = model, say
+        self.step = GraphedStep(model)
+        self.update = GraphedUpdate(optimizer, max_grad_norm)
+
+    def loss(self, rows: Sequence[Row], count: int) -> torch.Tensor:
+        """The summed loss of a packed batch over `count`, whose gradients are added to `.grad`.
+
+        A batch for which residuals are sent to the host runs without a graph, and says so once;
+        without `say` it raises ArgumentError.
+        """
+        batch = pack(rows)
+        bucket = bucket_for(batch["cu_seqlens"])
+        reason = unplayable(self.model, (1, bucket.tokens))
+        if reason is None:
+            return self.step(**batch, num_items_in_batch=torch.tensor(float(count)))
+        if self._say is None:
+            raise ArgumentError(reason)
+        if self._say is not _quiet:
+            self._say(f"a batch of {bucket.tokens} tokens runs without a graph: {reason}")
+            self._say = _quiet
+        loss: torch.Tensor | None = self.model(**batch, num_items_in_batch=count).loss
+        assert loss is not None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def _quiet(text: str) -> None:
+    """Says nothing: what there is was said before."""
+
+
+def graphs_for(
+    model: CausalLM,
+    optimizer: torch.optim.AdamW,
+    max_grad_norm: float,
+    *,
+    packing: bool,
+    asked: bool | None,
+    say: Callable[[str], None],
+) -> Graphs | None:
+    """Graphs where `asked` for (True: or ArgumentError, None: where possible, False: never); says
+    why there are none on a GPU.
+    """
+    if asked is False:
+        return None
+    reason = uncapturable(model)
+    if reason is None and not packing:
+        reason = "padded batches have a shape of their own nearly every time; use packing"
+    if reason is None:
+        return Graphs(model, optimizer, max_grad_norm, say=None if asked else say)
+    if asked:
+        raise ArgumentError(f"graphs were asked for, and cannot be: {reason}")
+    if model.device.type == "cuda":
+        say(f"steps are not captured as graphs: {reason}")
+    return None

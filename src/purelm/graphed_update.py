@@ -1,0 +1,62 @@
+"""Clipping, AdamW and the zeroing of gradients as one CUDA graph."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class GraphedUpdate:
+    """Clips the gradients of what `optimizer` trains, makes its step, and zeroes them.
+
+    The first call runs eagerly, the second captures; `.grad`s must be the same tensors in each. A
+    loss or a norm that is not finite leaves the parameters and the optimizer's state as they are.
+    optimizer: torch's fused AdamW; its learning rate becomes a tensor on the device.
+    """
+
+    def __init__(self, optimizer: torch.optim.AdamW, max_grad_norm: float) -> None:
+        self.optimizer, self.limit = optimizer, max_grad_norm or math.inf
+        groups = optimizer.param_groups
+        self.params: list[torch.Tensor] = [p for group in groups for p in group["params"]]
+        device = self.params[0].device
+        self._loss, self._rate = (torch.zeros((), device=device) for _ in range(2))
+        for group in groups:
+            group["lr"], group["capturable"] = self._rate, True
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._norm = torch.zeros((), device=device)
+        self._calls = 0
+
+    def __call__(self, loss: torch.Tensor, rate: float) -> tuple[float, float]:
+        """(the loss, the gradient's norm before clipping); the step is made at this `rate`."""
+        self._loss.copy_(loss)
+        self._rate.fill_(rate)
+        self._calls += 1
+        if self._calls == 1 or not self._loss.is_cuda:
+            self._norm = self._run()
+        else:
+            with torch.cuda.device(self._loss.device):
+                if self._graph is None:
+                    self._capture()
+                assert self._graph is not None
+                self._graph.replay()
+        found: list[float] = torch.stack([self._loss, self._norm]).tolist()
+        return found[0], found[1]
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._norm = self._run()
+        self._graph = graph
+
+    @torch.no_grad()
+    def _run(self) -> torch.Tensor:
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        torch.nn.utils.clip_grads_with_norm_(self.params, self.limit, norm)
+        finite = torch.isfinite(norm) & torch.isfinite(self._loss)
+        # What a gradient scaler tells the fused step: 1 leaves everything as it is.
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        torch._foreach_zero_(grads)
+        return norm
