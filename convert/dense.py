@@ -137,6 +137,18 @@ def without_gate(spec: ModelSpec) -> ModelSpec:
     return replace(spec, layers=tuple(map(changed, spec.layers)))
 
 
+def rotated_layers(fields: Fields) -> list[bool]:
+    """Which layers have positions: `no_rope_layers` says 1 for those that do (SmolLM3, Llama 4)."""
+    depth = fields.integer("num_hidden_layers")
+    every = fields.integer("no_rope_layer_interval", 4)
+    default = [int((i + 1) % every != 0) for i in range(depth)]
+    given = fields.take("no_rope_layers", None) or default
+    fits = isinstance(given, list) and len(given) == depth
+    if not fits or not all(type(x) in (bool, int) and x in (0, 1) for x in given):
+        raise fields.error(f"no_rope_layers is {given!r:.200}, expected a 0 or 1 for each layer")
+    return [bool(x) for x in given]
+
+
 def layer_types(fields: Fields, every: int) -> list[str]:
     """`layer_types`; where there are none, each `every`-th layer is full and the others slide."""
     depth = fields.integer("num_hidden_layers")

@@ -24,7 +24,7 @@ from .shards import TensorInfo
 
 @dataclass(frozen=True)
 class Turned:
-    """A stored matrix [in, out], seen as [out, in]."""
+    """A stored matrix [in, out], or a stack of them, seen as [out, in]."""
 
     whole: TensorInfo
 
@@ -42,7 +42,7 @@ class Turned:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.whole.shape[::-1]
+        return (*self.whole.shape[:-2], self.whole.shape[-1], self.whole.shape[-2])
 
     @property
     def nbytes(self) -> int:
@@ -111,16 +111,24 @@ def turned(info: Entry) -> Turned:
     return Turned(info)
 
 
-def turned_change(change: Change) -> Change:
-    """The change of a weight [out, in] as that of its transpose; raises SaveError for DoRA."""
+def turned_change(change: Change, stack: int = 1) -> Change:
+    """The change of a weight [out, in] as that of its transpose; of a `stack` of so many, [x * out,
+    in] as [x * in, out], where each of the adapter's ranks is of one of them alone (`joined`).
+
+    Raises SaveError for DoRA.
+    """
     if isinstance(change, LoRA):
         if change.magnitude is not None:
             raise SaveError(
                 "weights that are stored [in, out] are not merged with DoRA, whose lengths are of "
                 "the rows [out]; save the adapter"
             )
-        return LoRA(change.b.T, change.a.T, change.scale)
-    return None if change is None else change.T.contiguous()
+        b = change.b.view(stack, -1, change.rank)
+        mine = (b != 0).any(1)  # [x, r]
+        return LoRA(b.sum(0).T, (change.a.T * mine[:, None]).flatten(0, 1), change.scale)
+    if change is None:
+        return None
+    return change.view(stack, -1, change.shape[-1]).mT.flatten(0, 1)
 
 
 def split(
@@ -160,7 +168,7 @@ def reader(
         if isinstance(info, TensorInfo):
             return read(info)
         if isinstance(info, Turned):
-            return read(info.whole).T.contiguous()
+            return read(info.whole).mT.contiguous()
         if last[0] != info.whole:
             whole = of(info.whole)
             last[:] = [info.whole, whole.flatten(0, -2) if whole.ndim > 2 else whole]

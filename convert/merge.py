@@ -161,7 +161,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             changes = [trained.get(path, adapters.get(path)) for path in parts]
             whole = fused.joined(info.name, changes, rows, groups)
             if names.is_transposed(info.name):
-                whole = fused.turned_change(whole)
+                whole = fused.turned_change(whole, info.shape[0] if len(info.shape) > 2 else 1)
             if isinstance(whole, torch.Tensor):
                 whole = whole.view(info.shape)
             shards[files[info.name]].append(Tensor(info.name, info.dtype, info.shape, info, whole))

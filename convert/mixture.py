@@ -1,5 +1,6 @@
 """The fields that mixtures of experts have in common, read into the `MoESpec` of their layers."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -84,13 +85,20 @@ def with_experts(spec: ModelSpec, moe: MoESpec, dense: frozenset[int] = frozense
     return replace(spec, layers=tuple(changed(i, x) for i, x in enumerate(spec.layers)))
 
 
+def layer_numbers(fields: Fields, name: str, default: Iterable[int]) -> frozenset[int]:
+    """A list of numbers of layers; `default` where there is none."""
+    depth = fields.integer("num_hidden_layers")
+    given = fields.take(name, None)
+    if given is None:
+        return frozenset(default)
+    if not isinstance(given, list) or not all(type(i) is int and 0 <= i < depth for i in given):
+        raise fields.error(f"{name} is {given!r:.200}, expected numbers of the {depth} layers")
+    return frozenset(given)
+
+
 def dense_layers(fields: Fields) -> frozenset[int]:
     """The layers without experts, by `decoder_sparse_step` and `mlp_only_layers` (Qwen)."""
     depth = fields.integer("num_hidden_layers")
     step = fields.integer("decoder_sparse_step", 1)
-    only = fields.take("mlp_only_layers", [])
-    if not isinstance(only, list) or not all(type(i) is int and 0 <= i < depth for i in only):
-        raise fields.error(
-            f"mlp_only_layers is {only!r:.200}, expected numbers of the {depth} layers"
-        )
+    only = layer_numbers(fields, "mlp_only_layers", ())
     return frozenset(i for i in range(depth) if i in only or (i + 1) % step)

@@ -51,7 +51,7 @@ class Names:
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
     once for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of
     modules in checkpoints -> ours. `constants`: stored tensors that always have one value, which
-    is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D).
+    is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, which predict further tokens and
     are left out.
     """
@@ -101,6 +101,8 @@ class Names:
 
     def is_transposed(self, name: str) -> bool:
         """Whether the stored tensor `name` is a weight [in, out]."""
+        if _pattern(name) in self.transposed:
+            return True
         module, _, leaf = name.rpartition(".")
         return leaf == "weight" and _pattern(module) in self.transposed
 

@@ -41,7 +41,8 @@ def prepared(
     if not spec.qk_norm_after:
         q, k = _normed(q, k, p, spec)
     if spec.rope is not None and table is not None:
-        q, k = rope_qk(q, k, table.cos, table.sin, interleaved=spec.rope.interleaved)
+        if spec.rope.dim:
+            q, k = rope_qk(q, k, table.cos, table.sin, interleaved=spec.rope.interleaved)
         if table.query_scale is not None:
             q = q * table.query_scale[..., None, None].to(q.dtype)
     if spec.qk_norm_after:
@@ -55,13 +56,13 @@ def _normed(
     if spec.qk_norm is None:
         return q, k
     return (
-        _head_norm(q, p["q_norm"], spec, spec.qk_norm),
-        _head_norm(k, p["k_norm"], spec, spec.qk_norm),
+        _head_norm(q, p.get("q_norm"), spec, spec.qk_norm),
+        _head_norm(k, p.get("k_norm"), spec, spec.qk_norm),
     )
 
 
 def _head_norm(
-    x: torch.Tensor, p: dict[str, torch.Tensor], spec: AttentionSpec, how: NormSpec
+    x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: AttentionSpec, how: NormSpec
 ) -> torch.Tensor:
     if spec.qk_norm_over == "width":
         return norm(x.flatten(-2), p, how).view(x.shape)
@@ -69,7 +70,11 @@ def _head_norm(
 
 
 def visible(
-    queries: Layout, segments: torch.Tensor | None, offset: int, window: int | None
+    queries: Layout,
+    segments: torch.Tensor | None,
+    offset: int,
+    window: int | None,
+    chunk: int | None = None,
 ) -> Visible:
     """Which keys each query sees: bool [b or 1, 1, s, S], the documents of a packed row where a
     fused kernel takes them, or None where causal order says it. Where it is no mask, the window
@@ -81,9 +86,10 @@ def visible(
     s, device = queries.positions.shape[1], queries.positions.device
     total = offset + s
     unlimited = window is None or window >= total
-    if segments is None and (offset == 0 or (s == 1 and unlimited)):
+    chunked = chunk is not None and chunk < total
+    if segments is None and not chunked and (offset == 0 or (s == 1 and unlimited)):
         return None
-    if queries.documents is not None and queries.positions.is_cuda and offset == 0:
+    if queries.documents is not None and queries.positions.is_cuda and offset == 0 and not chunked:
         return queries.documents
     i = torch.arange(offset, total, device=device)[:, None]
     j = torch.arange(total, device=device)[None, :]
@@ -94,7 +100,18 @@ def visible(
     if segments is not None:
         own = segments[:, None, offset:, None] == segments[:, None, None, :]
         seen = seen & own
+    if chunk is not None and chunked:
+        keys = queries.positions if offset == 0 else _positions(segments, total, device)
+        chunks = queries.positions[:, None, :, None] // chunk, keys[:, None, None, :] // chunk
+        seen = seen & (chunks[0] == chunks[1])
     return seen
+
+
+def _positions(segments: torch.Tensor | None, total: int, device: torch.device) -> torch.Tensor:
+    """Where the keys of a cache stand in their rows [b or 1, S]: padding stands in front."""
+    if segments is None:
+        return torch.arange(total, device=device)[None]
+    return (segments != 0).long().cumsum(-1) - 1
 
 
 def attend(

@@ -52,15 +52,15 @@ def decode(
     cache = kv.stepped(cache, at)
     tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
     tables.update({r: rope.table(r, positions) for r in spec.ropes()})
-    windows = {layer.window for layer in spec.layers}
-    seen = {w: _span(cache, w) for w in windows}
+    sights = {layer.sight for layer in spec.layers}
+    seen = {sight: _span(cache, *sight) for sight in sights}
     for i, (layer, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
         x = decoder.layer(
             x,
             p,
             tree.get(adapters, "layers", i),
             tables[layer.rope],
-            seen[layer.window],
+            seen[layer.sight],
             spec=layer,
             buffers=(cache.layers[i], at),
         )
@@ -79,8 +79,11 @@ def waits_for(params: tree.Tree, spec: ModelSpec) -> str | None:
     return None
 
 
-def _span(cache: Cache, window: int | None) -> Span:
+def _span(cache: Cache, window: int | None, chunk: int | None) -> Span:
     """What the last token of every row sees."""
-    if window is None:
-        return Span(cache.first, cache.end)
-    return Span(torch.maximum(cache.first, cache.end - window), cache.end)
+    first = cache.first
+    if chunk is not None:
+        first = first + (cache.end - 1 - first) // chunk * chunk
+    if window is not None:
+        first = torch.maximum(first, cache.end - window)
+    return Span(first, cache.end)

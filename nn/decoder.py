@@ -186,8 +186,8 @@ def _run(
         segments = None if cache.segments is None else cache.segments[:, : cache.length]
     tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
     tables.update({r: rope.table(r, layout.positions) for r in spec.ropes()})
-    windows = {layer_spec.window for layer_spec in spec.layers}
-    seen = {w: visible(layout, segments, start, w) for w in windows}
+    sights = {layer_spec.sight for layer_spec in spec.layers}
+    seen = {sight: visible(layout, segments, start, *sight) for sight in sights}
     starts = recurrent.starts(segments, start)
     policies: tuple[Policy | None, ...] = (None,) * len(spec.layers)
     if residuals is not None and torch.is_grad_enabled():
@@ -198,7 +198,7 @@ def _run(
     ):
         layer_seed = seed_after(seed, 7 * i)
         args = (x, p, tree.get(adapters, "layers", i), tables[layer_spec.rope])
-        view = seen[layer_spec.window], None if layer_spec.recurrent is None else starts
+        view = seen[layer_spec.sight], None if layer_spec.recurrent is None else starts
         if cache is not None:
             x = layer(*args, *view, spec=layer_spec, buffers=(cache.layers[i], start))
         elif policy is None:

@@ -46,9 +46,9 @@ def route(
     wide = torch.promote_types(x.dtype, torch.float32)
     source = x.to(wide) if spec.router == "sigmoid" else x
     logits = linear(source, {"weight": router["weight"]}).to(wide)
-    if spec.router == "top_softmax":
+    if spec.router in ("top_softmax", "top_sigmoid"):
         top, chosen = logits.topk(spec.active, dim=-1)
-        weights = top.softmax(-1)
+        weights = top.softmax(-1) if spec.router == "top_softmax" else top.sigmoid()
     elif spec.router == "softmax":
         weights, chosen = logits.softmax(-1).topk(spec.active, dim=-1)
         if spec.normalise:
@@ -98,7 +98,10 @@ def _sorted_tokens(
     """Each expert on its own tokens: x [t, e] -> [t, e]."""
     order = chosen.flatten().argsort(stable=True)
     counts = chosen.flatten().bincount(minlength=spec.experts).tolist()
-    rows = x[order // spec.active].split_with_sizes(counts)
+    inputs = x[order // spec.active]
+    if spec.weigh_inputs:
+        inputs = (inputs * weights.flatten()[order][:, None]).to(x.dtype)
+    rows = inputs.split_with_sizes(counts)
     made = []
     for i, (p, own) in enumerate(zip(experts, rows, strict=True)):
         adapter = tree.get(adapters, "experts", i)
@@ -107,7 +110,8 @@ def _sorted_tokens(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     each = torch.cat(made)[back].view(*chosen.shape, -1)
-    return (each * weights[..., None]).sum(1).to(x.dtype)
+    weighed = each if spec.weigh_inputs else each * weights[..., None]
+    return weighed.sum(1).to(x.dtype)
 
 
 def _every_token(
@@ -122,8 +126,10 @@ def _every_token(
     """The same with every expert on every token, for transforms, which cannot sort by value."""
     out = torch.zeros_like(x, dtype=weights.dtype)
     for i, p in enumerate(experts):
-        made = mlp(x, p, tree.get(adapters, "experts", i), spec.expert, _seed(seed, i))
-        out = out + made * (weights * (chosen == i)).sum(-1, keepdim=True)
+        share = (weights * (chosen == i)).sum(-1, keepdim=True)
+        inputs = (x * share).to(x.dtype) if spec.weigh_inputs else x
+        made = mlp(inputs, p, tree.get(adapters, "experts", i), spec.expert, _seed(seed, i))
+        out = out + made * ((chosen == i).any(-1, keepdim=True) if spec.weigh_inputs else share)
     return out.to(x.dtype)
 
 

@@ -14,6 +14,9 @@ def norm(x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec) -> 
 
     `p` is None where the spec has no weight.
     """
+    if p is None and spec.kind == "rms":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, x.shape[-1:], eps=spec.eps).to(x.dtype)
     if p is None:
         return F.layer_norm(x, x.shape[-1:], eps=spec.eps)
     weight, bias = p["weight"], p.get("bias")

@@ -85,7 +85,7 @@ def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
         "v": _linear(kv, e, "ke", a.qkv_bias),
         "o": _linear(e, q, "eq", a.out_bias),
     }
-    if a.qk_norm is not None:
+    if a.qk_norm is not None and a.qk_norm.weight:
         made["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
         made["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
     return made

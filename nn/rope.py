@@ -38,7 +38,8 @@ def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
 def _query_scale(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor | None:
     if not rope.query_beta:
         return None
-    return 1 + rope.query_beta * torch.log(1 + torch.floor(positions / rope.original_positions))
+    steps = torch.floor((positions + rope.query_shift) / rope.original_positions)
+    return 1 + rope.query_beta * torch.log(1 + steps)
 
 
 def _magnitude(rope: RopeSpec, positions: torch.Tensor) -> float | torch.Tensor:

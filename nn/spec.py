@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"]
-Router = Literal["softmax", "top_softmax", "sigmoid", "sparse_mixer"]
+Router = Literal["softmax", "top_softmax", "sigmoid", "sparse_mixer", "top_sigmoid"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 # Constants of xIELU (arXiv 2411.13010, sec. 4).
@@ -25,7 +25,7 @@ class NormSpec:
     `cast_first`: cast to the input's dtype before the product with the weight (Llama); else the
     product is fp32 too (Gemma). `kind` "layer" is LayerNorm: the mean is subtracted first, all of
     it is fp32, and a `bias` may be added; cast_first means nothing there. Without a `weight` it
-    only normalises (LayerNorm alone; OLMo).
+    only normalises.
     """
 
     eps: float
@@ -45,7 +45,8 @@ class RopeSpec:
     frequencies by `long_factors` once a row is longer than `original_positions`, else by
     `short_factors`; `long_magnitude` or `short_magnitude` is then what cos and sin are multiplied
     with, where they are given. `query_beta` b: rotated queries at position i are multiplied with
-    1 + b log(1 + floor(i / `original_positions`)) (Llama 4's temperature tuning).
+    1 + b log(1 + floor((i + `query_shift`) / `original_positions`)) (Llama 4's temperature tuning);
+    with `dim` 0 nothing is rotated, and this is all.
     """
 
     dim: int
@@ -67,6 +68,7 @@ class RopeSpec:
     short_magnitude: float | None = None
     long_magnitude: float | None = None
     query_beta: float = 0.0
+    query_shift: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,12 @@ class LatentSpec:
 class AttentionSpec:
     """Grouped-query attention.
 
-    `window`: key j is visible from query i when 0 <= i - j < window (None: no limit). `rope` None:
-    no positions at all. `softcap` c: scores are c * tanh(score / c). `qk_norm` acts on each "head"
-    with one weight [d] for all, on each of the "heads" with its own (weight [h, d]), or over the
-    whole "width" of the projection (weight [h * d]), by `qk_norm_over`, before the rotation or
-    `qk_norm_after` it. `clip` c: what q, k and v projections make is clamped to [-c, c].
+    `window`: key j is visible from query i when 0 <= i - j < window (None: no limit). `chunk` c:
+    when i // c == j // c, counted from the start of their document. `rope` None: no positions at
+    all. `softcap` c: scores are c * tanh(score / c). `qk_norm` acts on each "head" with one weight
+    [d] for all, on each of the "heads" with its own (weight [h, d]), or over the whole "width" of
+    the projection (weight [h * d]), by `qk_norm_over`, before the rotation or `qk_norm_after` it.
+    `clip` c: what q, k and v projections make is clamped to [-c, c].
     `latent`: q, k and v are made another way, and `qkv_bias` is of the latents' projections.
     """
 
@@ -110,6 +113,7 @@ class AttentionSpec:
     qk_norm_over: Literal["head", "heads", "width"] = "head"
     qk_norm_after: bool = False
     clip: float | None = None
+    chunk: int | None = None
     latent: LatentSpec | None = None
 
     @property
@@ -167,14 +171,16 @@ class MoESpec:
     The router's logits are x W^T [x] in x's dtype (in fp32 for "sigmoid"), all that follows is
     fp32. By `router`,
     "softmax": the largest of softmax(logits) are taken, and are the weights; "top_softmax": the
-    largest logits are taken, the weights are their softmax; "sigmoid": the weights are sigmoids,
+    largest logits are taken, the weights are their softmax; "top_sigmoid": are their sigmoids;
+    "sigmoid": the weights are sigmoids,
     taken are the largest of sigmoid + bias (a trained [x]) within the `active_groups` best of
     `groups` equal groups, of which each counts with the sum of its two largest; "sparse_mixer": the
     largest logits are taken one after the other, and the weight of each is its share of the softmax
     over those not taken before it and within `tolerance` of it (SparseMixer, arXiv 2409.12136,
     without the noise of its training). `normalise`: the
     weights are divided by their sum; then they are multiplied with `scale`. `shared` is an MLP that
-    every token passes, times sigmoid(x w^T) where `shared_gate`.
+    every token passes, times sigmoid(x w^T) where `shared_gate`. `weigh_inputs`: weights multiply
+    what goes into the experts, not what comes out.
     """
 
     experts: int
@@ -186,6 +192,7 @@ class MoESpec:
     groups: int = 1
     active_groups: int = 1
     tolerance: float = 0.0
+    weigh_inputs: bool = False
     shared: MLPSpec | None = None
     shared_gate: bool = False
 
@@ -217,9 +224,13 @@ class LayerSpec:
         return None if self.attention is None else self.attention.rope
 
     @property
-    def window(self) -> int | None:
-        """How far attention sees, if there is one and it has a limit."""
-        return None if self.attention is None else self.attention.window
+    def sight(self) -> tuple[int | None, int | None]:
+        """The window and the chunk of what attention sees, as far as there are any."""
+        return (
+            (None, None)
+            if self.attention is None
+            else (self.attention.window, self.attention.chunk)
+        )
 
     @property
     def mlps(self) -> tuple[MLPSpec, ...]:

@@ -23,6 +23,7 @@ from purelm.nn.spec import (
 MIXERS: dict[str, tuple[dict[str, Any], RecurrentSpec | None]] = {
     "full": ({}, None),
     "window": ({"window": 4}, None),
+    "chunk": ({"chunk": 3}, None),
     "latent": ({"latent": LatentSpec(16, 24, 10, NormSpec(1e-6)), "rope": RopeSpec(4, 1e4)}, None),
     "conv": ({}, ShortConvSpec(32, 3, bias=True)),
 }

@@ -2,7 +2,7 @@
 
 from ...nn.spec import ModelSpec
 from ..config_fields import Fields
-from ..dense import dense_spec, head_width
+from ..dense import dense_spec, head_width, rotated_layers
 from ..names import LLAMA, names
 from ..rope_config import rope_spec
 
@@ -13,7 +13,7 @@ _POSITIONS, _THETA = 32768, 2e6
 def spec(fields: Fields) -> ModelSpec:
     """Matches transformers' `SmolLM3ForCausalLM`."""
     bias = fields.flag("attention_bias", False)
-    rotated = _rotated(fields)
+    rotated = rotated_layers(fields)
     positions = fields.integer("max_position_embeddings", _POSITIONS)
     rope = rope_spec(fields, head_width(fields), positions, _THETA)
     return dense_spec(
@@ -27,17 +27,6 @@ def spec(fields: Fields) -> ModelSpec:
         windows=_windows(fields, rotated),
         ropes=tuple(rope if turned else None for turned in rotated),
     )
-
-
-def _rotated(fields: Fields) -> list[bool]:
-    """Which layers have positions: `no_rope_layers` says 1 for those that do."""
-    depth = fields.integer("num_hidden_layers")
-    every = fields.integer("no_rope_layer_interval", 4)
-    given = fields.take("no_rope_layers", [int((i + 1) % every != 0) for i in range(depth)])
-    fits = isinstance(given, list) and len(given) == depth
-    if not fits or not all(type(x) in (bool, int) and x in (0, 1) for x in given):
-        raise fields.error(f"no_rope_layers is {given!r:.200}, expected a 0 or 1 for each layer")
-    return [bool(x) for x in given]
 
 
 def _windows(fields: Fields, rotated: list[bool]) -> tuple[int | None, ...]:

@@ -32,6 +32,11 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
 # Class: its config's class, the config of the text half, that of the vision half.
 WHOLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Gemma3": ("Gemma3Config", {**TEXT, "head_dim": 12, "sliding_window": 8}, VISION),
+    "Llama4": (
+        "Llama4Config",
+        {**TEXT, "intermediate_size_mlp": 64, "num_local_experts": 3, "attention_chunk_size": 8},
+        {**VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
     "Mistral3": ("Mistral3Config", {**TEXT, "model_type": "mistral"}, VISION),
     "Llava": ("LlavaConfig", {**TEXT, "model_type": "llama"}, VISION),
     "Qwen2_5_VL": (

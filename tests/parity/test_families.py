@@ -45,9 +45,14 @@ def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch
     shapes = {path: leaf.shape for path, leaf in tree.items(loaded.params)}
     for name, p in model.named_parameters():
         value = p.grad if grad else p.data
-        value = value.T if names.is_transposed(name) else value
+        value = value.mT if names.is_transposed(name) else value
         if paths := parts(names, name, shapes):
-            value = value.flatten(0, -2) if value.ndim > 2 else value
+            if value.ndim > 2:  # a stack, whose experts' parts follow each other
+                each = len(paths) // len(value)
+                for i, one in enumerate(value):
+                    some = paths[i * each : (i + 1) * each]
+                    found.update(zip(some, one.split([shapes[x][0] for x in some]), strict=True))
+                continue
             value = value.view(groups, -1, *value.shape[1:]) if groups > 1 else value
             rows = [shapes[x][0] // groups for x in paths]
             found.update(zip(paths, value.split(rows, int(groups > 1)), strict=True))
