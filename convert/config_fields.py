@@ -113,9 +113,9 @@ class Fields:
             return None
         return self.number(name, default)
 
-    def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """A list of `length` positive numbers."""
-        value = self.take(name)
+    def numbers(self, name: str, length: int, default: float | None = None) -> tuple[float, ...]:
+        """A list of `length` positive numbers, where it is absent all `default`."""
+        value = self.take(name, _REQUIRED if default is None else [default] * length)
         if not isinstance(value, list) or len(value) != length:
             raise self.error(f"{name} is {value!r:.200}, expected a list of {length} numbers")
         return tuple(Fields({name: x}, self.file).number(name) for x in value)

@@ -84,14 +84,21 @@ def parts(names: Names, name: str, known: Mapping[str, Any]) -> tuple[str, ...]:
 
     A stack [x, out, in] is read as one matrix [x * out, in]: each expert's rows follow the last's.
     """
-    paths = names.parts(name)
-    if any("*" in path for path in paths):
-        every = itertools.takewhile(
-            lambda made: made[0] in known,
-            ([path.replace("*", str(i)) for path in paths] for i in itertools.count()),
-        )
-        paths = tuple(path for expert in every for path in expert)
-    return paths if all(path in known for path in paths) else ()
+    for paths in names.parts(name):
+        if any("*" in path for path in paths):
+            paths = _of_experts(paths, known)
+        if paths and all(path in known for path in paths):
+            return paths
+    return ()
+
+
+def _of_experts(paths: tuple[str, ...], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paths of every expert there is, one expert after the other."""
+    every = itertools.takewhile(
+        lambda made: made[0] in known,
+        ([path.replace("*", str(i)) for path in paths] for i in itertools.count()),
+    )
+    return tuple(path for expert in every for path in expert)
 
 
 def _count(shape: tuple[int, ...]) -> int:

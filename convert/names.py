@@ -49,7 +49,8 @@ class Names:
 
     A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
-    once for each kv head, its own rows of each (GPT-NeoX, Falcon). `aliases`: other names of
+    once for each kv head, its own rows of each (GPT-NeoX, Falcon). A module may be there twice: the
+    first whose parts the model has is meant. `aliases`: other names of
     modules in checkpoints -> ours. `constants`: stored tensors that always have one value, which
     is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, which predict further tokens and
@@ -80,16 +81,19 @@ class Names:
         """The inverse of `module_to_hf`."""
         return _translate(self._hf_to_ours, name)
 
-    def parts(self, name: str) -> tuple[str, ...]:
-        """Our paths of the tensors that lie in a fused tensor called `name`; else none.
+    def parts(self, name: str) -> list[tuple[str, ...]]:
+        """Our paths of the tensors that may lie in a fused tensor called `name`; else none.
 
         A `*` that is left in them stands for every expert.
         """
-        fused = dict(self.fused)
-        if whole := fused.get(_pattern(name)):  # a parameter that no module's `weight` holds
-            return tuple(f"{_fill(path, name)}.weight" for path in whole)
         module, _, leaf = name.rpartition(".")
-        return tuple(f"{_fill(path, module)}.{leaf}" for path in fused.get(_pattern(module), ()))
+        found = []
+        for fused, paths in self.fused:
+            if fused == _pattern(name):  # a parameter that no module's `weight` holds
+                found.append(tuple(f"{_fill(path, name)}.weight" for path in paths))
+            elif fused == _pattern(module):
+                found.append(tuple(f"{_fill(path, module)}.{leaf}" for path in paths))
+        return found
 
     def groups(self, spec: ModelSpec) -> int:
         """How often the parts of a fused tensor follow each other."""
@@ -129,6 +133,7 @@ class Names:
 def names(
     *tables: dict[str, str],
     fused: Mapping[str, tuple[str, ...]] | None = None,
+    or_fused: Mapping[str, tuple[str, ...]] | None = None,
     by_head: bool = False,
     aliases: Mapping[str, str] | None = None,
     constants: Mapping[str, float] | None = None,
@@ -137,7 +142,8 @@ def names(
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
-    parts, others = tuple((fused or {}).items()), tuple((aliases or {}).items())
+    parts = (*(fused or {}).items(), *(or_fused or {}).items())
+    others = tuple((aliases or {}).items())
     return Names(
         tuple(rows.items()),
         parts,

@@ -16,6 +16,7 @@ from .families import (
     ernie4_5,
     exaone4,
     falcon,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3_text,
@@ -26,6 +27,7 @@ from .families import (
     gpt_neox,
     granite,
     granitemoe,
+    granitemoehybrid,
     helium,
     hunyuan_v1_dense,
     lfm2,
@@ -122,6 +124,8 @@ FAMILIES = {
         Family("apertus", apertus, "ApertusForCausalLM"),
         Family("gpt2", gpt2, "GPT2LMHeadModel"),
         Family("lfm2", lfm2, "Lfm2ForCausalLM"),
+        Family("falcon_h1", falcon_h1, "FalconH1ForCausalLM"),
+        Family("granitemoehybrid", granitemoehybrid, "GraniteMoeHybridForCausalLM"),
     )
 }
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..kernels.gated import gated, gated_pull
 from . import tree
-from .spec import XIELU_BETA, XIELU_EPS, MLPSpec
+from .spec import XIELU_BETA, XIELU_EPS, Activation, MLPSpec
 
 
 def inputs(spec: MLPSpec) -> tuple[str, ...]:
@@ -21,13 +21,18 @@ def activated(parts: Sequence[torch.Tensor], spec: MLPSpec, p: tree.Tree) -> tor
         gate, up = parts
         return gated(gate, up, spec.activation)
     (up,) = parts
-    if spec.activation == "silu":
-        return F.silu(up)
-    if spec.activation == "relu2":
-        return F.relu(up).square()
     if spec.activation == "xielu":
         return xielu(up, p["act"]["alpha_p"], p["act"]["alpha_n"])
-    return F.gelu(up, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+    return act(up, spec.activation)
+
+
+def act(x: torch.Tensor, kind: Activation) -> torch.Tensor:
+    """x through an activation that has no parameters."""
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def pull(

@@ -43,6 +43,7 @@ def attention(
         return latent_attention(x, p, adapters, spec, table, seen, buffers, seed)
     b, s, _ = x.shape
     get = (adapters or {}).get
+    x = x if spec.in_scale == 1.0 else x * spec.in_scale
     q, k, v = project(x, [p["q"], p["k"], p["v"]], [get("q"), get("k"), get("v")], seed)
     q = q.view(b, s, spec.heads, spec.head_dim)
     k = k.view(b, s, spec.kv_heads, spec.head_dim)
@@ -54,7 +55,8 @@ def attention(
     out = attend(
         q, k, v, scale=spec.scale, seen=seen, window=spec.window, softcap=spec.softcap
     ).reshape(b, s, -1)
-    return linear(out, p["o"], get("o"), seed_after(seed, 3))
+    out = linear(out, p["o"], get("o"), seed_after(seed, 3))
+    return out if spec.out_scale == 1.0 else out * spec.out_scale
 
 
 def mixer(
@@ -232,6 +234,9 @@ def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
         return "latent attention"
     if isinstance(spec.mlp, MoESpec):
         return "mixtures of experts"
+    scales = spec.attention.in_scale, spec.attention.out_scale
+    if any(scale != 1.0 for scale in (*scales, spec.mlp.gate_scale, spec.mlp.down_scale)):
+        return "multipliers inside of a branch"
     if any(leaf.magnitude is not None for leaf in tree.leaves(adapters)):
         return "DoRA"
     return None

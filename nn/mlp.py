@@ -15,5 +15,9 @@ def mlp(
     get = (adapters or {}).get
     names = inputs(spec)
     parts = project(x, [p[n] for n in names], [get(n) for n in names], seed)
+    if spec.gate_scale != 1.0:
+        gate, *rest = parts
+        parts = gate * spec.gate_scale, *rest
     hidden = activated(parts, spec, p)
-    return linear(hidden, p["down"], get("down"), seed_after(seed, 2))
+    out = linear(hidden, p["down"], get("down"), seed_after(seed, 2))
+    return out if spec.down_scale == 1.0 else out * spec.down_scale

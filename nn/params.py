@@ -15,6 +15,7 @@ from .spec import (
     AttentionSpec,
     LatentSpec,
     LayerSpec,
+    Mamba2Spec,
     MLPSpec,
     ModelSpec,
     MoESpec,
@@ -35,7 +36,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: str
-    init: Literal["normal", "zeros", "ones"] | float = "normal"
+    init: Literal["normal", "zeros", "ones", "log_range"] | float = "normal"
     quantize: bool = False
     wide: bool = False
 
@@ -113,7 +114,21 @@ def _latent(a: AttentionSpec, latent: LatentSpec, e: int) -> dict[str, Any]:
 
 
 def _recurrent(r: RecurrentSpec, e: int) -> dict[str, Any]:
-    return _short_conv(r, e)
+    return _mamba2(r, e) if isinstance(r, Mamba2Spec) else _short_conv(r, e)
+
+
+def _mamba2(r: Mamba2Spec, e: int) -> dict[str, Any]:
+    made = {
+        "in": _linear(r.dim + r.channels + r.heads, e, "ce", r.in_bias),
+        "conv": _conv(r.channels, r.kernel, r.conv_bias),
+        "dt_bias": ParamSpec((r.heads,), "h", init="ones"),
+        "A_log": ParamSpec((r.heads,), "h", init="log_range"),
+        "D": ParamSpec((r.heads,), "h", init="ones"),
+    }
+    if r.norm is not None:
+        made["norm"] = _norm(r.norm, (r.dim,), "c")
+    made["out"] = _linear(e, r.dim, "ec", r.out_bias)
+    return made
 
 
 def _short_conv(r: ShortConvSpec, e: int) -> dict[str, Any]:
@@ -194,6 +209,8 @@ def init(
         if p.init == "normal":
             drawn = torch.empty(p.shape, device=generator.device)
             drawn.normal_(0.0, spec.init_std, generator=generator)
+        elif p.init == "log_range":  # log 1, log 2...
+            drawn = torch.arange(1.0, p.shape[0] + 1, device=generator.device).log()
         else:
             value = {"zeros": 0.0, "ones": 1.0}[p.init] if isinstance(p.init, str) else p.init
             drawn = torch.full(p.shape, value, device=generator.device)

@@ -98,6 +98,7 @@ class AttentionSpec:
     the projection (weight [h * d]), by `qk_norm_over`, before the rotation or `qk_norm_after` it.
     `clip` c: what q, k and v projections make is clamped to [-c, c].
     `latent`: q, k and v are made another way, and `qkv_bias` is of the latents' projections.
+    `in_scale` and `out_scale` multiply what goes in and what comes out.
     """
 
     heads: int
@@ -115,6 +116,8 @@ class AttentionSpec:
     clip: float | None = None
     chunk: int | None = None
     latent: LatentSpec | None = None
+    in_scale: float = 1.0
+    out_scale: float = 1.0
 
     @property
     def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -148,20 +151,61 @@ class ShortConvSpec:
     bias: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Mamba2Spec:
+    """A state-space mixer (Mamba 2, arXiv 2405.21060): `heads` of `head_dim` features, each with a
+    state of `state` features more, which come in `groups` of heads with one input and output.
+
+    A convolution over the last `kernel` tokens with `activation` comes before. `limits` bound a
+    token's step. What is read out is gated, and normalised by `norm` in each group, before the gate
+    if `norm_first`. `scales` multiply the parts of the input projection (gate, x, b, c, steps),
+    `in_scale` and `out_scale` what goes into it and what comes out of the mixer.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    kernel: int
+    activation: Activation = "silu"
+    in_bias: bool = False
+    conv_bias: bool = True
+    out_bias: bool = False
+    norm: NormSpec | None = None
+    norm_first: bool = False
+    limits: tuple[float, float] = (0.0, float("inf"))
+    in_scale: float = 1.0
+    scales: tuple[float, float, float, float, float] = (1.0,) * 5
+    out_scale: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        """Features of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Features that the convolution mixes: x, b and c."""
+        return self.dim + 2 * self.groups * self.state
+
+
 # Mixers that carry a state of fixed size from token to token, in place of keys and values.
-RecurrentSpec = ShortConvSpec
+RecurrentSpec = ShortConvSpec | Mamba2Spec
 
 
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
     """down(activation(gate(x)) * up(x)) with hidden width `dim` (f); without a gate,
-    down(activation(up(x))). "xielu" has two scalars of its own and no gate.
+    down(activation(up(x))). "xielu" has two scalars of its own and no gate. What gate and down make
+    is multiplied with `gate_scale` and `down_scale`.
     """
 
     dim: int
     activation: Activation = "silu"
     bias: bool = False
     gated: bool = True
+    gate_scale: float = 1.0
+    down_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,20 @@ TEMPERED = {**YARN, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta"
 
 MHA = {"multi_query": False, "num_key_value_heads": 4}
 
+# With a usual epsilon a token whose state says nearly nothing has its rounding blown up.
+GATED = {"mamba_rms_norm": True, "rms_norm_eps": 1e-3}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.5,
+    "lm_head_multiplier": 0.3,
+    "mlp_multipliers": [0.7, 1.3],
+    "key_multiplier": 0.6,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.8,
+    "ssm_in_multiplier": 1.1,
+    "ssm_multipliers": [0.9, 1.2, 0.7, 1.4, 0.6],
+    "ssm_out_multiplier": 0.5,
+}
+
 # (family, the switches of its config that this case throws)
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -239,6 +253,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu"}),
     ("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": False}),
+    ("falcon_h1", {}),
+    ("falcon_h1", MULTIPLIERS),
+    ("falcon_h1", {**GATED, "mamba_norm_before_gate": False, "mamba_d_conv": 3}),
+    ("falcon_h1", {**GATED, "mamba_norm_before_gate": True, "mlp_bias": True}),
+    ("falcon_h1", {"mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True}),
+    ("falcon_h1", {"mamba_conv_bias": False, "time_step_limit": [0.5, 0.9], "mamba_d_ssm": None}),
+    ("falcon_h1", {"mamba_n_groups": 1, "mamba_n_heads": 8, "hidden_act": "gelu"}),
+    ("granitemoehybrid", {}),
+    ("granitemoehybrid", {"num_local_experts": 0, "position_embedding_type": "rope"}),
+    ("granitemoehybrid", {"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_n_groups": 1}),
+    ("granitemoehybrid", {"time_step_limit": [0.5, 0.9], "attention_bias": True}),
+    ("granitemoehybrid", {"layer_types": None, "mamba_d_conv": 2, "use_cache": False}),
+    (
+        "granitemoehybrid",
+        {"residual_multiplier": 0.3, "embedding_multiplier": 3.5, "logits_scaling": 7.0},
+    ),
     ("lfm2", {}),
     ("lfm2", {"conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False}),
     ("lfm2", {"layer_types": None, "full_attn_idxs": [0, 2], "tie_word_embeddings": False}),

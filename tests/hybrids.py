@@ -11,6 +11,7 @@ from purelm.nn.spec import (
     AttentionSpec,
     LatentSpec,
     LayerSpec,
+    Mamba2Spec,
     MLPSpec,
     ModelSpec,
     NormSpec,
@@ -26,6 +27,7 @@ MIXERS: dict[str, tuple[dict[str, Any], RecurrentSpec | None]] = {
     "chunk": ({"chunk": 3}, None),
     "latent": ({"latent": LatentSpec(16, 24, 10, NormSpec(1e-6)), "rope": RopeSpec(4, 1e4)}, None),
     "conv": ({}, ShortConvSpec(32, 3, bias=True)),
+    "mamba2": ({"window": 4}, Mamba2Spec(4, 8, 2, 5, 3, norm=NormSpec(1e-5))),
 }
 
 

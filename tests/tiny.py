@@ -110,6 +110,30 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {"hidden_size": 64}),
     "apertus": ("Apertus", {"pad_token_id": None}),
     "gpt2": ("GPT2", {"bos_token_id": 1, "eos_token_id": 2}),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            "pad_token_id": None,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            "attention_multiplier": 0.2,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 5,
+            "shared_intermediate_size": 64,
+            "mamba_n_heads": 4,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
     "lfm2": (
         "Lfm2",
         {
@@ -159,7 +183,7 @@ def spread(model: Any, seed: int = 0) -> None:
         for name, p in (*model.named_parameters(), *biases):
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
-                is_norm = "norm" in name or ".ln_" in name
+                is_norm = "norm" in name or ".ln_" in name or name.endswith("mamba.D")
                 p.copy_(drawn * 0.3 + (1.0 if is_norm else 0.0))
             else:
                 p.copy_(drawn * (1.5 / p.shape[-1] ** 0.5))

@@ -1,0 +1,107 @@
+"""The Mamba 2 mixer: a short convolution, then a state that each token decays and adds to."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from . import ssd, tree
+from .activation import act
+from .linear import linear, seed_after
+from .short_conv import causal_conv, conv_state
+from .spec import Mamba2Spec
+
+State = dict[str, torch.Tensor]
+
+
+def mix(
+    x: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    spec: Mamba2Spec,
+    starts: torch.Tensor | None,
+    state: State | None,
+    seed: int | None,
+) -> torch.Tensor:
+    """Dao and Gu, arXiv 2405.21060, sec. 7, as in transformers' `FalconH1Mixer` and
+    `GraniteMoeHybridMambaLayer`; see `recurrent.mix`. The scan, its steps and decays are fp32.
+    """
+    get = (adapters or {}).get
+    inner = linear(x if spec.in_scale == 1.0 else x * spec.in_scale, p["in"], get("in"), seed)
+    if any(scale != 1.0 for scale in spec.scales):
+        inner = inner * _scales(spec, inner.dtype, inner.device)
+    gate, mixed, dt = inner.split_with_sizes([spec.dim, spec.channels, spec.heads], -1)
+    mixed = act(causal_conv(mixed, p["conv"], starts, state), spec.activation)
+    y = _scanned(mixed, dt, p, spec, starts, state)
+    out = linear(_gated(y, gate, p, spec).to(x.dtype), p["out"], get("out"), seed_after(seed, 1))
+    return out if spec.out_scale == 1.0 else out * spec.out_scale
+
+
+def empty(spec: Mamba2Spec, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+    """The state before the first token."""
+    shape = (batch, spec.heads, spec.head_dim, spec.state)
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        "conv": conv_state(spec.channels, spec.kernel, batch, dtype, device),
+        "ssm": torch.zeros(shape, dtype=wide, device=device),
+    }
+
+
+def working_bytes(spec: Mamba2Spec, itemsize: int) -> int:
+    """Bytes a token: the projection and its gradient, the convolution's taps, the scan's inputs and
+    outputs in fp32, the chunks' weights and states with their gradients.
+    """
+    projected = 3 * (spec.dim + spec.channels + spec.heads) * itemsize
+    wide = (spec.kernel + 3) * spec.channels + 6 * spec.dim
+    inside = 4 * spec.heads * ssd.CHUNK
+    states = 4 * spec.dim * spec.state // ssd.CHUNK
+    return projected + 4 * (wide + inside + states)
+
+
+def _scanned(
+    mixed: torch.Tensor,
+    dt: torch.Tensor,
+    p: tree.Tree,
+    spec: Mamba2Spec,
+    starts: torch.Tensor | None,
+    state: State | None,
+) -> torch.Tensor:
+    """x, b and c [b, s, c] and the raw steps [b, s, h] -> [b, s, h * p] in fp32."""
+    wide = torch.promote_types(mixed.dtype, torch.float32)
+    mixed, dt = mixed.to(wide), F.softplus(dt.to(wide) + p["dt_bias"].to(wide)).clamp(*spec.limits)
+    sizes = [spec.dim, spec.groups * spec.state, spec.groups * spec.state]
+    x, b, c = mixed.split_with_sizes(sizes, -1)
+    lead = x.shape[:2]
+    x = x.reshape(*lead, spec.heads, spec.head_dim)
+    b, c = (t.reshape(*lead, spec.groups, spec.state) for t in (b, c))
+    taken = x * dt[..., None], dt * -p["A_log"].to(wide).exp(), b, c, starts
+    if state is None:
+        y, _ = ssd.scan(*taken, None)
+    else:
+        one = x.shape[1] == 1
+        y, last = ssd.step(*taken, state["ssm"]) if one else ssd.scan(*taken, state["ssm"])
+        state["ssm"].copy_(last)
+    skip: torch.Tensor = x * p["D"].to(wide)[:, None]
+    return (y + skip).flatten(-2)
+
+
+def _gated(y: torch.Tensor, gate: torch.Tensor, p: tree.Tree, spec: Mamba2Spec) -> torch.Tensor:
+    """y [b, s, d] in fp32 times silu(gate), normalised in each group before it or after."""
+    gate = F.silu(gate.to(y.dtype))
+    if spec.norm is None:
+        return y * gate
+    if not spec.norm_first:
+        y = y * gate
+    groups = y.view(*y.shape[:2], spec.groups, -1)
+    normed = F.rms_norm(groups, groups.shape[-1:], eps=spec.norm.eps).flatten(-2)
+    y = normed * p["norm"]["weight"].to(y.dtype)
+    return y * gate if spec.norm_first else y
+
+
+@lru_cache(maxsize=16)
+def _scales(spec: Mamba2Spec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The multipliers of all that the input projection makes, copied once to the device."""
+    sizes = (spec.dim, spec.dim, *[spec.groups * spec.state] * 2, spec.heads)
+    with torch.inference_mode(False):
+        made = [torch.full((n,), s) for n, s in zip(sizes, spec.scales, strict=True)]
+        return torch.cat(made).to(device, dtype)
