@@ -135,13 +135,14 @@ def family_of(config: Mapping[str, Any], file: object = None) -> Family:
     model_type = config.get("model_type")
     if model_type is None:
         raise ConfigError("the config has no model_type, so the architecture is unknown", file=file)
-    if model_type not in FAMILIES and config.get("vision_config") is not None:
+    known = isinstance(model_type, str) and model_type in FAMILIES
+    if isinstance(model_type, str) and not known and config.get("vision_config") is not None:
         raise ConfigError(
             f"model_type {model_type!r:.200} is of a model that sees, of which purelm has the text "
             "half alone: load it with text_only=True",
             file=file,
         )
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not known:
         raise ConfigError(
             f"model_type {model_type!r:.200} is not supported; known are {', '.join(FAMILIES)}",
             file=file,
