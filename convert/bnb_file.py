@@ -1,7 +1,8 @@
 """Weights that bitsandbytes stored in 4 bits: found among a checkpoint's tensors, read, laid out.
 
 A weight `w` of n values lies in `w` (uint8 [ceil(n/2), 1], first code in the high nibble),
-`w.absmax`, `w.quant_map` (the 16 levels), `w.quant_state.bitsandbytes__nf4` (JSON in uint8) and,
+`w.absmax`, `w.quant_map` (the 16 levels), `w.quant_state.bitsandbytes__nf4` (JSON in uint8; or
+`__fp4`) and,
 double-quantized, `w.nested_absmax` and `w.nested_quant_map` (bitsandbytes' `QuantState.as_dict`).
 These are the parts of our NF4 leaf, which takes them as they are.
 """
@@ -22,7 +23,7 @@ from ..kernels.nf4 import BLOCKS, block_absmax
 from ..kernels.nf4_launch import GROUP
 from ..quant import nf4
 from ..quant.nf4 import NF4
-from . import fp8_file
+from .encoded import Encoded
 from .gguf_file import GGUFTensor, read_tensor
 from .json_file import parse_json
 from .shards import Checkpoint, TensorInfo, read
@@ -30,9 +31,10 @@ from .shards import Checkpoint, TensorInfo, read
 _PART = re.compile(
     r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
 )
-_STATE = "quant_state.bitsandbytes__nf4"
-_PLAIN = {"absmax", "quant_map", _STATE}
-_DOUBLE = _PLAIN | {"nested_absmax", "nested_quant_map"}
+_KINDS = ("nf4", "fp4")
+_STATE = "quant_state.bitsandbytes__"
+_PLAIN = {"absmax", "quant_map"}
+_NESTED = {"nested_absmax", "nested_quant_map"}
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -55,13 +57,14 @@ class Packed:
     absmax_scale: TensorInfo | None
     absmax_offset: float | None
     nbytes: int
+    kind: str = "nf4"
 
 
 Entry = TensorInfo | Packed
 
 
 def check_config(stored: Any, file: Path) -> None:
-    """Raise ConfigError for a `quantization_config` other than bitsandbytes' NF4."""
+    """Raise ConfigError for a `quantization_config` other than bitsandbytes' 4 bits."""
     method = stored
     if isinstance(stored, dict):
         four = stored.get("load_in_4bit", stored.get("_load_in_4bit"))
@@ -70,15 +73,13 @@ def check_config(stored: Any, file: Path) -> None:
         if method == "bitsandbytes" and four is True and not eight:
             kind = stored.get("bnb_4bit_quant_type", "nf4")
             storage = stored.get("bnb_4bit_quant_storage", "uint8")
-            if kind == "nf4" and storage in ("uint8", "torch.uint8"):
+            if kind in _KINDS and storage in ("uint8", "torch.uint8"):
                 return
             method = f"bitsandbytes 4-bit, {kind!s:.20} in {storage!s:.20}"
-        elif method == "bitsandbytes":
-            method = "bitsandbytes, not in 4 bits"
     raise ConfigError(
-        f"the checkpoint is stored quantized ({method!s:.60}), which is not read yet, only "
-        "bitsandbytes' nf4 in uint8 and fp8 are; load the 16-bit original, which purelm quantizes "
-        "while loading",
+        f"the checkpoint is stored quantized ({method!s:.60}), which is not read; "
+        "bitsandbytes' 4 and 8 bits, fp8, GPTQ, AWQ and MXFP4 are. Load the 16-bit original, which "
+        "purelm quantizes while loading",
         file=file,
     )
 
@@ -94,14 +95,11 @@ def entries(checkpoint: Checkpoint) -> list[Entry]:
         if found := _PART.fullmatch(name):
             parts.setdefault(found.group(1), {})[found.group(2)] = info
     made: list[Entry] = []
-    whole = fp8_file.entries(checkpoint.tensors)
     for info in checkpoint.in_file_order():
-        if info.name not in whole:
-            continue
         if info.name in parts:
             made.append(_packed(info, parts.pop(info.name)))
         elif not _PART.fullmatch(info.name):
-            made.append(whole[info.name])
+            made.append(info)
     if parts:
         name, alone = next(iter(parts.items()))
         raise CheckpointError(
@@ -117,12 +115,14 @@ def _packed(codes: TensorInfo, parts: Mapping[str, TensorInfo]) -> Packed:
         return CheckpointError(message, file=info.file, tensor=info.name[:200])
 
     double = "nested_absmax" in parts or "nested_quant_map" in parts
-    if parts.keys() != (_DOUBLE if double else _PLAIN):
+    kind = "fp4" if f"{_STATE}fp4" in parts else "nf4"
+    needed = _PLAIN | (_NESTED if double else set()) | {_STATE + kind}
+    if parts.keys() != needed:
         raise wrong(
-            f"a 4-bit NF4 weight is stored with {', '.join(sorted(_DOUBLE if double else _PLAIN))}"
-            f"; found {', '.join(sorted(parts))[:300]}"
+            f"a 4-bit {kind.upper()} weight is stored with {', '.join(sorted(needed))}; "
+            f"found {', '.join(sorted(parts))[:300]}"
         )
-    state = parts[_STATE]
+    state = parts[_STATE + kind]
     if state.dtype != torch.uint8 or len(state.shape) != 1 or state.nbytes > _MAX_STATE_BYTES:
         raise wrong(
             f"expected uint8 with at most {_MAX_STATE_BYTES} bytes, found {state.dtype} "
@@ -147,7 +147,7 @@ def _packed(codes: TensorInfo, parts: Mapping[str, TensorInfo]) -> Packed:
             )
         return value
 
-    one_of("quant_type", ["nf4"])
+    one_of("quant_type", [kind])
     block = one_of("blocksize", BLOCKS)
     dtype = _DTYPES[one_of("dtype", _DTYPES)]
     shape, offset = fields["shape"], None
@@ -174,15 +174,15 @@ def _packed(codes: TensorInfo, parts: Mapping[str, TensorInfo]) -> Packed:
         groups = -(-blocks // GROUP)
         lengths["nested_absmax"] = (parts["nested_absmax"], torch.float32, (groups,))
         lengths["nested_quant_map"] = (parts["nested_quant_map"], torch.float32, (256,))
-    for info, kind, size in lengths.values():
-        if info.dtype != kind or info.shape != size:
+    for info, needs, size in lengths.values():
+        if info.dtype != needs or info.shape != size:
             raise wrong(
                 f"found {info.dtype} {list(info.shape)}; a weight of shape {shape} in blocks of "
-                f"{block} needs {kind} {list(size)}",
+                f"{block} needs {needs} {list(size)}",
                 info,
             )
     for name, levels in (
-        ("quant_map", codebook.nf4_levels()),
+        ("quant_map", torch.tensor(codebook.LEVELS[kind])),
         ("nested_quant_map", codebook.dynamic_map()),
     ):
         if name in parts and not torch.equal(read(parts[name]), levels):
@@ -198,6 +198,7 @@ def _packed(codes: TensorInfo, parts: Mapping[str, TensorInfo]) -> Packed:
         absmax_scale=parts["nested_absmax"] if double else None,
         absmax_offset=None if offset is None else float(offset),
         nbytes=codes.nbytes + sum(info.nbytes for info in parts.values()),
+        kind=kind,
     )
 
 
@@ -222,15 +223,17 @@ def read_leaf(
             tensor=packed.absmax.name,
             file=packed.absmax.file,
         )
-    return NF4(codes, absmax, scale, offset, torch.Size(packed.shape), dtype, packed.block)
+    return NF4(
+        codes, absmax, scale, offset, torch.Size(packed.shape), dtype, packed.block, packed.kind
+    )
 
 
 def read_dense(entry: Entry) -> torch.Tensor:
     """A weight on the CPU in its own dtype, dequantized if need be."""
     if isinstance(entry, Packed):
         return nf4.dequantize(read_leaf(entry, entry.dtype))
-    if isinstance(entry, fp8_file.FP8Tensor):
-        return fp8_file.dequantize(read(entry.codes), read(entry.scale)).to(entry.dtype)
+    if isinstance(entry, Encoded):
+        return entry.decode(*map(read, entry.parts)).to(entry.dtype)
     return read_tensor(entry) if isinstance(entry, GGUFTensor) else read(entry)
 
 
@@ -242,7 +245,7 @@ def layout(name: str, leaf: NF4) -> list[tuple[str, torch.dtype, tuple[int, ...]
         (name, torch.uint8, (-(-leaf.numel() // 2), 1)),
         (f"{name}.absmax", torch.uint8 if double else torch.float32, (blocks,)),
         (f"{name}.quant_map", torch.float32, (16,)),
-        (f"{name}.{_STATE}", torch.uint8, (len(_state(leaf, 0.0)),)),
+        (f"{name}.{_STATE}{leaf.kind}", torch.uint8, (len(_state(leaf, 0.0)),)),
     ]
     if double:
         made.append((f"{name}.nested_absmax", torch.float32, (-(-blocks // GROUP),)))
@@ -256,8 +259,8 @@ def parts(name: str, leaf: NF4) -> dict[str, torch.Tensor]:
     made = {
         name: leaf.packed.view(-1, 1),
         f"{name}.absmax": leaf.absmax,
-        f"{name}.quant_map": codebook.nf4_levels(),
-        f"{name}.{_STATE}": torch.frombuffer(_state(leaf, offset), dtype=torch.uint8),
+        f"{name}.quant_map": torch.tensor(codebook.LEVELS[leaf.kind]),
+        f"{name}.{_STATE}{leaf.kind}": torch.frombuffer(_state(leaf, offset), dtype=torch.uint8),
     }
     if leaf.absmax_scale is not None:
         made[f"{name}.nested_absmax"] = leaf.absmax_scale
@@ -268,7 +271,7 @@ def parts(name: str, leaf: NF4) -> dict[str, torch.Tensor]:
 def _state(leaf: NF4, offset: float | None) -> bytearray:
     """The quant_state, as long for one offset as for any other: a header tells it in advance."""
     fields: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": leaf.kind,
         "blocksize": leaf.block,
         "dtype": str(leaf.dtype).removeprefix("torch."),
         "shape": list(leaf.shape),
@@ -289,7 +292,7 @@ def config_fields(leaves: Iterable[NF4], skipped: Iterable[str]) -> dict[str, An
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": leaves[0].kind,
         "bnb_4bit_use_double_quant": any(leaf.absmax_scale is not None for leaf in leaves),
         "bnb_4bit_compute_dtype": str(leaves[0].dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",

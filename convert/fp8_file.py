@@ -6,7 +6,7 @@ A weight `w` [out, in] has beside it `w_scale_inv` (one scale for each 128x128 b
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..quant.fp8 import Fp8
+from .encoded import Encoded, Format, Found, encoded
 from .safetensors_file import TensorInfo
 
 BLOCK = 128
@@ -22,18 +23,7 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 _INPUTS = (".input_scale", ".input_activation_scale")
 
 
-@dataclass(frozen=True)
-class FP8Tensor(TensorInfo):
-    """A weight in fp8; `dtype` is the one that stands for it, `codes` and `scale` what is read."""
-
-    codes: TensorInfo
-    scale: TensorInfo
-
-
-def is_fp8(stored: Any, file: Path) -> bool:
-    """Whether a `quantization_config` is of fp8; raises ConfigError for a kind that is not read."""
-    if not isinstance(stored, dict):
-        return False
+def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
     method = stored.get("quant_method")
     if method == "fp8":
         block = stored.get("weight_block_size", [BLOCK, BLOCK])
@@ -51,12 +41,8 @@ def is_fp8(stored: Any, file: Path) -> bool:
     return method == "compressed-tensors" and stored.get("format") == "float-quantized"
 
 
-def entries(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors, each fp8 weight taken together with its scales.
-
-    Raises CheckpointError for a weight without scales and for scales of another shape.
-    """
-    made: dict[str, TensorInfo] = {}
+def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
+    made: list[Encoded] = []
     taken: set[str] = set()
     for name, info in tensors.items():
         if info.dtype != torch.float8_e4m3fn:
@@ -81,32 +67,31 @@ def entries(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
                 file=scale.file,
                 tensor=scale.name[:200],
             )
-        taken.add(scale.name)
-        made[name] = FP8Tensor(
-            name, info.file, torch.bfloat16, info.shape, info.offset, info.nbytes, info.stamp,
-            codes=info, scale=scale,
+        taken |= {name, scale.name}
+        made.append(
+            encoded(name, info.shape, torch.bfloat16, [info, scale], dequantize,
+                    kept_as=("fp8", "fp8_block"), leaf=partial(_leaf, scale_info=scale))
         )  # fmt: skip
-    if not made:
-        return dict(tensors)
-    unused = {name for name in tensors if name.endswith(_INPUTS)}
-    return {n: made.get(n, info) for n, info in tensors.items() if n not in taken | unused}
+    return made, taken | {name for name in tensors if name.endswith(_INPUTS)}
 
 
-def leaf(info: FP8Tensor, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Fp8:
+def _leaf(
+    codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, scale_info: TensorInfo
+) -> Fp8:
     """The stored codes [out, in] and scales as they are; one scale alone becomes that of each row.
 
     `dtype` is what it dequantizes to. Raises CheckpointError for a code that is NaN or a scale that
     is not finite.
     """
     rows, scale = codes.shape[0], scale.float()
-    blocks = info.scale.name.endswith("_inv")
+    blocks = scale_info.name.endswith("_inv")
     scale = scale if blocks else scale.reshape(-1).expand(rows).contiguous()
     finite = scale.isfinite().all() and not codes.to(torch.bfloat16).isnan().any()
     if not bool(finite):
         raise CheckpointError(
             "codes or scales of an fp8 weight are NaN or infinite; repair the checkpoint",
-            tensor=info.name,
-            file=info.file,
+            tensor=scale_info.name,
+            file=scale_info.file,
         )
     return Fp8(codes, scale, dtype)
 
@@ -121,3 +106,6 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             out[index * BLOCK : (index + 1) * BLOCK] *= wide
         return out
     return out.mul_(scale.view(-1, 1))
+
+
+FP8 = Format("fp8", ("_scale_inv", "_scale"), _is_of, _find)

@@ -14,20 +14,20 @@ from ..nn import tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
 from ..quant import nf4
-from ..quant.fp8 import Fp8
 from ..quant.fp8_product import computing
-from . import fp8_file
 from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
 from .config import Config
+from .encoded import Encoded, seen
 from .fused import Part, Turned, parts, reader, split, turned
 from .gguf_file import find, open_gguf
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
 from .hub import resolve
-from .precision import FP8, QUANTIZERS, Compute, Quantize, check_compute, in_products
+from .precision import QUANTIZERS, Compute, Quantize, check_compute, in_products
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
+from .stored_formats import check_plain, format_of
 from .text_half import text_half
 
 Stored = Entry | Turned | Part
@@ -73,8 +73,9 @@ def load(
     quantize: "nf4" stores every projection of the layers in 4 bits, "int8" in 8 bits a row
     (LLM.int8), "fp8" in e4m3 with a scale a row, "fp8_block" with one a block of 128 x 128; of a
     checkpoint that bitsandbytes stored in 4 bits "nf4" keeps those that are, as they are, and None
-    dequantizes them; of one in fp8 "fp8" and "fp8_block" keep what is stored, and for others it is
-    dequantized first. compute: "fp8" for products of 4-bit and fp8 weights in fp8
+    dequantizes them; "int8" keeps what it stored in 8 bits, "fp8" and "fp8_block" what is stored in
+    fp8. Weights in another quantized format (GPTQ, AWQ, MXFP4, those for others) are dequantized
+    first. compute: "fp8" for products of 4-bit and fp8 weights in fp8
     (quant/fp8_product.py). dtype: of the other
     tensors and of what quantized weights dequantize to (default: as stored; bfloat16 where that
     differs by tensor, and for fp8). device: default the
@@ -141,9 +142,9 @@ def load_folder(
     half = text_half(config, path) if text_only else None
     config = config if half is None else half.config
     config.update(dict(overrides or {}))
-    stored_fp8 = fp8_file.is_fp8(config.quantization_config, path)
-    if stored_fp8:
-        # Reading dequantizes: what is loaded is no longer what the field says.
+    stored, form = config.quantization_config, format_of(config.quantization_config, path)
+    if form is not None:
+        # What is loaded is no longer what the field says.
         config.fields.pop("quantization_config")
     prequantized = config.quantization_config is not None
     if prequantized:
@@ -160,19 +161,16 @@ def load_folder(
     left_behind = None
     if half is not None:
         checkpoint, left_behind = half.checkpoint(checkpoint)
+    if form is not None:
+        checkpoint = seen(checkpoint, stored, form)
+    elif gguf is None and not prequantized:
+        check_plain(checkpoint.tensors, path)
     found = entries(checkpoint)
     if prequantized != any(isinstance(entry, Packed) for entry in found):
         raise ConfigError(
             "quantization_config says that weights are stored in 4 bits, and none is; remove it"
             if prequantized
             else "weights are stored in 4 bits, and there is no quantization_config that says so",
-            file=path,
-        )
-    if stored_fp8 != any(isinstance(entry, fp8_file.FP8Tensor) for entry in found):
-        raise ConfigError(
-            "quantization_config says that weights are stored in fp8, and none is; remove it"
-            if stored_fp8
-            else "weights are stored in fp8, and there is no quantization_config that says so",
             file=path,
         )
     chosen, left_out = _match(found, checkpoint, spec, family)
@@ -184,19 +182,10 @@ def load_folder(
     if prequantized and quantize is None:
         config.fields.pop("quantization_config")
     params = _read_all(chosen, spec, quantize, compute, dtype, device, quant_skip, progress)
-    stored = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
-    kept = any(isinstance(leaf, Fp8) for leaf in tree.leaves(params))
-    return Loaded(
-        spec,
-        params,
-        config,
-        family,
-        checkpoint,
-        stored,
-        left_out,
-        "fp8" if stored_fp8 and not kept else None,
-        left_behind,
-    )
+    dtypes = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
+    kept = any(isinstance(info, Encoded) and info.kept(quantize) for info in chosen.values())
+    undone = None if form is None or kept else form.name
+    return Loaded(spec, params, config, family, checkpoint, dtypes, left_out, undone, left_behind)
 
 
 def read_config(folder: Path, *, text_only: bool = False) -> Config:
@@ -340,9 +329,8 @@ def _read_all(
                 leaf = read_leaf(info, dtype, stager.read)
                 # What computes with 16 bits only, the head for one, loses nothing by that.
                 leaves[path] = leaf if quantize is not None and may else nf4.dequantize(leaf)
-            elif may and quantize in FP8 and isinstance(info, fp8_file.FP8Tensor):
-                codes, scale = stager.read(info.codes), stager.read(info.scale)
-                leaves[path] = fp8_file.leaf(info, codes, scale, dtype)
+            elif may and isinstance(info, Encoded) and (kept_leaf := info.kept(quantize)):
+                leaves[path] = kept_leaf(*map(stager.read, info.parts), dtype)
             else:
                 stored = read_stored(info)
                 dense = _finite(stored.to(torch.float32 if want[path].wide else dtype), info)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .fp8_file import FP8Tensor, dequantize
+from .encoded import Encoded
 from .gguf_file import GGUFTensor, read_tensor
 from .safetensors_file import TensorInfo, opened, read, read_at
 
@@ -40,8 +40,8 @@ class Stager:
         """The tensor on the device, ready for the current stream. Raises CheckpointError."""
         if isinstance(info, GGUFTensor):
             return read_tensor(info).to(self.device)
-        if isinstance(info, FP8Tensor):
-            return dequantize(self.read(info.codes), self.read(info.scale))
+        if isinstance(info, Encoded):
+            return info.decode(*map(self.read, info.parts))
         if self.device.type != "cuda":
             return read(info).to(self.device)
         out = torch.empty(info.shape, dtype=info.dtype, device=self.device)

@@ -398,11 +398,10 @@ def test_a_plain_maximum_that_is_nan(stored: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"bnb_4bit_quant_type": "int4"}, "int4"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, "bfloat16"),
-        ({"load_in_4bit": False, "_load_in_4bit": False, "load_in_8bit": True}, "not in 4 bits"),
-        ({"load_in_8bit": True}, "not in 4 bits"),
-        ({"quant_method": "awq"}, "awq"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "hqq"}, "hqq"),
     ],
 )
 def test_other_ways_to_quantize_are_named(
