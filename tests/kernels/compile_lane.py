@@ -23,6 +23,8 @@ from purelm.kernels import (
     cross_entropy_rows,
     decode_attention,
     fp8_launch,
+    flash,
+    flash_launch,
     gated,
     grouped_launch,
     nf4,
@@ -302,6 +304,49 @@ def decode_attention_cases(every: bool) -> Iterator[Case]:
             )
 
 
+def flash_cases(every: bool, arch: int) -> Iterator[Case]:
+    """(heads, heads of keys, head dim) with: soft cap, window, packed rows, sinks and biases."""
+    gemma, plain = (16, 8, 256), (8, 8, 128)
+    kinds: list[tuple[Any, ...]] = [
+        (gemma, 50.0, 0, False, False),
+        ((64, 8, 64), 0.0, 128, True, True),
+    ]
+    if every:
+        kinds += [(gemma, 50.0, 4096, True, False), ((64, 8, 64), 0.0, 0, False, True)]
+        kinds += [(plain, 50.0, 4096, True, True), ((71, 1, 80), 0.0, 0, True, True)]
+        kinds += [((8, 8, 256), 0.0, 4096, False, True), (plain, 0.0, 0, False, False)]
+    for dtype, ((h, k, d), softcap, window, packed, extra) in itertools.product(
+        (F16, BF16) if every else (BF16,), kinds
+    ):
+        configs = flash_launch.configs_for(d, arch // 10)
+        cu, sinks, bias = I32 if packed else None, F32 if extra else None, F32 if extra else None
+        strides = (4096 * h * d, h * d, d, *(4096 * k * d, k * d, d) * 2)
+        sizes = (4096, h, 4096 * extra, *strides)
+        options = {"SCALE": d**-0.5, "SOFTCAP": softcap, "WINDOW": window, "PACKED": packed}
+        options |= {"BIASED": extra, "GROUPS": h // k, "DIM": d, "WIDTH": power_of_two(d)}
+        for name, kernel, tensors, config in (
+            (
+                "",
+                flash._forward_kernel,
+                (dtype,) * 3 + (cu, sinks, bias, dtype, F32),
+                configs.forward,
+            ),
+            ("_dq", flash._dq_kernel, (dtype,) * 5 + (F32, cu, bias, dtype, F32), configs.dq),
+            (
+                "_dkv",
+                flash._dkv_kernel,
+                (dtype,) * 4 + (F32, F32, cu, bias, dtype, dtype),
+                configs.dkv,
+            ),
+        ):
+            yield Case(
+                f"flash{name} {h}/{k}x{d} {softcap=} {window=} {packed=} {extra=} {dtype}",
+                kernel,
+                tensors + sizes,
+                options | flash_launch._cut(config) | ({} if name else {"SINKS": extra}),
+            )
+
+
 def other_cases(every: bool) -> Iterator[Case]:
     count = 16384 * 14336
     for activation, dtype in itertools.product(gated.ACTIVATIONS, (F32, F16, BF16)):
@@ -348,6 +393,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
     if arch >= 89:
         yield from fp8_cases(every)
+    yield from flash_cases(every, arch)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
     yield from grouped_cases(every, arch)

@@ -1,0 +1,268 @@
+"""Our attention kernels: values and all gradients against float64, in every combination of terms."""
+
+from dataclasses import dataclass
+
+import pytest
+import shim
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm.errors import KernelError
+from purelm.kernels import attention as dispatch
+from purelm.kernels import flash_launch
+from purelm.kernels.attention import (
+    Documents,
+    attention,
+    attention_backward,
+    attention_forward,
+    attention_reference,
+    backend_for,
+)
+from purelm.kernels.flash_launch import Config, Configs
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+EXTRAS = ("softcap", "sinks", "bias")
+
+
+@dataclass
+class Drawn:
+    """Inputs of one call; q, k and v may be strided views."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    how: dict
+
+    def gradients(self, f, to=None):
+        """(out, dq, dk, dv[, dsinks]) of `f`, all inputs in dtype `to`."""
+        how = dict(self.how)
+        tensors = [self.q, self.k, self.v]
+        if how["sinks"] is not None:
+            tensors.append(how["sinks"])
+        tensors = [(t if to is None else t.to(to)).detach().requires_grad_() for t in tensors]
+        how["sinks"] = tensors[3] if len(tensors) == 4 else None
+        out = f(*tensors[:3], **how)
+        return [out.detach(), *torch.autograd.grad(out, tensors, self.dout.to(out.dtype))]
+
+
+def reference(*tensors, **how):
+    return attention_reference(*tensors, **how)[0]
+
+
+def draw(seed, lengths, packed, k, groups, d, dtype, window, extras, strided, device="cpu"):
+    """Rows of one length, or documents of these `lengths` with two tokens of nobody behind them."""
+    g = torch.Generator().manual_seed(seed)
+    b, s = (1, sum(lengths) + 2) if packed else (len(lengths), lengths[0])
+    if strided:
+        # One matrix for all heads, as a fused projection makes it, or rows of a longer cache.
+        both = torch.randn(b, s + 3, k * (groups + 2), d, generator=g)[:, :s]
+        q, key, v = both.split([k * groups, k, k], 2)
+    else:
+        q, key, v = (torch.randn(b, s, n, d, generator=g) for n in (k * groups, k, k))
+    tensors = [t.to(device, dtype) for t in (q * 2, key, v)]
+    if strided:
+        tensors = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in tensors]
+    documents = None
+    if packed:
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        documents = Documents(ends.int().to(device), max(lengths))
+    heads = k * groups
+    how = {
+        "scale": d**-0.5,
+        "documents": documents,
+        "window": window,
+        "softcap": 3.0 if "softcap" in extras else None,
+        "sinks": torch.randn(heads, generator=g).to(device) if "sinks" in extras else None,
+        "bias": torch.randn(heads, max(s, 9), generator=g).to(device) if "bias" in extras else None,
+    }
+    dout = torch.randn(b, s, heads, d, generator=g).to(device, dtype)
+    if packed:
+        dout[:, sum(lengths) :] = 0
+    return Drawn(*tensors, dout, how)
+
+
+def hold(drawn):
+    """Ours within the rule: what eager is off in the worst of outputs and gradients, twice."""
+    dtype, real = drawn.q.dtype, drawn.q.shape[1]
+    if drawn.how["documents"] is not None:
+        real = int(drawn.how["documents"].cu_seqlens[-1])
+    mine = drawn.gradients(attention)
+    eager = drawn.gradients(reference)
+    exact = drawn.gradients(reference, torch.float64)
+
+    # A gradient that cancels out (one key: dq is 0) has the rounding of those beside it.
+    least = max(float(x.abs().max()) for x in exact) / 10
+
+    def errors(found):
+        out = []
+        for i, (a, x) in enumerate(zip(found, exact, strict=True)):
+            if i < 4:
+                a, x = a[:, :real], x[:, :real]
+            out.append(float((a.double() - x).abs().max() / x.abs().max().clamp(min=least)))
+        return out
+
+    # The kernels serve 16 bits; fp32, which shows their logic sharper, passes by a few roundings of
+    # logits in other units.
+    limit = 2 * max(errors(eager)) + torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+    assert all(error <= limit for error in errors(mine)), (errors(mine), errors(eager))
+    assert not any(a[:, real:].any() for a in mine[:4])
+    assert all(a.dtype == dtype for a in mine[:4])
+
+
+def small(queries, keys):
+    """Tiles so small that short rows have several."""
+    one = Config(queries, keys, 4, 2)
+    return Configs(one, one, Config(keys, queries, 4, 2))
+
+
+@given(
+    data=st.data(),
+    packed=st.booleans(),
+    rows=st.integers(1, 3),
+    k=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    d=st.sampled_from([16, 24, 32, 40]),
+    dtype=st.sampled_from(FLOATS),
+    window=st.none() | st.integers(2, 70),
+    extras=st.sets(st.sampled_from(EXTRAS), min_size=1),
+    tiles=st.sampled_from([(16, 16), (32, 16), (16, 32), (64, 32)]),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_launch(
+    interpreted, poisoned, data, packed, rows, k, groups, d, dtype, window, extras, tiles, strided,
+    seed,
+):  # fmt: skip
+    # One key alone is exact in eager, and its gradients vanish: no yardstick.
+    lengths = [data.draw(st.integers(3, 60))]
+    lengths += [data.draw(st.integers(0, 60)) for _ in range(rows - 1)]
+    drawn = draw(seed, lengths, packed, k, groups, d, dtype, window, extras, strided)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_launch, "configs_for", lambda *_: small(*tiles))
+        hold(drawn)
+
+
+def test_rows_of_documents_are_one_row(interpreted):
+    """Documents may be cut from several rows, such as padding and what it pads."""
+    drawn = draw(3, [8, 8], False, 2, 2, 16, torch.float32, None, {"softcap"}, False)
+    ends = torch.tensor([0, 3, 8, 8, 16], dtype=torch.int32)
+    drawn.how["documents"] = Documents(ends, 8)
+    whole = drawn.gradients(attention)
+    exact = drawn.gradients(reference, torch.float64)
+    for a, x in zip(whole, exact, strict=True):
+        torch.testing.assert_close(a.double(), x, rtol=1e-5, atol=1e-5)
+    alone = attention(*(t[1:] for t in (drawn.q, drawn.k, drawn.v)), scale=0.25, softcap=3.0)
+    torch.testing.assert_close(whole[0][1:], alone)
+
+
+def test_a_sink_takes_its_share():
+    q, k, v = (torch.ones(1, 1, 1, 16, dtype=torch.float64) for _ in range(3))
+    sinks = torch.tensor([2.0], dtype=torch.float64)
+    out = attention(q, k, v, scale=0.125, sinks=sinks)
+    share = torch.tensor([2.0, 2.0]).softmax(0)[0]
+    torch.testing.assert_close(out, torch.full_like(out, float(share)))
+
+
+@pytest.mark.parametrize("extras", [{"softcap"}, {"sinks", "bias"}])
+def test_reference_gradients_are_autograds(extras):
+    drawn = draw(1, [9, 9], False, 2, 2, 16, torch.float64, 5, extras, False)
+    mine, auto = drawn.gradients(attention), drawn.gradients(reference)
+    for a, x in zip(mine, auto, strict=True):
+        torch.testing.assert_close(a, x, rtol=1e-10, atol=1e-10)
+
+
+def test_two_runs_and_two_orders_give_the_same_bits(interpreted):
+    drawn = draw(2, [50, 50], False, 2, 2, 16, torch.float32, 20, {"softcap", "sinks"}, False)
+    once = drawn.gradients(attention)
+    with shim.checking(reverse=True):
+        again = drawn.gradients(attention)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_the_two_functions_are_the_differentiable_one(interpreted):
+    drawn = draw(4, [20], False, 1, 2, 16, torch.float32, None, {"softcap", "bias"}, False)
+    saved = attention_forward(drawn.q, drawn.k, drawn.v, **drawn.how)
+    tensors = (drawn.dout, drawn.q, drawn.k, drawn.v)
+    grads = attention_backward(*tensors, saved, **drawn.how)
+    want = drawn.gradients(attention)
+    assert all(torch.equal(a, b) for a, b in zip((saved.out, *grads), want, strict=True))
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_transforms(launched, request):
+    if launched:
+        request.getfixturevalue("interpreted")
+    drawn = draw(5, [7, 7, 7], False, 1, 2, 16, torch.float32, 4, {"softcap", "sinks"}, False)
+    how = {**drawn.how, "sinks": None}
+    q, k, v, sinks = drawn.q[:, None], drawn.k[:, None], drawn.v[:, None], drawn.how["sinks"]
+
+    def ours(q, k, v, sinks):
+        return attention(q, k, v, **{**how, "sinks": sinks}).pow(3).sum()
+
+    def plain(q, k, v, sinks):
+        return attention_reference(q, k, v, **{**how, "sinks": sinks})[0].pow(3).sum()
+
+    every = (0, 1, 2, 3)
+    for make in (
+        lambda f: torch.func.grad(f, every)(q[0], k[0], v[0], sinks),
+        lambda f: torch.func.vmap(f, (0, 0, 0, None))(q, k, v, sinks),
+        lambda f: torch.func.vmap(torch.func.grad(f, every), (0, 0, 0, None))(q, k, v, sinks),
+    ):
+        torch.testing.assert_close(make(ours), make(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_which_backend_is_taken(interpreted, monkeypatch):
+    q = torch.empty(1, 4, 2, 64)
+    assert backend_for(q, plain=False) == "triton"
+    assert backend_for(q) == "flash_cpu"
+    assert backend_for(q.double(), plain=False) == "reference"
+    assert backend_for(q.repeat(1, 1, 1, 5), plain=False) == "reference"
+    taken = []
+    real = dispatch.ops.flash_forward
+    monkeypatch.setattr(dispatch.ops, "flash_forward", lambda *a: taken.append(1) or real(*a))
+    drawn = draw(6, [9], False, 1, 2, 16, torch.float32, None, {"softcap"}, False)
+    attention(drawn.q, drawn.k, drawn.v, **drawn.how)
+    assert taken
+    attention(drawn.q, drawn.k, drawn.v, scale=0.25)
+    assert len(taken) == 1
+
+
+def test_every_cut_fits_its_kernel():
+    for (_, width), configs in flash_launch.CONFIGS.items():
+        assert width in (64, 128, 256)
+        for config in configs:
+            assert config.queries % 16 == config.keys % 16 == 0
+    assert flash_launch.configs_for(80, 9) is flash_launch.CONFIGS[True, 128]
+    assert flash_launch.configs_for(16, 8) is flash_launch.CONFIGS[False, 64]
+
+
+def test_bad_input(interpreted):
+    drawn = draw(7, [9], False, 1, 2, 16, torch.float32, None, {"bias"}, False)
+    with pytest.raises(KernelError, match="a column for each of 9 keys"):
+        attention(drawn.q, drawn.k, drawn.v, scale=1.0, bias=drawn.how["bias"][:, :8])
+    with pytest.raises(KernelError, match="belong together"):
+        attention(drawn.q, drawn.k, drawn.v[:, :3], scale=1.0, softcap=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("lengths", "packed", "k", "groups", "d", "window", "extras"),
+    [
+        ([300, 300], False, 2, 2, 256, None, {"softcap"}),
+        ([300, 300], False, 2, 2, 256, 100, {"softcap"}),
+        ([1, 200, 0, 333], True, 2, 2, 256, 100, {"softcap"}),
+        ([1, 200, 0, 333], True, 1, 8, 64, 128, {"sinks"}),
+        ([257, 257], False, 8, 1, 64, None, {"bias"}),
+        ([100, 31], True, 1, 3, 80, None, {"softcap", "sinks", "bias"}),
+        ([190], False, 2, 2, 128, 64, {"softcap", "sinks", "bias"}),
+    ],
+)
+def test_on_a_gpu(lengths, packed, k, groups, d, window, extras, dtype):
+    drawn = draw(8, lengths, packed, k, groups, d, dtype, window, extras, True, "cuda")
+    assert backend_for(drawn.q, drawn.how["documents"], window, False) == "triton"
+    hold(drawn)
+    first, again = drawn.gradients(attention), drawn.gradients(attention)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
