@@ -28,6 +28,18 @@ from .attention_reference import (
 )
 from .launch import apply, on_gpu, once, ops
 
+__all__ = [
+    "Documents",
+    "Saved",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_reference",
+    "backend_for",
+    "fused",
+    "sinks_gradient",
+]
+
 aten = torch.ops.aten
 
 Backend = Literal["cudnn", "flash", "flash_cpu", "triton", "reference"]
@@ -49,17 +61,22 @@ def backend_for(
     dense = documents is None and window is None
     head_dim = q.shape[-1]
     if q.is_cuda:
-        major = torch.cuda.get_device_capability(q.device)[0]
-        if q.dtype not in (torch.bfloat16, torch.float16) or major < 8:
+        if not fused(q.device, q.dtype):
             return "reference"
         if not plain or head_dim % 8:
             return "triton" if on_gpu(q) and head_dim in flash_launch.DIMS else "reference"
-        if major >= 9 and dense and head_dim <= 128:
+        if dense and head_dim <= 128 and torch.cuda.get_device_capability(q.device)[0] >= 9:
             return "cudnn"
         return "flash" if head_dim <= 256 else "reference"
     if not plain and on_gpu(q) and head_dim in flash_launch.DIMS:
         return "triton"  # under the interpreter
     return "flash_cpu" if q.device.type == "cpu" and plain and dense else "reference"
+
+
+def fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether documents of heads like these meet a fused kernel."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return major >= 8 and dtype in (torch.bfloat16, torch.float16)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **how: Unpack[Keywords]) -> Tensor:
@@ -243,9 +260,7 @@ class _Attention(torch.autograd.Function):
         tensors = iter(kept)
         pairs = zip(ctx.is_tensor, ctx.static, strict=True)
         rest = tuple([next(tensors) if is_tensor else x for is_tensor, x in pairs])
-        how = _keywords(
-            sinks, bias, cu_seqlens, ctx.longest, ctx.scale, ctx.window, ctx.softcap
-        )
+        how = _keywords(sinks, bias, cu_seqlens, ctx.longest, ctx.scale, ctx.window, ctx.softcap)
         terms = _limited(Terms(**how), q)
         transformed = torch._C._are_functorch_transforms_active() and not rest
         if _backend(q, terms) == "reference" or (transformed and not _ours(q, terms)):

@@ -49,13 +49,16 @@ def decode_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over keys first..end of each row; [b, h, d] in the dtype of q.
 
     q [b, h, d]; keys and values [b, capacity, k, d], h a multiple of k; first and end [b] int64,
     0 <= first <= end <= capacity: a row without keys gives zeros. softcap c: scores become
-    c tanh(score / c). Raises KernelError for shapes that do not fit and for inputs that need a
-    gradient.
+    c tanh(score / c). bias fp32 [h, n], n at least the longest span: what is added to the score of
+    a row's j-th key. sinks [h]: logits of keys without a value. Raises KernelError for shapes that
+    do not fit and for inputs that need a gradient.
     """
     b, h, d = q.shape
     if keys.shape != values.shape or keys.shape[::3] != (b, d) or h % keys.shape[2]:
@@ -68,9 +71,13 @@ def decode_attention(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys, values)):
         raise KernelError("q, keys or values need a gradient: decoding has none")
     if on_gpu(q, keys, values, first, end):
-        out: Tensor = ops.decode_attention(q, keys, values, first, end, scale, softcap or 0.0)
+        out: Tensor = ops.decode_attention(
+            q, keys, values, first, end, sinks, bias, scale, softcap or 0.0
+        )
         return out
-    return decode_attention_reference(q, keys, values, first, end, scale=scale, softcap=softcap)
+    return decode_attention_reference(
+        q, keys, values, first, end, scale=scale, softcap=softcap, sinks=sinks, bias=bias
+    )
 
 
 def decode_attention_reference(
@@ -82,6 +89,8 @@ def decode_attention_reference(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Plain torch for `decode_attention`; on the CPU, where asking is free, it reads no key past
     the last that a row sees."""
@@ -97,9 +106,16 @@ def decode_attention_reference(
     scores = torch.einsum("bkgd,bjkd->bkgj", grouped, keys).to(wide) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        place = (column - first[:, None]).clamp(0, bias.shape[1] - 1)
+        scores = scores + bias[:, place].transpose(0, 1).view(scores.shape).to(wide)
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    if sinks is not None:
+        grouped_sinks = sinks.to(wide).view(1, keys.shape[2], -1, 1).expand(b, -1, -1, -1)
+        scores = torch.cat([scores, grouped_sinks], -1)
     # A row without keys: zeros instead of NaN; a NaN among scores stays one.
-    weights = scores.softmax(-1).masked_fill(~seen[:, None, None], 0.0).to(q.dtype)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    weights = weights.masked_fill(~seen[:, None, None], 0.0).to(q.dtype)
     return torch.einsum("bkgj,bjkd->bkgd", weights, values).reshape(b, h, d)
 
 
@@ -119,10 +135,13 @@ def _split_kernel(
     p_part,
     p_max,
     p_sum,
+    p_bias,
     capacity,
     heads_k,
+    columns,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIASED: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -162,6 +181,9 @@ def _split_kernel(
             b_e = tl.exp(-2.0 * tl.abs(b_s) / SOFTCAP)
             b_t = (1.0 - b_e) / (1.0 + b_e) * SOFTCAP
             b_s = tl.where(b_s < 0, -b_t, b_t)
+        if BIASED:
+            o_bias = (head * GROUPS + o_g)[:, None] * columns + (o_n - first)[None, :]
+            b_s += tl.load(p_bias + o_bias, mask=m_g[:, None] & m_n[None, :], other=0.0)
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_scale = tl.exp(b_max - b_new)
@@ -181,7 +203,10 @@ def _join_kernel(
     p_part,
     p_max,
     p_sum,
+    p_sinks,
     p_out,
+    heads,
+    SINKS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -196,16 +221,21 @@ def _join_kernel(
     b_part = tl.load(p_part + o_part, mask=m_d[None, :], other=0.0)
     # A part without keys has sum 0 and maximum -inf, and so has a row without any.
     b_top = tl.max(b_max, axis=0)
+    if SINKS:
+        b_sink = tl.load(p_sinks + o_head % heads)
+        b_top = tl.maximum(b_top, b_sink)
     b_weight = tl.where(b_max == float("-inf"), 0.0, tl.exp(b_max - b_top))
     b_total = tl.sum(b_weight * b_sum, axis=0)
+    if SINKS:
+        b_total += tl.exp(b_sink - b_top)
     b_out = tl.sum(b_weight[:, None] * b_part, axis=0) / tl.where(b_total == 0, 1.0, b_total)
     tl.store(p_out + o_head * DIM + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
 
 
 @operator(
-    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor end, float scale,"
-    " float softcap) -> Tensor",
-    fake=lambda q, keys, values, first, end, scale, softcap: q.new_empty(q.shape),
+    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor end,"
+    " Tensor? sinks, Tensor? bias, float scale, float softcap) -> Tensor",
+    fake=lambda q, *_: q.new_empty(q.shape),
 )
 def _launch(
     q: Tensor,
@@ -213,6 +243,8 @@ def _launch(
     values: Tensor,
     first: Tensor,
     end: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     softcap: float,
 ) -> Tensor:
@@ -235,10 +267,13 @@ def _launch(
         part,
         top,
         total,
+        bias,
         capacity,
         kv_heads,
+        0 if bias is None else bias.shape[1],
         SCALE=scale,
         SOFTCAP=softcap,
+        BIASED=bias is not None,
         GROUPS=groups,
         ROWS=config.rows,
         DIM=d,
@@ -247,5 +282,18 @@ def _launch(
         SPLITS=splits,
         num_warps=config.num_warps,
     )
-    _join_kernel((b * h,), part, top, total, out, DIM=d, WIDTH=width, SPLITS=splits, num_warps=4)
+    _join_kernel(
+        (b * h,),
+        part,
+        top,
+        total,
+        None if sinks is None else sinks.float(),
+        out,
+        h,
+        SINKS=sinks is not None,
+        DIM=d,
+        WIDTH=width,
+        SPLITS=splits,
+        num_warps=4,
+    )
     return out

@@ -30,26 +30,32 @@ class Configs(NamedTuple):
     dkv: Config
 
 
-# By whether a program may have the 227 KB of shared memory of compute capability 9 and above, and
-# by the padded head dim.
+# Bytes of shared memory of a program that the first half of the cuts needs: data centre cards of
+# Hopper and Blackwell have it. The other half fits the 99 KB that all of capability 8 have.
+LARGE = 232_448
+
+# By whether there is so much, and by the padded head dim.
 CONFIGS = {
-    (True, 64): Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3)),
-    (True, 128): Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    (True, 64): Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
+    (True, 128): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
     (True, 256): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    (False, 64): Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (False, 128): Configs(Config(128, 32, 4, 3), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
-    (False, 256): Configs(Config(64, 32, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2)),
+    (False, 64): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    (False, 128): Configs(Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+    (False, 256): Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
 }
 
 
-def configs_for(dim: int, major: int) -> Configs:
-    """The cuts for heads of `dim` features on a GPU of compute capability `major`."""
-    return CONFIGS[major >= 9, max(64, power_of_two(dim))]
+def configs_for(dim: int, shared: int) -> Configs:
+    """The cuts for heads of `dim` features where a program may have `shared` bytes of memory."""
+    return CONFIGS[shared >= LARGE, max(64, power_of_two(dim))]
 
 
 def _configs(q: Tensor) -> Configs:
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
-    return configs_for(q.shape[-1], major)
+    shared = LARGE
+    if q.is_cuda:
+        properties: Any = torch.cuda.get_device_properties(q.device)
+        shared = properties.shared_memory_per_block_optin
+    return configs_for(q.shape[-1], shared)
 
 
 def _even(x: Tensor) -> Tensor:

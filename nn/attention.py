@@ -1,14 +1,14 @@
 """Causal attention over grouped heads: q and k prepared, and which keys a query may see."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels.attention import Documents, attention
+from ..kernels.attention import Documents, attention, fused
 from ..kernels.decode_attention import decode_attention
 from ..kernels.rope import rope_qk
-from . import tree
+from . import alibi, tree
 from .layout import Layout
 from .norm import norm
 from .rope import Table
@@ -69,15 +69,38 @@ def _head_norm(
     return norm(x, p, how)
 
 
+class Terms(TypedDict):
+    """What a layer's logits are made with beside q and k, as the kernels take it."""
+
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def terms(spec: AttentionSpec, p: tree.Tree, keys: int, device: torch.device) -> Terms:
+    """The terms of a layer with params `p` whose keys stand at positions below `keys`."""
+    bias = None
+    if spec.alibi is not None:
+        bias = alibi.bias(spec.heads, keys, spec.alibi, device=device)
+    return {
+        "scale": spec.scale,
+        "softcap": spec.softcap,
+        "sinks": p["sinks"] if spec.sinks else None,
+        "bias": bias,
+    }
+
+
 def visible(
     queries: Layout,
     segments: torch.Tensor | None,
     offset: int,
+    dtype: torch.dtype,
     window: int | None,
     chunk: int | None = None,
 ) -> Visible:
-    """Which keys each query sees: bool [b or 1, 1, s, S], the documents of a packed row where a
-    fused kernel takes them, or None where causal order says it. Where it is no mask, the window
+    """Which keys each query sees: bool [b or 1, 1, s, S], the documents where a fused kernel takes
+    them from heads of `dtype`, or None where causal order says it. Where it is no mask, the window
     is left to `attend`.
 
     The queries are tokens offset..offset+s of rows whose keys have `segments` [b, S] (None: one
@@ -89,7 +112,7 @@ def visible(
     chunked = chunk is not None and chunk < total
     if segments is None and not chunked and (offset == 0 or (s == 1 and unlimited)):
         return None
-    if queries.documents is not None and queries.positions.is_cuda and offset == 0 and not chunked:
+    if queries.documents is not None and not offset and not chunked and fused(device, dtype):
         return queries.documents
     i = torch.arange(offset, total, device=device)[:, None]
     j = torch.arange(total, device=device)[None, :]
@@ -119,68 +142,62 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    scale: float,
     seen: Visible,
     window: int | None = None,
-    softcap: float | None = None,
+    **how: Unpack[Terms],
 ) -> torch.Tensor:
     """softmax(scale q k^T) v for q [b, s, h, d], k and v [b, S, k, d] -> [b, s, h, d].
 
     Statistics in fp32. Without `seen`, S is s or s is 1: every query sees all keys up to its own,
     the last `window` of them if S is s.
-    With a soft cap the scores are written out, [b, h, s, S] in fp32: no fused backend has one.
+    With a mask, terms that torch's backends lack make the scores be written out, [b, h, s, S] in
+    fp32.
     """
     if isinstance(seen, Span):
-        return decode_attention(q[:, 0], k, v, *seen, scale=scale, softcap=softcap)[:, None]
-    if softcap is not None:
-        return _capped(q, k, v, scale, seen, window, softcap)
-    if isinstance(seen, Documents) or (seen is None and q.shape[1] > 1):
-        return attention(q, k, v, scale=scale, documents=seen, window=window)
+        return decode_attention(q[:, 0], k, v, *seen, **how)[:, None]
+    if isinstance(seen, Documents) or (seen is None and q.shape[1] == k.shape[1] > 1):
+        return attention(q, k, v, documents=seen, window=window, **how)
+    if how["softcap"] is not None or how["sinks"] is not None or how["bias"] is not None:
+        return _written_out(q, k, v, seen, **how)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if seen is not None and q.is_cuda:
         # With a mask, grouped heads leave torch only its unfused kernel: give every head its keys.
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=seen, scale=how["scale"], enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
 
 
-def _capped(
+def _written_out(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    seen: torch.Tensor | None,
+    *,
     scale: float,
-    seen: Visible,
-    window: int | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`attend` with scores softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, sec. 2)."""
+    """`attend` with every term, under a mask or with one query a row that sees all keys."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
-    scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(
-        ~_mask(seen, window, q.shape[1], k.shape[1], q.device), float("-inf")
-    )
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if seen is None:
+        seen = scores.new_ones(1, 1, 1, k.shape[1], dtype=torch.bool)
+    if bias is not None:
+        # What a query sees of its document stands without gaps: counting gives positions.
+        place = (seen.long().cumsum(-1) - 1).clamp(min=0)
+        scores = scores + bias[:, place[:, 0]].transpose(0, 1).to(scores.dtype)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
     # A row of padding may see nothing: zeros instead of NaN.
-    weights = scores.softmax(-1).nan_to_num(0.0).to(q.dtype)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[1]].to(q.dtype)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
-
-
-def _mask(
-    seen: Visible, window: int | None, s: int, total: int, device: torch.device
-) -> torch.Tensor:
-    """`seen` and the window written out, broadcastable to [b, h, s, S]."""
-    if isinstance(seen, torch.Tensor):
-        return seen
-    index = torch.arange(total, device=device)
-    mask = index[None, :] <= index[total - s :, None]
-    if window is not None:
-        mask = mask & (index[total - s :, None] - index[None, :] < window)
-    if isinstance(seen, Documents):
-        document = torch.bucketize(index, seen.cu_seqlens[1:].long(), right=True)
-        mask = mask & (document[None, :] == document[:, None])
-    return mask

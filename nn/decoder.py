@@ -13,7 +13,7 @@ from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import recurrent, rope, tree
-from .attention import Visible, attend, prepared, visible
+from .attention import Visible, attend, prepared, terms, visible
 from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
@@ -52,9 +52,8 @@ def attention(
     if buffers is not None:
         state, at = buffers
         k, v = kv.write(state["keys"], k, at), kv.write(state["values"], v, at)
-    out = attend(
-        q, k, v, scale=spec.scale, seen=seen, window=spec.window, softcap=spec.softcap
-    ).reshape(b, s, -1)
+    how = terms(spec, p, k.shape[1], k.device)
+    out = attend(q, k, v, seen=seen, window=spec.window, **how).reshape(b, s, -1)
     out = linear(out, p["o"], get("o"), seed_after(seed, 3))
     return out if spec.out_scale == 1.0 else out * spec.out_scale
 
@@ -189,7 +188,7 @@ def _run(
     tables: dict[RopeSpec | None, rope.Table | None] = {None: None}
     tables.update({r: rope.table(r, layout.positions) for r in spec.ropes()})
     sights = {layer_spec.sight for layer_spec in spec.layers}
-    seen = {sight: visible(layout, segments, start, *sight) for sight in sights}
+    seen = {sight: visible(layout, segments, start, x.dtype, *sight) for sight in sights}
     starts = recurrent.starts(segments, start)
     policies: tuple[Policy | None, ...] = (None,) * len(spec.layers)
     if residuals is not None and torch.is_grad_enabled():
@@ -228,8 +227,6 @@ def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
     """What of a layer and its adapters `fast_layer` has no code for; None where it has all."""
     if spec.attention is None or spec.recurrent is not None:
         return "mixers other than attention"
-    if spec.attention.softcap is not None:
-        return "soft-capped scores"
     if spec.attention.latent is not None:
         return "latent attention"
     if isinstance(spec.mlp, MoESpec):

@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree
 
 from ..kernels.attention import Documents, Saved, attention_backward, attention_forward
+from ..kernels.attention_reference import Keywords
 from . import rope, tree
 from .activation import activated, inputs
 from .activation import pull as pull_activated
-from .attention import prepared
+from .attention import prepared, terms
 from .linear import Grads, Wanted, products, pull_input, pull_weights, seed_after
 from .lora import LoRA
 from .norm import add, add_backward, norm
@@ -99,12 +100,13 @@ class Layer:
 
     def _attend(self, heads: Heads, p: tree.Tree, table: rope.Table | None) -> Saved:
         q, k, v = prepared(*heads, p["attn"], self.attention, table)
-        return attention_forward(q, k, v, **self._sight())
+        return attention_forward(q, k, v, **self._sight(p, k))
 
-    def _sight(self) -> dict[str, Any]:
+    def _sight(self, p: tree.Tree, k: torch.Tensor) -> Keywords:
         """What attention is told beside its tensors."""
         a = self.attention
-        return {"scale": a.scale, "documents": self.documents, "window": a.window}
+        how = terms(a, p["attn"], k.shape[1], k.device)
+        return {**how, "documents": self.documents, "window": a.window}
 
     def _gate_up(
         self,
@@ -272,13 +274,14 @@ class Layer:
             raw_q, raw_k, raw_v = raw
             q, k, v = prepared(raw_q, raw_k, raw_v, p["attn"], self.attention, table)
         heads = (q.detach(), k.detach(), v.detach())
+        sight = self._sight(p, k)
         saved = residuals.pop("out", None)
         if saved is None:
-            saved = attention_forward(*heads, **self._sight())
+            saved = attention_forward(*heads, **sight)
         flat = saved.out.reshape(*x.shape[:2], -1)
         dout = o.input((dmid,)).view(saved.out.shape)
         o.weights(flat, lows["o"])
-        dq, dk, dv = attention_backward(dout, *heads, saved, **self._sight())
+        dq, dk, dv = attention_backward(dout, *heads, saved, **sight)
         del saved, flat, dout, heads
         draw = torch.autograd.grad((q, k, v), raw, (dq, dk, dv))
         dys = tuple(t.reshape(*x.shape[:2], -1) for t in draw)

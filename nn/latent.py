@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..kernels.rope import rope_qk
 from . import cache as kv
 from . import tree
-from .attention import Span, Visible, attend
+from .attention import Span, Visible, attend, terms
 from .cache import Buffers
 from .linear import linear, project, seed_after
 from .norm import norm
@@ -88,7 +88,8 @@ def _attend(
     """
     width = max(spec.head_dim, spec.value_dim)
     q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
-    out = attend(q, k, v, scale=spec.scale, seen=seen, window=spec.window, softcap=spec.softcap)
+    how = terms(spec, {}, k.shape[1], k.device)
+    out = attend(q, k, v, seen=seen, window=spec.window, **how)
     return out[..., : spec.value_dim]
 
 

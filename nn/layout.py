@@ -7,6 +7,7 @@ left padding, right padding, packing and one row at a time give the same answer.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import InputError
 from ..kernels.attention import Documents
@@ -18,7 +19,8 @@ class Layout:
 
     A token sees the tokens of its own segment that do not come after it. Segment 0 is padding.
     None: every row is one segment, padding (if any) only after it, so plain causal attention is
-    exact for every real token. `documents` says the same as the segments, for fused attention.
+    exact for every real token. `documents` says the same as the segments, for fused attention; in
+    rows padded in front, the padding and the real tokens of each are documents.
     """
 
     positions: torch.Tensor
@@ -40,9 +42,20 @@ def from_mask(mask: torch.Tensor, device: torch.device | str | None = None) -> L
     real = mask.bool()
     # Read where the mask lives: on the CPU this costs no synchronisation.
     right_padded = bool((real[:, :-1] | ~real[:, 1:]).all())
+    left_padded = bool((~real[:, :-1] | real[:, 1:]).all())
     real = real.to(device)
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-    return Layout(positions, None if right_padded else real.long())
+    if right_padded:
+        return Layout(positions)
+    return Layout(positions, real.long(), _padding_and_rows(real) if left_padded else None)
+
+
+def _padding_and_rows(real: torch.Tensor) -> Documents:
+    """Each row of [b, s] as two documents: the padding in front of it, and what is real."""
+    b, s = real.shape
+    starts = torch.arange(0, b * s, s, device=real.device)
+    bounds = torch.stack([starts, starts + (~real).sum(-1)], 1).flatten()
+    return Documents(F.pad(bounds, (0, 1), value=b * s).int(), s)
 
 
 def from_cu_seqlens(cu_seqlens: torch.Tensor, length: int, longest: int | None = None) -> Layout:

@@ -80,7 +80,7 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
 
 def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
     q, kv = a.widths
-    made = {
+    made: dict[str, Any] = {
         "q": _linear(q, e, "qe", a.qkv_bias),
         "k": _linear(kv, e, "ke", a.qkv_bias),
         "v": _linear(kv, e, "ke", a.qkv_bias),
@@ -89,6 +89,8 @@ def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
     if a.qk_norm is not None and a.qk_norm.weight:
         made["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
         made["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
+    if a.sinks:
+        made["sinks"] = ParamSpec((a.heads,), "h")
     return made
 
 

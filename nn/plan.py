@@ -228,7 +228,11 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     states = 6 * spec.dim * shape.itemsize
     total = shape.tokens * (max(mlp + again("qkv") + again("out"), attention) + states)
     total += 2 * spec.dim * max(f, q) * shape.itemsize
-    if a is not None and (shape.scores or a.softcap is not None):
+    # Our own kernels, which have caps, sinks and biases, serve 16 bits on a GPU.
+    special = a is not None and (a.softcap is not None or a.sinks or a.alibi is not None)
+    if a is not None and (
+        shape.scores or (special and not (shape.offload and shape.itemsize == 2))
+    ):
         total += 4 * shape.batch * a.heads * shape.length**2 * 4
     return total
 

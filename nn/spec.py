@@ -99,6 +99,8 @@ class AttentionSpec:
     `clip` c: what q, k and v projections make is clamped to [-c, c].
     `latent`: q, k and v are made another way, and `qkv_bias` is of the latents' projections.
     `in_scale` and `out_scale` multiply what goes in and what comes out.
+    `sinks`: the softmax's denominator has exp of a trained logit per head as another term.
+    `alibi`: scores get `alibi.bias` times this factor.
     """
 
     heads: int
@@ -118,6 +120,8 @@ class AttentionSpec:
     latent: LatentSpec | None = None
     in_scale: float = 1.0
     out_scale: float = 1.0
+    sinks: bool = False
+    alibi: float | None = None
 
     @property
     def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -248,6 +248,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {}),
     ("falcon", {**MHA, "parallel_attn": False, "bias": True}),
     ("falcon", {**MHA, "tie_word_embeddings": False}),
+    ("falcon", {**MHA, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}),
+    ("falcon", {"num_attention_heads": 3, "hidden_size": 48, "alibi": True}),
     ("falcon", {"new_decoder_architecture": True, "bias": True, "activation": "gelu_new"}),
     ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
     ("gpt2", {}),

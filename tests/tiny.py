@@ -192,7 +192,8 @@ def spread(model: Any, seed: int = 0) -> None:
 def hf_model(family: str, *, seed: int = 0, **fields: Any) -> Any:
     """transformers' model in fp32 with spread weights, eager attention, in eval mode."""
     made = config(family, **fields)
-    made._attn_implementation = "eager"
+    # transformers adds Falcon's ALiBi twice in eager attention: in the mask, and to the scores.
+    made._attn_implementation = "sdpa" if getattr(made, "alibi", False) else "eager"
     end = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
     cls = getattr(transformers, _KINDS[family][0] + end)
     model = cls(made).float().eval()

@@ -4,7 +4,7 @@ side or in turn, q, k and v in one matrix.
 
 from ...nn.spec import ModelSpec, NormSpec
 from ..config_fields import Fields
-from ..dense import ACTIVATIONS, dense_spec, with_layers, without_gate
+from ..dense import ACTIVATIONS, dense_spec, with_attention, with_layers, without_gate
 from ..names import names
 
 _LAYER = "transformer.h.*."
@@ -27,8 +27,7 @@ NAMES = names(
 
 
 def spec(fields: Fields) -> ModelSpec:
-    """Matches transformers' `FalconForCausalLM` without ALiBi."""
-    fields.expect("alibi", False)
+    """Matches transformers' `FalconForCausalLM`, which scales ALiBi's bias as it does scores."""
     fields.expect("apply_residual_connection_post_layernorm", False)
     grouped = fields.flag("new_decoder_architecture", False)
     shared, parallel = fields.flag("multi_query", True), fields.flag("parallel_attn", True)
@@ -53,4 +52,6 @@ def spec(fields: Fields) -> ModelSpec:
         norm=NormSpec(fields.number("layer_norm_epsilon", 1e-5), kind="layer", bias=True),
         activation=fields.choice("activation", ACTIVATIONS, "gelu"),
     )
+    if fields.flag("alibi", False):
+        made = with_attention(made, rope=None, alibi=(dim // heads) ** -0.5)
     return with_layers(without_gate(made), parallel=parallel, own_norms=norms == 2)

@@ -114,14 +114,10 @@ def adamw(model: CausalLM, weight_decay: float) -> torch.optim.AdamW:
 def packs(model: CausalLM) -> bool:
     """Whether packed rows cost this model no more than their tokens.
 
-    So it is where fused attention takes documents: on a GPU in 16 bits, without soft caps.
+    So it is where fused attention takes documents: on a GPU in 16 bits.
     Elsewhere a mask over the whole packed row, quadratic in its length, keeps documents apart.
     """
-    return (
-        model.device.type == "cuda"
-        and model.dtype in (torch.bfloat16, torch.float16)
-        and all(attention.softcap is None for attention in model.spec.attentions())
-    )
+    return model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
 
 
 def train_step(

@@ -108,7 +108,6 @@ def test_a_head_with_a_bias_grows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changed", "said"),
     [
-        ("falcon", {"alibi": True}, "alibi"),
         ("falcon", {"parallel_attn": False, "new_decoder_architecture": True}, "parallel_attn"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
         ("falcon", {"num_key_value_heads": 3}, "num_key_value_heads"),

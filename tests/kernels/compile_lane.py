@@ -22,9 +22,9 @@ import torch
 from purelm.kernels import (
     cross_entropy_rows,
     decode_attention,
-    fp8_launch,
     flash,
     flash_launch,
+    fp8_launch,
     gated,
     grouped_launch,
     nf4,
@@ -284,6 +284,7 @@ def decode_attention_cases(every: bool) -> Iterator[Case]:
     for (heads_k, groups, dim), dtype, softcap in itertools.product(
         shapes, (F32, F16, BF16) if every else (BF16,), (0.0, 50.0)
     ):
+        extra = not softcap  # biases and sinks
         config = decode_attention.config_for(groups, dim, dtype)
         splits = decode_attention.splits_for(1, heads_k, 1024, config.block)
         width = max(16, power_of_two(dim))
@@ -291,17 +292,18 @@ def decode_attention_cases(every: bool) -> Iterator[Case]:
         yield Case(
             f"decode_attention {heads_k}x{groups}x{dim} {dtype} {softcap=}",
             decode_attention._split_kernel,
-            (dtype, dtype, dtype, I64, I64, F32, F32, F32, 1024, heads_k),
-            {"SCALE": dim**-0.5, "SOFTCAP": softcap, "GROUPS": groups, "ROWS": config.rows}
+            (dtype, dtype, dtype, I64, I64, F32, F32, F32, F32 if extra else None)
+            + (1024, heads_k, 1024),
+            {"SCALE": dim**-0.5, "SOFTCAP": softcap, "BIASED": extra}
+            | {"GROUPS": groups, "ROWS": config.rows}
             | {"BLOCK": config.block, **shape},
         )
-        if not softcap:
-            yield Case(
-                f"decode_attention_join {splits}x{dim} {dtype}",
-                decode_attention._join_kernel,
-                (F32, F32, F32, dtype),
-                shape,
-            )
+        yield Case(
+            f"decode_attention_join {splits}x{dim} {dtype} sinks={extra}",
+            decode_attention._join_kernel,
+            (F32, F32, F32, F32 if extra else None, dtype, heads_k * groups),
+            {"SINKS": extra, **shape},
+        )
 
 
 def flash_cases(every: bool, arch: int) -> Iterator[Case]:
@@ -318,7 +320,7 @@ def flash_cases(every: bool, arch: int) -> Iterator[Case]:
     for dtype, ((h, k, d), softcap, window, packed, extra) in itertools.product(
         (F16, BF16) if every else (BF16,), kinds
     ):
-        configs = flash_launch.configs_for(d, arch // 10)
+        configs = flash_launch.configs_for(d, 232_448 if arch >= 90 else 101_376)
         cu, sinks, bias = I32 if packed else None, F32 if extra else None, F32 if extra else None
         strides = (4096 * h * d, h * d, d, *(4096 * k * d, k * d, d) * 2)
         sizes = (4096, h, 4096 * extra, *strides)

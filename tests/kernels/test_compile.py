@@ -20,6 +20,12 @@ SPILLS = {
     "nf4_matvec 64x2048x512 block=4096 torch.float32": 8,
     "nf4_matvec 64x4096x14336 block=64 torch.float32": 8,
     "nf4_matvec 64x4096x14336 block=4096 torch.float32": 8,
+    # Two sums of 64 keys times 256 features fill half of the registers.
+    "flash_dkv 16/8x256": 440,
+    "flash_dkv 71/1x80": 80,
+    "flash_dq 16/8x256 softcap=50.0 window=4096": 32,
+    "flash 16/8x256 softcap=50.0 window=4096": 8,
+    "flash 64/8x64": 8,
 }
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,7 +54,9 @@ def check(rows: list[list[str]], arch: int) -> None:
         allowed = max((n for start, n in SPILLS.items() if name.startswith(start)), default=0)
         spilled = f"{name} spills: {registers} registers, {stack} bytes of stack"
         assert int(stack) <= allowed, spilled
-        assert int(shared) <= SHARED[arch], f"{name} wants {shared} bytes of shared memory"
+        # Attention's smaller cuts are for every GPU of capability 8, not for 8.0 alone.
+        most = 101_376 if arch < 90 and name.startswith("flash") else SHARED[arch]
+        assert int(shared) <= most, f"{name} wants {shared} bytes of shared memory"
         assert fused == "0", f"{name} fuses a product and a sum that must be rounded apart"
         assert int(widest) >= 4, name
         if name.startswith(("gated", "rms_norm e=4096", "rms_norm_backward e=4096")):

@@ -39,16 +39,26 @@ def outside(keys, first, end):
     dim=st.sampled_from([8, 16, 20, 64]),
     dtype=st.sampled_from(FLOATS),
     softcap=st.sampled_from([None, 5.0]),
+    sinks=st.booleans(),
+    biased=st.booleans(),
     capacity=st.sampled_from([1, 40, 64, 200, 333]),
     seed=st.integers(0, 2**31),
 )
 def test_launch(
-    interpreted, poisoned, data, rows, heads_k, groups, dim, dtype, softcap, capacity, seed
-):
+    interpreted, poisoned, data, rows, heads_k, groups, dim, dtype, softcap, sinks, biased,
+    capacity, seed,
+):  # fmt: skip
     ends = [data.draw(st.integers(0, capacity)) for _ in range(rows)]
     spans = [(data.draw(st.integers(0, end)), end) for end in ends]
     q, k, v, first, end = drawn(seed, spans, heads_k, groups, dim, dtype, capacity)
-    how = {"scale": dim**-0.5, "softcap": softcap}
+    g = torch.Generator().manual_seed(seed + 1)
+    heads = heads_k * groups
+    how = {
+        "scale": dim**-0.5,
+        "softcap": softcap,
+        "sinks": torch.randn(heads, generator=g) if sinks else None,
+        "bias": torch.randn(heads, capacity, generator=g) if biased else None,
+    }
     eager = decode_attention_reference(q, k, v, first, end, **how)
     wide = (t.double() for t in (q, k, v))
     exact = decode_attention_reference(*wide, first, end, **how)
@@ -59,17 +69,23 @@ def test_launch(
     assert_rows(*(t.reshape(1, -1) for t in (ours, eager, exact)))
 
 
+@pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_reference_equals_attention_over_each_rows_keys(softcap):
+def test_reference_equals_attention_over_each_rows_keys(softcap, extra):
     spans = [(0, 9), (3, 12), (11, 12), (4, 4)]
     q, k, v, first, end = drawn(0, spans, 2, 3, 8, torch.float64, 12)
-    out = decode_attention(q, k, v, first, end, scale=0.3, softcap=softcap)
+    g = torch.Generator().manual_seed(1)
+    bias, sinks = torch.randn(6, 12, generator=g).double(), torch.randn(6, generator=g).double()
+    more = {"bias": bias, "sinks": sinks} if extra else {}
+    out = decode_attention(q, k, v, first, end, scale=0.3, softcap=softcap, **more)
     for i, (a, b) in enumerate(spans):
         for head in range(6):
             scores = 0.3 * k[i, a:b, head // 3] @ q[i, head]
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            want = scores.softmax(0) @ v[i, a:b, head // 3]
+            if extra:
+                scores = torch.cat([scores + bias[head, : b - a], sinks[head : head + 1]])
+            want = scores.softmax(0)[: b - a] @ v[i, a:b, head // 3]
             torch.testing.assert_close(out[i, head], want)
     assert not out[3].any()
 

@@ -85,6 +85,7 @@ def test_every_policy(kind: tuple[bool, bool, float, Any], dtype: torch.dtype) -
         assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
 
 
+ROTATED = AttentionSpec(4, 2, 8, 0.3, RopeSpec(8, 1e4))
 LAYERS: dict[str, dict[str, Any]] = {
     "sandwich": {"post_norm": True, "residual_scale": 0.3},
     "after": {"pre_norm": False, "post_norm": True},
@@ -92,6 +93,9 @@ LAYERS: dict[str, dict[str, Any]] = {
     "parallel-after": {"parallel": True, "post_norm": True, "residual_scale": 0.5},
     "no-gate": {"mlp": MLPSpec(64, "relu2", True, gated=False)},
     "no-positions": {"attention": AttentionSpec(4, 2, 8, 0.3, None)},
+    "soft-cap": {"attention": replace(ROTATED, softcap=2.0, window=6), "post_norm": True},
+    "sinks": {"attention": replace(ROTATED, sinks=True, window=9)},
+    "alibi": {"attention": AttentionSpec(4, 2, 8, 0.3, None, alibi=0.3), "parallel": True},
     "width": {
         "attention": AttentionSpec(
             4,
