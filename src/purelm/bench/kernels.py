@@ -123,18 +123,19 @@ def _one_stream(cuda: bool) -> Iterator[None]:
 
 
 def _measured(case: Case, peers: Sequence[str], device: torch.device) -> Iterator[Row]:
-    """Rows of a case: ours, unless its check fails, then the peers'."""
+    """Rows of a case: ours, then the peers'; with a refused kernel its row alone."""
     row: Row = {"kernel": case.kernel, "size": case.size, "who": OURS, "refused": ""}
     try:
         inputs = [case.inputs()]
         case.check(*inputs[0])
+        more = copies_for(case.moved) - 1 if device.type == "cuda" else 0
+        inputs += [case.inputs() for _ in range(more)]
+        timing = _timed(case.ours, inputs, device)
     except Exception as error:  # a kernel that raises is no better than one that is wrong
-        yield {**row, "refused": f"{type(error).__name__}: {error}"}
+        yield {**row, "refused": " ".join(f"{type(error).__name__}: {error}".split())}
         return
-    more = copies_for(case.moved) - 1 if device.type == "cuda" else 0
-    inputs += [case.inputs() for _ in range(more)]
     path = "triton" if launch.on_gpu(*inputs[0][0]) else "torch"
-    yield row | {"path": path, "timing": _timed(case.ours, inputs, device)}
+    yield row | {"path": path, "timing": timing}
     for peer in peers:
         try:
             for who, call in PEERS[peer](case).items():
