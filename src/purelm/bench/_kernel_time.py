@@ -17,7 +17,8 @@ import torch
 ROTATED = 256e6
 # Copies of inputs at most, and calls longer than this need no graph.
 COPIES, LONG = 64, 2e-3
-BUSY_CYCLES = 400_000
+# Of the busy wait: a graph's launch needs little, a call's Python and launches more.
+GRAPH_CYCLES, CALL_CYCLES = 400_000, 6_000_000
 
 
 class Timing(NamedTuple):
@@ -49,13 +50,14 @@ def timed(
     run(*sets[-1])
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    once = _median(lambda: run(*sets[0]), 3)
+    once = _median(lambda: run(*sets[0]), 3, CALL_CYCLES)
     if graph and once < LONG:
         with contextlib.suppress(RuntimeError):  # what cannot be captured is timed without a graph
             return Timing(_under_graph(run, sets), "graph", extra)
     turns = max(5, min(20, int(0.1 / once)))
     places = iter(range(turns))
-    return Timing(_median(lambda: run(*sets[next(places) % len(sets)]), turns), "events", extra)
+    seconds = _median(lambda: run(*sets[next(places) % len(sets)]), turns, CALL_CYCLES)
+    return Timing(seconds, "events", extra)
 
 
 def _under_graph(run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> float:
@@ -67,19 +69,19 @@ def _under_graph(run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> floa
         results = [run(*one) for one in sets]
     finally:
         held.capture_end()
-    seconds = _median(held.replay, 15) / len(sets)
+    seconds = _median(held.replay, 15, GRAPH_CYCLES) / len(sets)
     del results
     return seconds
 
 
-def _median(call: Callable[[], Any], turns: int) -> float:
+def _median(call: Callable[[], Any], turns: int, cycles: int) -> float:
     cuda: Any = torch.cuda  # whose annotations are not strict
     flush = torch.empty(int(ROTATED) // 4, dtype=torch.int32, device="cuda")
     spans = []
     for _ in range(turns):
         start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        cuda._sleep(BUSY_CYCLES)
+        cuda._sleep(cycles)
         start.record()
         call()
         stop.record()
