@@ -50,11 +50,11 @@ class Names:
     A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
     once for each kv head, its own rows of each (GPT-NeoX, Falcon). A module may be there twice: the
-    first whose parts the model has is meant. `aliases`: other names of
-    modules in checkpoints -> ours. `constants`: stored tensors that always have one value, which
+    first whose parts the model has is meant. `aliases`: other names of modules in checkpoints ->
+    ours. `constants`: stored tensors that always have one value, which
     is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, which predict further tokens and
-    are left out.
+    are left out. `peft_refuses`: last parts of modules on which peft takes no adapters.
     """
 
     table: tuple[tuple[str, str], ...]
@@ -64,6 +64,7 @@ class Names:
     constants: tuple[tuple[str, float], ...] = ()
     transposed: frozenset[str] = frozenset()
     further_layers: bool = False
+    peft_refuses: frozenset[str] = frozenset()
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -139,6 +140,7 @@ def names(
     constants: Mapping[str, float] | None = None,
     transposed: Iterable[str] = (),
     further_layers: bool = False,
+    peft_refuses: Iterable[str] = (),
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
@@ -152,6 +154,7 @@ def names(
         tuple((constants or {}).items()),
         frozenset(transposed),
         further_layers,
+        frozenset(peft_refuses),
     )
 
 

@@ -157,8 +157,9 @@ def _targets(
     targets: Any = _frozen(target_modules)
     check_texts("target_modules", targets)
     short = peft_targets.short_names(spec, names)
+    refused = [name for name in short if name in names.peft_refuses]
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = short
+        targets = tuple(name for name in short if name not in refused)
     if isinstance(modules_to_save, str):
         raise wrong("modules_to_save", modules_to_save, "a list of names")
     saved = list(_frozen(modules_to_save) or ())
@@ -173,7 +174,12 @@ def _targets(
                 f"{', '.join([every[p] for p in _EMBEDDINGS] + sorted(trainable))}"
             )
     moved = [every[path] for path in _EMBEDDINGS if _compiled_matches(targets, every[path])]
-    notes = [f"{name} is trained whole (modules_to_save), not by LoRA" for name in moved]
+    adapted = [name for name in refused if not isinstance(targets, str) and name in targets]
+    notes = [
+        f"peft takes no adapters on {name} of this family: merge them for other libraries"
+        for name in adapted
+    ]
+    notes += [f"{name} is trained whole (modules_to_save), not by LoRA" for name in moved]
     last = [name.rpartition(".")[2] for name in moved]
     saved += [name for name in last if name not in saved]
     if not isinstance(targets, str):
@@ -189,10 +195,14 @@ def _targets(
                 f"target_modules has {', '.join(map(repr, unknown)) or 'no projection'}; this "
                 f"model has {', '.join(short)}"
             )
-        missed = [name for name in short if not peft_targets.matches(targets, f".{name}")]
+        missed = [
+            name
+            for name in short
+            if name not in refused and not peft_targets.matches(targets, f".{name}")
+        ]
         if targets == DEFAULT_TARGETS and missed:
             notes.append(
-                f"target_modules leaves {', '.join(missed)} without adapters; 'all-linear' is all"
+                f"target_modules leaves {', '.join(missed)} without adapters; 'all-linear' has them"
             )
     return targets, tuple(saved), notes
 

@@ -19,6 +19,8 @@ NAMES = names(
         "layers.*.mlp.down": _LAYER + "feed_forward.down_proj",
         "norm": "model.final_layernorm",
     },
+    # Its kernels for training read the weight itself, past an adapter.
+    peft_refuses=("out_proj",),
 )
 
 
