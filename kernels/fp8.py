@@ -54,7 +54,9 @@ def check_device(device: torch.device) -> None:
 
 def scale_of(amax: Tensor) -> Tensor:
     """The fp32 scales of rows whose largest magnitudes are `amax`; never zero."""
-    return amax.float().clamp(min=TINY) / LARGEST
+    most = amax.float().clamp(min=TINY)
+    # By a tensor: a GPU divides by a number as it multiplies with the reciprocal.
+    return most / torch.full_like(most, LARGEST)
 
 
 def scales_of(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from .launch import language as tl
 LARGEST = 448.0  # of e4m3
 TINY = 1e-30  # what a row's largest magnitude counts as, if it is less
 GROUP = 256  # absmax values that share one scale under double quantization
-WHOLE = 16384  # widest row that a program holds in registers
-CHUNK = 4096  # of a wider one, or of several side by side, it takes so much at a time
+WHOLE = 32768  # values of a row that a program holds in registers
+CHUNK = 4096  # of a wider row it takes so much at a time
 
 
 class Config(NamedTuple):
@@ -39,16 +39,26 @@ def unit_for(width: int, block: int) -> int:
 
 
 def config_for(unit: int, transposed: bool) -> Config:
-    """64 rows x 64 columns where both directions matter, else long runs of a few rows."""
-    return Config(64, 64 // unit, 4) if transposed else Config(8, 512 // unit, 4)
+    """32 rows x 128 columns where both directions matter, else long runs of a few rows."""
+    return Config(32, 128 // unit, 4) if transposed else Config(8, 512 // unit, 4)
 
 
-def cast_config(widths: Sequence[int]) -> tuple[int, int]:
-    """(columns at a time, warps) of a program that casts one row."""
-    block = power_of_two(widths[0])
-    if len(widths) > 1 or block > WHOLE:
-        return CHUNK, 8
-    return block, min(16, max(1, block // 1024))
+class CastConfig(NamedTuple):
+    """How a program casts one row: the columns of each part that it holds at once, or 0 for all
+    in turns of CHUNK; warps.
+    """
+
+    blocks: tuple[int, int, int]
+    num_warps: int
+
+
+def cast_config(widths: Sequence[int]) -> CastConfig:
+    """32 values a thread."""
+    x, y, z = ((*map(power_of_two, widths), 0, 0))[:3]
+    total = x + y + z
+    if total > WHOLE:
+        return CastConfig((0, 0, 0), 8)
+    return CastConfig((x, y, z), power_of_two(ceil_div(total, 1024)))
 
 
 @jit
@@ -82,6 +92,21 @@ def _scale(b_bits):
 
 
 @jit
+def _held(p_row, width, BLOCK: tl.constexpr):
+    """A whole part of a row, and the bits of its largest magnitude."""
+    o = tl.arange(0, BLOCK)
+    b_x = tl.load(p_row + o, mask=o < width, other=0.0)
+    return b_x, tl.max(b_x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+
+
+@jit
+def _put_held(b_x, p_out, width, b_inverse, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    b_codes = (b_x.to(tl.float32) * b_inverse).to(p_out.dtype.element_ty)
+    tl.store(p_out + o, b_codes, mask=o < width)
+
+
+@jit
 def _cast_kernel(
     p_x,
     p_y,
@@ -95,25 +120,38 @@ def _cast_kernel(
     stride_y,
     stride_z,
     stride_out,
-    WHOLE: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    Z: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    # X, Y, Z: the columns of each part held in registers; X is 0 where the row is read twice.
     i_row = tl.program_id(0).to(tl.int64)
     p_out += i_row * stride_out
     p_x += i_row * stride_x
-    if WHOLE:
-        o = tl.arange(0, CHUNK)
-        b_x = tl.load(p_x + o, mask=o < width_x, other=0.0).to(tl.float32)
-        b_most = tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    if p_y is not None:
+        p_y += i_row * stride_y
+    if p_z is not None:
+        p_z += i_row * stride_z
+    if X > 0:
+        b_x, b_most = _held(p_x, width_x, X)
+        if p_y is not None:
+            b_y, b_more = _held(p_y, width_y, Y)
+            b_most = tl.maximum(b_most, b_more)
+        if p_z is not None:
+            b_z, b_more = _held(p_z, width_z, Z)
+            b_most = tl.maximum(b_most, b_more)
         b_scale, b_inverse = _scale(b_most)
-        tl.store(p_out + o, (b_x * b_inverse).to(p_out.dtype.element_ty), mask=o < width_x)
+        _put_held(b_x, p_out, width_x, b_inverse, X)
+        if p_y is not None:
+            _put_held(b_y, p_out + width_x, width_y, b_inverse, Y)
+        if p_z is not None:
+            _put_held(b_z, p_out + width_x + width_y, width_z, b_inverse, Z)
     else:
         b_most = _most(p_x, width_x, tl.full([1], 0, dtype=tl.int32), CHUNK)
         if p_y is not None:
-            p_y += i_row * stride_y
             b_most = _most(p_y, width_y, b_most, CHUNK)
         if p_z is not None:
-            p_z += i_row * stride_z
             b_most = _most(p_z, width_z, b_most, CHUNK)
         b_scale, b_inverse = _scale(b_most)
         _put(p_x, p_out, width_x, b_inverse, CHUNK)
@@ -192,7 +230,7 @@ def _launch_cast(x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor,
     parts = [p for p in (x, y, z) if p is not None]
     given = [p if p.stride(1) == 1 else p.contiguous() for p in parts]
     widths = [p.shape[1] for p in given]
-    chunk, warps = cast_config(widths)
+    config = cast_config(widths)
     none = 3 - len(given)
     _cast_kernel(
         (x.shape[0],),
@@ -205,9 +243,11 @@ def _launch_cast(x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor,
         *(p.stride(0) for p in given),
         *(0,) * none,
         codes.stride(0),
-        WHOLE=len(given) == 1 and widths[0] <= chunk,
-        CHUNK=chunk,
-        num_warps=warps,
+        X=config.blocks[0],
+        Y=config.blocks[1],
+        Z=config.blocks[2],
+        CHUNK=CHUNK,
+        num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
     return codes, scale

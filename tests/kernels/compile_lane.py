@@ -196,20 +196,23 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
 
 def fp8_cases(every: bool) -> Iterator[Case]:
     """For GPUs that have e4m3: compute capability 8.9 and above."""
-    widths: tuple[tuple[int, ...], ...] = ((576,), (4096,), (14336,), (28672,), (4096, 1024, 1024))
+    widths: tuple[tuple[int, ...], ...] = (
+        (576,),
+        (4096,),
+        (14336,),
+        (14336, 14336),
+        (28672, 28672),
+        (4096, 1024, 1024),
+    )
     for parts, dtype in itertools.product(widths, (F32, F16, BF16) if every else (BF16,)):
-        chunk, warps = fp8_launch.cast_config(parts)
+        (x, y, z), warps = fp8_launch.cast_config(parts)
         none = 3 - len(parts)
         strides = parts + (0,) * none
         yield Case(
             f"fp8_cast_rows {'+'.join(map(str, parts))} {dtype}",
             fp8_launch._cast_kernel,
             (dtype,) * len(parts) + (None,) * none + (E4M3, F32, *strides, *strides, sum(parts)),
-            {
-                "WHOLE": len(parts) == 1 and parts[0] <= chunk,
-                "CHUNK": chunk,
-                "num_warps": warps,
-            },
+            {"X": x, "Y": y, "Z": z, "CHUNK": fp8_launch.CHUNK, "num_warps": warps},
         )
     for block, width, double, transposed in itertools.product(
         (32, 64, 4096) if every else (64,), (4096, 592), (False, True), (False, True)

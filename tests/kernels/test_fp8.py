@@ -69,7 +69,7 @@ def test_cast_rows(m, widths, seed, dtype, kind, strided):
     assert (error <= (exact.abs() * 2**-4).clamp(min=0) * 1.0001 + scale * 2**-10 * 1.0001).all()
 
 
-@pytest.mark.parametrize("width", [4097, 16400])
+@pytest.mark.parametrize("width", [4097, 33000])
 def test_cast_of_rows_wider_than_a_tile(width):
     x = values(2, width, width, torch.bfloat16, "heavy")
     got, want = fp8.cast_rows(x), fp8.cast_rows_reference([x])
