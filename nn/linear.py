@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree
 
 from ..kernels.launch import apply
+from ..kernels.low_rank import add_low_rank
 from ..quant.fake import Fake
 from ..quant.fp8_product import computes, pulled
 from ..quant.linear import PACKED_ROWS, linears, weight_of
@@ -133,7 +134,7 @@ def products(
         ys = linears(x2, [p["weight"] for p in projections], biases)
         for y, adapter in zip(ys, adapters, strict=True):
             if adapter is not None:
-                y.addmm_(next(remaining), _scaled(adapter, x2.dtype).mT)
+                add_low_rank(y, next(remaining), _scaled(adapter, x2.dtype).mT)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         return outputs, lows
     for p, adapter in zip(projections, adapters, strict=True):
@@ -251,7 +252,12 @@ def pull_input(
             dx = part if dx is None else dx + part
     elif adapted:
         thin = _side_by_side(dlows), _stacked_a(adapters, dtype)
-        dx = thin[0] @ thin[1] if dx is None else _plus(dx, *thin)
+        if dx is None:
+            dx = thin[0] @ thin[1]
+        elif torch._C._are_functorch_transforms_active():
+            dx = dx + thin[0] @ thin[1]
+        else:
+            dx = add_low_rank(dx, *thin)
     for i, (p, dy) in enumerate(zip(projections, flat, strict=True)):
         if i in eight:
             continue

@@ -35,6 +35,16 @@ def test_qlora_sft(folder: Path, data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+def test_fp8_proof(folder: Path, data: Path) -> None:
+    text = f"{folder} {data} --warm 2 --steps 3 --batch 2 --length 24 --seeds 1"
+    result = example("fp8_proof").main(text.split())
+    assert result["adapter tensors"] > 0 and 0 < result["ratio"]["median"] < 1
+    assert len(result["curve, fp8, seed 0"]) == 3
+    # Little is trained, and the same in both.
+    held = [result[f"held-out loss, {name}"][0] for name in ("bf16", "fp8")]
+    assert abs(held[0] - held[1]) < 0.02 * held[0]
+
+
 def test_full_finetune(folder: Path, data: Path, tmp_path: Path) -> None:
     result = example("full_finetune").main(str(folder), str(data), str(tmp_path), steps=10)
     assert result.loss_after < result.loss_before

@@ -27,6 +27,7 @@ from purelm.kernels import (
     fp8_launch,
     gated,
     grouped_launch,
+    low_rank,
     nf4,
     nf4_decode,
     nf4_launch,
@@ -192,6 +193,21 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
                 | {**tile, "GROUPS": groups, "num_warps": cut.num_warps}
                 | {"num_stages": cut.num_stages},
             )
+
+
+def low_rank_cases(every: bool) -> Iterator[Case]:
+    for rank, dtype in itertools.product((16, 48, 256), (F16, BF16) if every else (BF16,)):
+        yield Case(
+            f"add_low_rank {rank} {dtype}",
+            low_rank._add_kernel,
+            (dtype, dtype, dtype, 16384, 14336, rank, 14336, rank, 1, 1, rank),
+            {
+                "RANK": power_of_two(rank),
+                "ROWS": low_rank.ROWS,
+                "COLUMNS": low_rank.COLUMNS,
+                "num_warps": low_rank.WARPS,
+            },
+        )
 
 
 def fp8_cases(every: bool) -> Iterator[Case]:
@@ -399,6 +415,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     if arch >= 89:
         yield from fp8_cases(every)
     yield from flash_cases(every, arch)
+    yield from low_rank_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
     yield from grouped_cases(every, arch)

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gradient-checkpointing", choices=[*_CHECKPOINTING], default="unsloth")
     parser.add_argument("--budget-gib", type=float, help="memory_budget, for auto")
     parser.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
+    parser.add_argument("--compute", choices=["fp8"], help="products of frozen weights in fp8")
     parser.add_argument("--optimizer", choices=["adamw8bit", "adamw"], default="adamw8bit")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--trace", type=Path, help="write a profile of one step here")
@@ -58,6 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rank": args.rank,
         "gradient_checkpointing": args.gradient_checkpointing,
         "optimizer": args.optimizer,
+        "compute": args.compute,
         "graph": args.graph,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
@@ -72,6 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         dtype=torch.bfloat16,
         local_files_only=True,
         use_gradient_checkpointing=_CHECKPOINTING[args.gradient_checkpointing],
+        compute=args.compute,
         memory_budget=None if args.budget_gib is None else int(args.budget_gib * GIB),
     )
     _sync(cuda)
