@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     off = apart(found["fp8"], found["bf16"])
     unit = apart(found["bf16"], found["exact"])
     ratios = [a / b for a, b in zip(off, unit, strict=True)]
+    names = [f"{path}.{part}" for path, _ in tree.items(adapters) for part in ("a", "b")]
+    worst = sorted(zip(ratios, names, off, unit, strict=True), reverse=True)[:8]
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if cuda else "cpu, emulated",
         "torch": torch.__version__,
@@ -160,6 +162,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "1 - cosine, fp8 to bf16": {"median": statistics.median(off), "most": max(off)},
         "ratio": {"median": statistics.median(ratios), "most": max(ratios)},
         "ratio above 1/4": sum(r > 0.25 for r in ratios),
+        "largest ratios": [f"{n} {r:.3f} ({a:.4f} / {b:.4f})" for r, n, a, b in worst],
     }
     for name in ("bf16", "fp8") if args.steps else ():
         finals, ends = [], []

@@ -33,8 +33,10 @@ from oracles import assert_elementwise, assert_rows  # noqa: E402
 from purelm.bench._kernel_time import timed  # noqa: E402
 from purelm.kernels import (  # noqa: E402
     cross_entropy,
+    fp8,
     gated,
     launch,
+    low_rank,
     nf4,
     nf4_launch,
     rms_norm,
@@ -180,12 +182,46 @@ def check_cross_entropy(r: random.Random) -> None:
     )
 
 
+def check_fp8(r: random.Random) -> None:
+    """To the bit: the casts, and NF4 straight to e4m3 in both directions."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return
+    widths = [r.randrange(1, 300 if TINY else 20_000) for _ in range(r.randrange(1, 4))]
+    rows, dtype = r.randrange(1, 5), r.choice(FLOATS)
+    parts = [(randn(rows, w) ** r.choice([1, 3])).to(dtype) for w in widths]
+    found = [(fp8.cast_rows(parts), fp8.cast_rows_reference([p.cpu() for p in parts]))]
+    n, k = (16 * r.randrange(1, 8 if TINY else 40) for _ in range(2))
+    w = leaf.quantize(randn(n, k), block=r.choice([32, 64, 128, 4096]), double=r.random() < 0.5)
+    for turned in (False, True):
+        dense = leaf.dequantize(w, torch.float32)
+        want = fp8.cast_rows_reference([(dense.mT if turned else dense).cpu()])
+        scale = want.scale.to(DEVICE)
+        pieces = (w.packed, w.absmax, w.absmax_scale, w.absmax_offset, w.shape, w.block, scale)
+        found.append((fp8.Rows(fp8.nf4_rows(*pieces, transposed=turned), scale), want))
+    for got, want in found:
+        assert torch.equal(got.scale.cpu(), want.scale), f"scales {widths} {n=} {k=}"
+        same = torch.equal(got.codes.cpu().view(torch.uint8), want.codes.view(torch.uint8))
+        assert same, f"codes {widths} {n=} {k=}"
+
+
+def check_low_rank(r: random.Random) -> None:
+    m, n, rank = r.randrange(1, 100), r.randrange(1, 300 if TINY else 3000), r.randrange(1, 70)
+    dtype = r.choice([torch.bfloat16, torch.float16])
+    y, low, b = (randn(*shape, dtype=dtype) for shape in ((m, n), (m, rank), (rank, n)))
+    exact = y.double() + low.double() @ b.double()
+    eager = torch.addmm(y, low, b)
+    got = low_rank.add_low_rank(y, low, b)
+    assert_rows(got.cpu(), eager.cpu(), exact.cpu())
+
+
 CHECKS = {
     "nf4": check_nf4,
     "rms_norm": check_rms_norm,
     "rope": check_rope,
     "gated": check_gated,
     "cross_entropy": check_cross_entropy,
+    "fp8": check_fp8,
+    "low_rank": check_low_rank,
 }
 
 
