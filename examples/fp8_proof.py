@@ -64,6 +64,7 @@ def trainer(value: Callable[..., Any], trained: list[Any], rate: float) -> Calla
     def replayed(ids: torch.Tensor) -> torch.Tensor:
         if not static:
             static["ids"], stream = ids.clone(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     step(static["ids"])
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--warm", type=int, default=300)
+    parser.add_argument("--warm-rate", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -138,11 +140,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     def batch(i: int) -> torch.Tensor:
         return rows[batches[i % len(batches)]]
 
-    exact = tree.map_tensors(lambda t: t.detach().clone().requires_grad_(), model.params)
-    step = trainer(lambda ids: loss(exact, spec, ids, labels=ids), tree.tensors(exact), 3e-5)
-    for i in range(args.warm):
-        step(batch(i))
-    exact = tree.map_tensors(lambda t: t.detach(), exact)
+    # Steps too small for 16 bits are kept in fp32; what is computed is in the model's dtype.
+    whole = tree.map_tensors(lambda t: t.detach().float().clone().requires_grad_(), model.params)
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(model.dtype)
+
+    def warm(ids: torch.Tensor) -> Any:
+        return loss(tree.map_tensors(cast, whole), spec, ids, labels=ids)
+
+    step = trainer(warm, tree.tensors(whole), args.warm_rate)
+    warmed = [step(batch(i)) for i in range(args.warm)]
+    exact = tree.map_tensors(lambda t: cast(t.detach()), whole)
     four = quantized(exact, spec)
     kinds = {"exact": exact, "bf16": four, "fp8": tree.map(computing, four)}
 
@@ -157,6 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if cuda else "cpu, emulated",
         "torch": torch.__version__,
+        "losses, trained whole": [round(float(v), 4) for v in (*warmed[:1], *warmed[-1:])],
         "adapter tensors": len(off),
         "1 - cosine, NF4 to exact": {"median": statistics.median(unit), "least": min(unit)},
         "1 - cosine, fp8 to bf16": {"median": statistics.median(off), "most": max(off)},
