@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import AdapterError, CheckpointError, SaveError
-from ..nn import tree
+from ..errors import AdapterError, ArgumentError, CheckpointError, SaveError
+from ..nn import stacks, tree
 from ..nn.lora import LoRA
-from ..nn.params import param_specs
 from ..nn.spec import ModelSpec
 from . import atomic, rope_override
 from .adapter_config import CONFIG, parse, read_config
@@ -88,6 +87,7 @@ def write_adapter(
     `config` is corrected where it does not describe the trees. metadata goes into the header of
     the safetensors file, where peft does not look. The tensors keep their dtype.
     """
+    adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
     config = fitted(config or PeftConfig(), adapters, trained, spec, names)
     entries = [
         atomic.entry(name, tensor.detach())
@@ -165,7 +165,15 @@ def read_adapter(
         # The file's own expression is never run; the tensors say what it matched.
         have = {names.module_to_hf(path) for path in pairs}
         config = name_targets(config, have, spec, names)
-    return tree.from_items(adapters), tree.from_items(copies), config
+    return _stacked(adapters, place), _stacked(copies, place), config
+
+
+def _stacked(leaves: Mapping[str, Any], file: Path) -> tree.Tree:
+    """The tree of these paths, with experts as stacks."""
+    try:
+        return stacks.together(tree.from_items(dict(leaves)))
+    except ArgumentError as problem:
+        raise AdapterError(str(problem), file=file) from problem
 
 
 def read_rope_scaling(folder: Path) -> dict[str, Any] | None:
@@ -182,7 +190,7 @@ def _sorted_out(
     tensors: Mapping[str, TensorInfo], spec: ModelSpec, names: Names, file: Path
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
     """Module path -> {"A", "B", "magnitude"?}, and path -> trained copy; in the model's order."""
-    shapes = {path: p.shape for path, p in tree.items(param_specs(spec))}
+    shapes = {path: p.shape for path, p in tree.items(stacks.each_spec(spec))}
     shapes.setdefault("head.weight", (spec.vocab, spec.dim))
     adaptable = {name: path for path, name in projections(spec, names).items()}
     everything = {name: path for path, name in modules(spec, names).items()}
@@ -230,7 +238,7 @@ def _check_pair(
     file: Path,
 ) -> None:
     name = names.module_to_hf(path)
-    out, inp = tree.at(param_specs(spec), f"{path}.weight").shape
+    out, inp = tree.at(stacks.each_spec(spec), f"{path}.weight").shape
     rank, _ = rank_and_scale(config, name)
     wanted = {
         "A": (rank, inp),
@@ -272,7 +280,7 @@ def _check_complete(
             if path not in adapters and is_target(config, name):
                 wanted.append(f"{_PREFIX}{name}.lora_A.weight")
     if config.bias != "none":
-        for path, _ in tree.items(param_specs(spec)):
+        for path, _ in tree.items(stacks.each_spec(spec)):
             module, _, kind = path.rpartition(".")
             if (
                 kind == "bias"

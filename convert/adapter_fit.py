@@ -6,9 +6,8 @@ from math import isclose
 from typing import Any
 
 from ..errors import ArgumentError
-from ..nn import tree
+from ..nn import stacks, tree
 from ..nn.lora import LoRA
-from ..nn.params import param_specs
 from ..nn.spec import ModelSpec
 from .lora_config import PeftConfig
 from .names import Names
@@ -96,7 +95,7 @@ def _fit_saved(config: PeftConfig, have: list[str], spec: ModelSpec, names: Name
 def _bias(copies: list[str], adapters: tree.Tree, spec: ModelSpec, config: PeftConfig) -> str:
     have = {path for path in copies if path.endswith(".bias")}
     adapted = {path for path, _ in tree.items(adapters)}
-    every = {path for path, _ in tree.items(param_specs(spec)) if path.endswith(".bias")}
+    every = {path for path, _ in tree.items(stacks.each_spec(spec)) if path.endswith(".bias")}
     only = {path for path in every if path.removesuffix(".bias") in adapted}
     fits = {"none": set(), "lora_only": only, "all": every}
     if have == fits[config.bias]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from ..nn import dora, lora_init, tree
+from ..nn import dora, lora_init, stacks, tree
 from ..nn.lora import LoRA
 from ..quant.linear import weight_of
 from .lora_config import PeftConfig
@@ -44,6 +44,7 @@ def begin(
     check_seed(random_state)
     generator = torch.Generator().manual_seed(random_state)
     inside = isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _DRAWN
+    params = stacks.one_by_one(params)
     adapters = {}
     for path, (rank, scale) in found.adapted.items():
         weight = tree.at(params, path)["weight"]
@@ -62,9 +63,9 @@ def begin(
         start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
     trained = {path: _copy(params, path) for path in found.trained}
     return Begun(
-        tree.from_items(adapters),
-        tree.from_items(trained),
-        tree.from_items(start),
+        stacks.together(tree.from_items(adapters)),
+        stacks.together(tree.from_items(trained)),
+        stacks.together(tree.from_items(start)),
     )
 
 

@@ -18,6 +18,7 @@ from ..nn.lora import LoRA, relative
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
+from ..quant.stack import Stack
 from . import batch, memory_plan, report
 from .arguments import Auto, choose_residuals
 from .config import Config
@@ -169,6 +170,8 @@ class CausalLM(Saving, Trainee):
         def register(path: str, leaf: Any) -> Any:
             module, _, name = path.rpartition(".")
             node = self._node(self.origin.family.names.module_to_hf(module))
+            if isinstance(leaf, Stack):
+                return replace(leaf, inner=register(path, leaf.inner))
             if not isinstance(leaf, torch.Tensor):  # quantized: its tensors, the codes first
                 parts = {
                     field.name: nn.Parameter(value, requires_grad=False)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import ArgumentError, CheckpointError, ConfigError
-from ..nn import tree
+from ..nn import stacks, tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
 from ..quant import nf4
@@ -202,7 +202,7 @@ def _match(
     found: Sequence[Entry], checkpoint: Checkpoint, spec: ModelSpec, family: Family
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """Our path -> where it is stored, in file order, and the names that are rightly not loaded."""
-    want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
+    want: dict[str, ParamSpec] = dict(tree.items(stacks.each_spec(spec)))
     chosen: dict[str, Stored] = {}
     left_out, unknown = [], []
     groups = family.names.groups(spec)
@@ -279,7 +279,7 @@ def _some(names: list[str], limit: int = 6) -> str:
 
 
 def _common_dtype(chosen: Mapping[str, Stored], spec: ModelSpec) -> torch.dtype:
-    want = tree.items(param_specs(spec))
+    want = tree.items(stacks.each_spec(spec))
     found = {chosen[path].dtype for path, p in want if not p.wide}
     return found.pop() if len(found) == 1 else torch.bfloat16
 
@@ -309,7 +309,9 @@ def _read_all(
     quant_skip: Sequence[str],
     progress: bool,
 ) -> tree.Tree:
-    want: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
+    want: dict[str, ParamSpec] = dict(tree.items(stacks.each_spec(spec)))
+    specs: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
+    waiting: dict[str, dict[int, Any]] = {}
     # What a 4-bit checkpoint keeps in 16 bits stays so.
     stored_packed = any(isinstance(info, Packed) for info in chosen.values())
     make = None if quantize is None or stored_packed else QUANTIZERS[quantize]
@@ -326,17 +328,30 @@ def _read_all(
         for path, info in chosen.items():
             may = want[path].quantize and not any(text in info.name for text in quant_skip)
             if isinstance(info, Packed):
-                leaf = read_leaf(info, dtype, stager.read)
+                leaf: Any = read_leaf(info, dtype, stager.read)
                 # What computes with 16 bits only, the head for one, loses nothing by that.
-                leaves[path] = leaf if quantize is not None and may else nf4.dequantize(leaf)
+                leaf = leaf if quantize is not None and may else nf4.dequantize(leaf)
             elif may and isinstance(info, Encoded) and (kept_leaf := info.kept(quantize)):
-                leaves[path] = kept_leaf(*map(stager.read, info.parts), dtype)
+                leaf = kept_leaf(*map(stager.read, info.parts), dtype)
             else:
                 stored = read_stored(info)
                 dense = _finite(stored.to(torch.float32 if want[path].wide else dtype), info)
-                leaves[path] = make(dense, name=info.name) if make is not None and may else dense
+                leaf = make(dense, name=info.name) if make is not None and may else dense
             if compute == "fp8" and in_products(path, spec):
-                leaves[path] = computing(leaves[path])
+                leaf = computing(leaf)
+            place = stacks.place(path)
+            if place is None:
+                leaves[path] = leaf
+            else:
+                # The experts of a layer are put together as soon as the last of them was read.
+                whole, number = place
+                each = waiting.setdefault(whole, {})
+                each[number] = leaf
+                if len(each) == specs[whole].shape[0]:
+                    del waiting[whole]
+                    leaves[whole] = stacks.joined_leaf([each[i] for i in range(len(each))], whole)
+                del each
+            del leaf
             bar.update(info.nbytes)
     # In the order of the spec, so that trees of equal models are equal in order too.
-    return tree.from_items({path: leaves[path] for path in want})
+    return tree.from_items({path: leaves[path] for path in specs})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError, CheckpointError, SaveError
-from ..nn import tree
+from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..quant.nf4 import NF4
 from . import atomic, fused, hub, merge_4bit
@@ -128,9 +128,10 @@ def tensors(model: "CausalLM") -> list[Tensor]:
 def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """The fields of config.json, and the tensors of each file to write."""
     checkpoint, names = model.origin.checkpoint, model.origin.family.names
-    params = dict(tree.items(model.params))
-    trained = params if model.train_all else dict(tree.items(model.trained))
-    adapters = {f"{path}.weight": leaf for path, leaf in tree.items(model.adapters)}
+    params = dict(tree.items(stacks.one_by_one(model.params)))
+    trained = params if model.train_all else dict(tree.items(stacks.one_by_one(model.trained)))
+    worn = stacks.one_by_one(stacks.separated(model.adapters))
+    adapters = {f"{path}.weight": leaf for path, leaf in tree.items(worn)}
     fields = model.config.to_dict()
     fields.pop("quantization_config", None)
     if four_bits:

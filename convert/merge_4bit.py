@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError, KernelError, SaveError
-from ..nn import lora, tree
+from ..nn import lora, stacks, tree
 from ..nn.lora import LoRA
-from ..nn.params import param_specs
 from ..quant import nf4
 from ..quant.nf4 import NF4
 from . import bnb_file
@@ -24,7 +23,7 @@ Part = tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]
 
 def quantization_config(model: "CausalLM") -> dict[str, Any]:
     """The field of config.json; raises ArgumentError for a model without 4-bit weights."""
-    params = dict(tree.items(model.params))
+    params = dict(tree.items(stacks.one_by_one(model.params)))
     leaves = [leaf for leaf in params.values() if isinstance(leaf, NF4)]
     if not leaves:
         raise ArgumentError(
@@ -34,7 +33,7 @@ def quantization_config(model: "CausalLM") -> dict[str, Any]:
     names = model.origin.family.names
     dense = [
         names.module_to_hf(path.rpartition(".")[0])
-        for path, spec in tree.items(param_specs(model.spec))
+        for path, spec in tree.items(stacks.each_spec(model.spec))
         if spec.quantize and not isinstance(params[path], NF4)
     ]
     return bnb_file.config_fields(leaves, [names.module_to_hf("head"), *dense])

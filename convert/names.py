@@ -74,9 +74,36 @@ class Names:
     def _hf_to_ours(self) -> dict[str, str]:
         return {theirs: ours for ours, theirs in self.table} | dict(self.aliases)
 
+    @cached_property
+    def _stacks(self) -> dict[str, str]:
+        """Modules of experts together: the rows of one expert without its number."""
+        return {
+            ours.replace(".experts.*.", ".experts."): hf.replace(".experts.*.", ".experts.")
+            for ours, hf in self.table
+            if ".experts.*." in ours
+        } | {path: name for name, path in self.stacked.items()}
+
+    @cached_property
+    def stacked(self) -> dict[str, str]:
+        """Parameters of a layer's experts together in a checkpoint (`...experts.gate_up_proj`) ->
+        our module path (`layers.*.mlp.experts.gate_up`).
+        """
+        ours = {("gate", "up"): "gate_up", ("down",): "down", ("up",): "up"}
+        found = {}
+        for name, paths in self.fused:
+            last = tuple(path.rpartition(".")[2] for path in paths)
+            if all(".experts.*." in path for path in paths) and last in ours:
+                found[name] = f"{paths[0].partition('.*.mlp')[0]}.*.mlp.experts.{ours[last]}"
+        return found
+
     def module_to_hf(self, path: str) -> str:
-        """`layers.3.attn.q` -> `model.layers.3.self_attn.q_proj`; KeyError if there is none."""
-        return _translate(self._ours_to_hf, path)
+        """`layers.3.attn.q` -> `model.layers.3.self_attn.q_proj`; KeyError if there is none.
+
+        Of `layers.3.mlp.experts.gate`, a stack, what is the same in each expert's name.
+        """
+        return _translate(
+            self._ours_to_hf if _pattern(path) in self._ours_to_hf else self._stacks, path
+        )
 
     def module_to_ours(self, name: str) -> str:
         """The inverse of `module_to_hf`."""

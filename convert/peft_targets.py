@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from ..nn import tree
-from ..nn.params import param_specs
+from ..nn import stacks, tree
 from ..nn.spec import ModelSpec
 from .lora_config import PeftConfig
 from .names import Names
@@ -54,7 +53,7 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
 
 
 def _biases(config: PeftConfig, spec: ModelSpec, adapted: Iterable[str]) -> list[str]:
-    found = [path for path, _ in tree.items(param_specs(spec)) if path.endswith(".bias")]
+    found = [path for path, _ in tree.items(stacks.each_spec(spec)) if path.endswith(".bias")]
     if config.bias == "all":
         return found
     if config.bias == "lora_only":
@@ -66,14 +65,14 @@ def projections(spec: ModelSpec, names: Names) -> dict[str, str]:
     """Every module that can be adapted: path -> Hugging Face's name."""
     return {
         path.removesuffix(".weight"): names.to_hf(path).removesuffix(".weight")
-        for path, p in tree.items(param_specs(spec))
+        for path, p in tree.items(stacks.each_spec(spec))
         if p.quantize
     }
 
 
 def modules(spec: ModelSpec, names: Names) -> dict[str, str]:
     """Every module with a weight, a tied head included: path -> Hugging Face's name."""
-    paths = [path for path, _ in tree.items(param_specs(spec)) if path.endswith(".weight")]
+    paths = [path for path, _ in tree.items(stacks.each_spec(spec)) if path.endswith(".weight")]
     if spec.tied:
         paths.append("head.weight")
     return {p.removesuffix(".weight"): names.to_hf(p).removesuffix(".weight") for p in paths}

@@ -1,7 +1,7 @@
 """What was loaded and which path each projection takes, in words."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from ..quant.fp8 import Fp8
 from ..quant.fp8_product import computes
 from ..quant.int8 import Int8
 from ..quant.nf4 import NF4
+from ..quant.stack import Stack
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -22,7 +23,7 @@ def describe(model: "CausalLM") -> str:
     """The load report: what came from where, in which precision, with every deviation noted."""
     origin, spec = model.origin, model.spec
     leaves = tree.leaves(model.params)
-    quantized = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+    quantized = [_one(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)]
     stored = ", ".join(sorted({_stored(leaf) for leaf in quantized})) or "quantized"
     revision = f" at {origin.revision}" if origin.revision else ""
     lines = [
@@ -32,6 +33,11 @@ def describe(model: "CausalLM") -> str:
         f"{tree.nbytes(model.params) / 2**20:,.1f} MiB; computing in {model.dtype}",
     ]
     return "\n".join([*lines, _backward(model), *origin.notes])
+
+
+def _one(leaf: Any) -> Any:
+    """A weight of the stack that a leaf may be."""
+    return leaf.inner if isinstance(leaf, Stack) else leaf
 
 
 def _stored(leaf: NF4 | Int8 | Fp8) -> str:
@@ -48,11 +54,13 @@ def explain(model: "CausalLM") -> str:
     """One line per projection: its format, its adapter, and how its product is computed."""
     kernel = "Triton" if model.device.type == "cuda" else "torch"
     lines = []
-    eight = any(map(computes, tree.leaves(model.params)))
-    for path, leaf in tree.items(model.params):
+    eight = any(computes(_one(leaf)) for leaf in tree.leaves(model.params))
+    for path, stored in tree.items(model.params):
         module, _, name = path.rpartition(".")
-        if name != "weight" or getattr(leaf, "ndim", 0) != 2 or module.endswith("_norm"):
+        axes = 3 if ".experts." in path else 2
+        if name != "weight" or getattr(stored, "ndim", 0) != axes or module.endswith("_norm"):
             continue
+        leaf = _one(stored)
         adapter = tree.get(model.adapters, *_keys(module))
         if computes(leaf):
             kind = "NF4" if isinstance(leaf, NF4) else "fp8"
@@ -65,8 +73,10 @@ def explain(model: "CausalLM") -> str:
             how = "int8, product of 8-bit codes (torch), dequantized in backward"
         else:
             how = f"{str(leaf.dtype).removeprefix('torch.')}, {_use(model, module)}"
-        if eight and isinstance(leaf, NF4 | Fp8) and not takes(leaf.shape):
+        if eight and axes == 2 and isinstance(leaf, NF4 | Fp8) and not takes(leaf.shape):
             how += f" (a side is no multiple of {MULTIPLE}, as fp8 products need)"
+        if axes == 3:
+            how = f"{stored.shape[0]} experts, each {how}"
         if model.qat_scheme and module not in ("embed", "head"):
             how += f", rounded as {model.qat_scheme} with its adapter"
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from . import codebook, nf4
+from .grouped_launch import takes
 from .launch import ceil_div, on_gpu, ops
 from .nf4_launch import GROUP, UNIT
 
@@ -163,11 +164,6 @@ def outer(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype | None = No
         made: Tensor = ops.grouped_outer(dy, x, offsets, dtype)
         return made
     return outer_reference(dy, x, offsets, dtype)
-
-
-def takes(shape: tuple[int, ...], block: int) -> bool:
-    """Whether 4-bit matrices of `shape` (out, in) can be multiplied packed."""
-    return len(shape) == 2 and shape[1] % min(block, UNIT) == 0
 
 
 def offsets_of(ids: Tensor, groups: int) -> Tensor:

@@ -38,6 +38,11 @@ class Config(NamedTuple):
     num_stages: int
 
 
+def takes(shape: tuple[int, ...], block: int) -> bool:
+    """Whether 4-bit matrices of `shape` (out, in) can be multiplied packed."""
+    return len(shape) == 2 and shape[1] % min(block, UNIT) == 0
+
+
 def _rows_of(rows: int, groups: int, most: int) -> int:
     """Rows of a tile: a power of two that most groups do not exceed, if rows spread evenly."""
     return min(most, max(16, power_of_two(ceil_div(3 * rows, 2 * groups))))

@@ -8,7 +8,7 @@ import torch
 
 from ..quant.int8 import Int8
 from . import cache as kv
-from . import decoder, rope, tree
+from . import decoder, experts, rope, tree
 from .attention import Span
 from .cache import Cache
 from .layout import Layout
@@ -68,10 +68,13 @@ def decode(
     return decoder.logits(params, spec, x[:, 0]), cache
 
 
-def waits_for(params: tree.Tree, spec: ModelSpec) -> str | None:
+def waits_for(params: tree.Tree, spec: ModelSpec, adapters: tree.Tree = None) -> str | None:
     """What of a step asks the device for a value, so that no graph can hold it; None: nothing."""
-    if any(isinstance(layer.mlp, MoESpec) for layer in spec.layers):
-        return "how many tokens each expert has"
+    for i, layer in enumerate(spec.layers):
+        if isinstance(layer.mlp, MoESpec):
+            own = tree.get(adapters, "layers", i, "mlp", "experts")
+            if experts.waits_for(params["layers"][i]["mlp"]["experts"], own, layer.mlp):
+                return "how many tokens each expert has"
     if any(isinstance(leaf, Int8) for leaf in tree.leaves(params)):
         return "which inputs of an int8 product are outliers"
     if any(table.kind in ("dynamic", "longrope") for table in spec.ropes()):

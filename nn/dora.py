@@ -18,7 +18,7 @@ def lengths(weight: Any, adapter: "LoRA") -> torch.Tensor:
     """|w + scale * b @ a| of each row, [out] in fp32, without a gradient."""
     a, b = adapter.a.detach().float(), adapter.b.detach().float()
     whole = weight_of(weight, torch.float32).detach() + (b @ a) * adapter.scale
-    made: torch.Tensor = torch.linalg.vector_norm(whole, dim=1)
+    made: torch.Tensor = torch.linalg.vector_norm(whole, dim=-1)
     return made
 
 

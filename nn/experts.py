@@ -1,19 +1,25 @@
 """Mixtures of experts: each token passes a few of many MLPs, chosen and weighed by a router.
 
-Tokens are sorted by expert, each expert multiplies its own in one go, and a token sums up what its
-experts made of it. Expert weights are leaves of their own, so a 4-bit one is dequantized alone, in
-forward and again in backward, and never kept. The one wait for the device is for how many tokens
-each expert has.
+Tokens are sorted by expert, each expert multiplies its own, and a token sums up what its experts
+made of it. The experts' weights of one projection are one leaf [x, out, in]. A GPU multiplies them
+all in one launch that reads where an expert's tokens begin on the device (kernels/grouped.py),
+4-bit ones packed. Elsewhere, and for what those products do not cover, the experts run one after
+the other, which waits for how many tokens each has.
 """
 
 from typing import Any
 
 import torch
 
+from ..kernels.launch import on_gpu
+from ..quant import grouped
 from . import tree
+from .activation import activated, inputs
+from .dispatch import combine, places, spread
 from .linear import linear, seed_after
 from .mlp import mlp
 from .spec import MoESpec
+from .stacks import apart, separated
 
 # Dropout seeds of one layer's experts lie this far apart, beyond those of all other projections.
 _SEED_STEP = 1_000_003
@@ -29,8 +35,13 @@ def moe(
     """
     flat = x.reshape(-1, x.shape[-1])
     weights, chosen = route(flat, p["router"], spec)
-    mix = _every_token if torch._C._are_functorch_transforms_active() else _sorted_tokens
-    out = mix(flat, weights, chosen, p["experts"], adapters, spec, seed)
+    own = tree.get(separated({"experts": tree.get(adapters, "experts")}), "experts")
+    mix: Any = _sorted_tokens
+    if torch._C._are_functorch_transforms_active():
+        mix = _every_token
+    elif on_gpu(flat) and waits_for(p["experts"], own, spec, seed) is None:
+        mix = _grouped
+    out: torch.Tensor = mix(flat, weights, chosen, p["experts"], own, spec, seed)
     if spec.shared is not None:
         shared = mlp(flat, p["shared"], tree.get(adapters, "shared"), spec.shared, seed)
         if spec.shared_gate:
@@ -86,11 +97,61 @@ def _within_groups(scores: torch.Tensor, spec: MoESpec) -> torch.Tensor:
     return scores.topk(spec.active, dim=-1).indices
 
 
+def waits_for(
+    experts: tree.Tree, adapters: tree.Tree, spec: MoESpec, seed: int | None = None
+) -> str | None:
+    """What of a layer's experts and their adapters the grouped products do not cover, so that a
+    pass waits for how many tokens each expert has; None: nothing.
+    """
+    if spec.expert.activation == "xielu":
+        return "an activation with parameters of its own"
+    if not all(grouped.covers(experts[name]["weight"]) for name in (*inputs(spec.expert), "down")):
+        return "their format"
+    if any(leaf.magnitude is not None for leaf in tree.leaves(adapters)):
+        return "DoRA"
+    if seed is not None and any(leaf.dropout for leaf in tree.leaves(adapters)):
+        return "dropout"
+    return None
+
+
+def _grouped(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    experts: tree.Tree,
+    adapters: tree.Tree,
+    spec: MoESpec,
+    seed: int | None,
+) -> torch.Tensor:
+    """All experts in one launch a projection: x [t, e] -> [t, e], with no wait."""
+    where = places(chosen, spec.experts)
+
+    def project(rows: torch.Tensor, name: str) -> torch.Tensor:
+        p, adapter = experts[name], tree.get(adapters, name)
+        term = () if adapter is None else (adapter.a, adapter.b, adapter.scale)
+        y = grouped.linear(rows, p["weight"], where.offsets, *term)
+        if "bias" in p:
+            y = y + p["bias"].to(y.dtype).index_select(0, where.ids)
+        return y
+
+    rows = spread(x, where, spec.active)
+    if spec.weigh_inputs:
+        rows = (rows * weights.flatten().index_select(0, where.order)[:, None]).to(x.dtype)
+        weights = torch.ones_like(weights)
+    parts = [project(rows, name) for name in inputs(spec.expert)]
+    if spec.expert.gate_scale != 1.0:
+        parts[0] = parts[0] * spec.expert.gate_scale
+    out = project(activated(parts, spec.expert, {}), "down")
+    return combine(
+        out if spec.expert.down_scale == 1.0 else out * spec.expert.down_scale, weights, where
+    )
+
+
 def _sorted_tokens(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    experts: list[Any],
+    experts: tree.Tree,
     adapters: tree.Tree,
     spec: MoESpec,
     seed: int | None,
@@ -98,13 +159,13 @@ def _sorted_tokens(
     """Each expert on its own tokens: x [t, e] -> [t, e]."""
     order = chosen.flatten().argsort(stable=True)
     counts = chosen.flatten().bincount(minlength=spec.experts).tolist()
-    inputs = x[order // spec.active]
+    taken = x[order // spec.active]
     if spec.weigh_inputs:
-        inputs = (inputs * weights.flatten()[order][:, None]).to(x.dtype)
-    rows = inputs.split_with_sizes(counts)
+        taken = (inputs * weights.flatten()[order][:, None]).to(x.dtype)
+    rows = taken.split_with_sizes(counts)
+    owns = _adapters(adapters, spec)
     made = []
-    for i, (p, own) in enumerate(zip(experts, rows, strict=True)):
-        adapter = tree.get(adapters, "experts", i)
+    for i, (p, adapter, own) in enumerate(zip(apart(experts), owns, rows, strict=True)):
         if len(own) or any(t.requires_grad for t in tree.tensors([p, adapter])):
             made.append(mlp(own, p, adapter, spec.expert, _seed(seed, i)))
     back = torch.empty_like(order)
@@ -118,19 +179,24 @@ def _every_token(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    experts: list[Any],
+    experts: tree.Tree,
     adapters: tree.Tree,
     spec: MoESpec,
     seed: int | None,
 ) -> torch.Tensor:
     """The same with every expert on every token, for transforms, which cannot sort by value."""
     out = torch.zeros_like(x, dtype=weights.dtype)
-    for i, p in enumerate(experts):
+    for i, (p, adapter) in enumerate(zip(apart(experts), _adapters(adapters, spec), strict=True)):
         share = (weights * (chosen == i)).sum(-1, keepdim=True)
-        inputs = (x * share).to(x.dtype) if spec.weigh_inputs else x
-        made = mlp(inputs, p, tree.get(adapters, "experts", i), spec.expert, _seed(seed, i))
+        taken = (x * share).to(x.dtype) if spec.weigh_inputs else x
+        made = mlp(taken, p, adapter, spec.expert, _seed(seed, i))
         out = out + made * ((chosen == i).any(-1, keepdim=True) if spec.weigh_inputs else share)
     return out.to(x.dtype)
+
+
+def _adapters(adapters: tree.Tree, spec: MoESpec) -> list[tree.Tree]:
+    """Each expert's adapters."""
+    return apart(adapters) or [None] * spec.experts
 
 
 def _seed(seed: int | None, expert: int) -> int | None:

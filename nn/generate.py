@@ -241,7 +241,7 @@ def _run(
         and prompt.is_cuda
         and not on_host
         and max_new_tokens >= WORTH_A_GRAPH
-        and waits_for(params, spec) is None
+        and waits_for(params, spec, adapters) is None
     )
     # Whoever watches the tokens gets none after the end; else a look now and then is enough.
     pause = PAUSE if prompt.is_cuda and stop is None and on_token is None else 1

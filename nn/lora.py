@@ -98,13 +98,23 @@ def one(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LoRA:
-    """One adapter for a weight of `shape` [out, in]; `start` as in `lora_init.draw`."""
-    a, b = lora_init.draw(shape, rank, start=start, generator=generator)
+    """One adapter for a weight of `shape` [out, in]; `start` as in `lora_init.draw`.
+
+    For a stack [x, out, in] one of each, drawn one after the other: a [x, r, in], b [x, out, r].
+    """
+    if len(shape) == 3:
+        pairs = [
+            lora_init.draw(shape[1:], rank, start=start, generator=generator)
+            for _ in range(shape[0])
+        ]
+        a, b = (torch.stack(column) for column in zip(*pairs, strict=True))
+    else:
+        a, b = lora_init.draw(shape, rank, start=start, generator=generator)
     return LoRA(a.to(device, dtype), b.to(device, dtype), scale, dropout)
 
 
 def delta(adapter: LoRA) -> torch.Tensor:
-    """scale * b @ a [out, in] in fp32."""
+    """scale * b @ a [out, in] (of a stack [x, out, in]) in fp32."""
     return (adapter.b.float() @ adapter.a.float()) * adapter.scale
 
 
@@ -114,10 +124,10 @@ def merged(weight: torch.Tensor, adapter: LoRA) -> torch.Tensor:
     if adapter.magnitude is None:
         return whole
     # Lengths in float64, so that what is written is as near to the exact one as plain LoRA's is.
-    lengths = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
+    lengths = torch.linalg.vector_norm(whole, dim=-1, dtype=torch.float64)
     tiny = torch.finfo(torch.float32).tiny
     rows = adapter.magnitude.to(weight.device).double() / lengths.clamp(min=tiny)
-    return whole.mul_(rows.float()[:, None])
+    return whole.mul_(rows.float()[..., None])
 
 
 def merge(params: tree.Tree, adapters: tree.Tree) -> tree.Tree:
@@ -147,7 +157,7 @@ def relative(adapters: tree.Tree, start: tree.Tree) -> tree.Tree:
         if path not in begun:
             return leaf
         a0, b0 = begun[path].a.to(leaf.a), begun[path].b.to(leaf.b)
-        return replace(leaf, a=torch.cat([leaf.a, a0]), b=torch.cat([leaf.b, -b0], dim=1))
+        return replace(leaf, a=torch.cat([leaf.a, a0], dim=-2), b=torch.cat([leaf.b, -b0], dim=-1))
 
     return tree.map_with_path(since, adapters)
 

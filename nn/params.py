@@ -4,7 +4,7 @@ One description drives initialising, checking, loading, memory planning and quan
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -159,12 +159,14 @@ def _mlp(mlp: MLPSpec, e: int) -> dict[str, Any]:
 
 
 def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
-    # One leaf an expert: each is quantized, adapted and dequantized for itself.
+    # The experts' weights of one projection are one leaf, in which each is quantized for itself.
     router = {"weight": ParamSpec((moe.experts, e), "xe")}
     if moe.router == "sigmoid":
         router["bias"] = ParamSpec((moe.experts,), "x", init="zeros", wide=True)
     made: dict[str, Any] = {"router": router}
-    made["experts"] = [_mlp(moe.expert, e) for _ in range(moe.experts)]
+    made["experts"] = tree.map(
+        lambda p: replace(p, shape=(moe.experts, *p.shape), axes=f"x{p.axes}"), _mlp(moe.expert, e)
+    )
     if moe.shared is not None:
         made["shared"] = _mlp(moe.shared, e)
     if moe.shared_gate:

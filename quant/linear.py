@@ -17,6 +17,7 @@ from . import fp8, fp8_product, int8
 from .fp8 import Fp8
 from .int8 import Int8
 from .nf4 import NF4, dequantize
+from .stack import Stack, unbind
 
 # Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted:
 # one row at any shape; more in 16 bits alone (in fp32 the kernel's one chain of sums rounds more
@@ -41,6 +42,8 @@ def weight_of(leaf: Leaf, dtype: torch.dtype) -> Tensor:
         return fp8.dequantize(leaf, dtype)
     if isinstance(leaf, Tensor):
         return leaf.to(dtype)
+    if isinstance(leaf, Stack):
+        return torch.stack([weight_of(one, dtype) for one in unbind(leaf)])
     raise KernelError(
         f"a weight of type {type(leaf).__name__}: expected a torch.Tensor, NF4, Int8 or Fp8"
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from purelm.convert.load import load_folder
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import cache as kv
-from purelm.nn import decoder, generate, layout, lora, params
+from purelm.nn import decoder, generate, layout, lora, params, stacks
 from purelm.nn import tree as trees
 from purelm.nn.decode import waits_for
 from purelm.nn.generate import generate as run
@@ -27,6 +27,7 @@ from purelm.nn.spec import (
     NormSpec,
     RopeSpec,
 )
+from purelm.quant import int8, nf4
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -269,11 +270,13 @@ def test_a_replayed_graph_gives_the_ids_of_its_steps(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"mlp": MoESpec(4, 2, MLPSpec(16))}, "each expert"),
+        ({"mlp": MoESpec(4, 2, MLPSpec(64)), "quantizer": int8.quantize}, "each expert"),
+        ({"mlp": MoESpec(4, 2, MLPSpec(64)), "quantizer": nf4.quantize}, None),
+        ({"mlp": MoESpec(4, 2, MLPSpec(64))}, None),
         ({"rope": RopeSpec(8, 1e4, kind="dynamic", factor=2.0)}, "longest row"),
     ],
 )
-def test_what_a_step_waits_for_is_named(change: dict[str, Any], words: str) -> None:
+def test_what_a_step_waits_for_is_named(change: dict[str, Any], words: str | None) -> None:
     """No graph can hold it."""
     spec, tree = small()
     assert waits_for(tree, spec) is None
@@ -282,8 +285,14 @@ def test_what_a_step_waits_for_is_named(change: dict[str, Any], words: str) -> N
         first = replace(first, mlp=change["mlp"])
     else:
         first = replace(first, attention=replace(first.attention, rope=change["rope"]))
-    found = waits_for(tree, replace(spec, layers=(first, *spec.layers[1:])))
-    assert found is not None and words in found
+    spec = replace(spec, dim=64, layers=(first, *spec.layers[1:]))
+    tree = params.init(spec, generator=torch.Generator().manual_seed(0))
+    if "quantizer" in change:
+        mlp = tree["layers"][0]["mlp"]
+        each = stacks.apart(mlp["experts"])
+        mlp["experts"] = stacks.joined(trees.map(change["quantizer"], each))
+    found = waits_for(tree, spec)
+    assert found is None if words is None else found is not None and words in found
 
 
 def test_samples_follow_the_model() -> None:

@@ -12,8 +12,7 @@ from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED
 from purelm.convert.fused import parts
 from purelm.convert.load import Loaded, load_folder
 from purelm.nn import cache as kv
-from purelm.nn import decoder, layout, lora, loss, tree
-from purelm.nn.params import param_specs
+from purelm.nn import decoder, layout, lora, loss, stacks, tree
 from purelm.nn.residuals import RECOMPUTE
 from purelm.quant.nf4 import NF4, dequantize
 
@@ -42,7 +41,8 @@ def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch
     """
     names, found = loaded.family.names, {}
     groups = names.groups(loaded.spec)
-    shapes = {path: leaf.shape for path, leaf in tree.items(loaded.params)}
+    each = stacks.one_by_one(loaded.params)
+    shapes = {path: leaf.shape for path, leaf in tree.items(each)}
     for name, p in model.named_parameters():
         value = p.grad if grad else p.data
         value = value.mT if names.is_transposed(name) else value
@@ -99,18 +99,18 @@ def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: P
     ours.backward()
     theirs.loss.backward()
     want = theirs_of(model, loaded, grad=True)
-    for path, leaf in tree.items(loaded.params):
-        if path.endswith("router.bias"):  # only chooses
-            assert leaf.grad is None
-            continue
-        grad = want[path].reshape(leaf.shape)
+    grads = tree.map(lambda leaf: leaf.grad, loaded.params)
+    chooses = [path for path, leaf in tree.items(loaded.params) if leaf.grad is None]
+    assert all(path.endswith("router.bias") for path in chooses)
+    for path, found in tree.items(stacks.one_by_one(grads)):
+        grad = want[path].reshape(found.shape)
         size = grad.norm()
         if path.endswith("k.bias"):
             # What a bias on k shifts alike in all scores cancels (without positions, all of it):
             # what is left carries the rounding of the same sums as the weight's gradient.
             size = max(size, want[path.replace("bias", "weight")].norm())
         limit = AMPLIFIED.get(name((family, switches)), 1e-5)
-        assert (leaf.grad - grad).norm() <= limit * size, path
+        assert (found - grad).norm() <= limit * size, path
 
 
 @cases
@@ -161,7 +161,7 @@ def test_nf4(family: str, tmp_path: Path) -> None:
     want = theirs_of(model, loaded)
     quantized = 0
     with torch.no_grad():
-        for path, leaf in tree.items(loaded.params):
+        for path, leaf in tree.items(stacks.one_by_one(loaded.params)):
             if not isinstance(leaf, NF4):
                 continue
             quantized += 1
@@ -174,7 +174,7 @@ def test_nf4(family: str, tmp_path: Path) -> None:
             dense = dequantize(leaf, torch.float32)
             assert torch.equal(dense, bnb.dequantize_4bit(packed, state))
             want[path].copy_(dense.view_as(want[path]))
-    assert quantized == sum(p.quantize for p in tree.leaves(param_specs(loaded.spec)))
+    assert quantized == sum(p.quantize for p in tree.leaves(stacks.each_spec(loaded.spec)))
     assert quantized >= 5 * 3
     ids = tokens()
     assert_same_logits(decoder.forward(loaded.params, loaded.spec, ids), model(ids).logits)

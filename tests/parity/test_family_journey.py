@@ -10,8 +10,7 @@ import transformers
 from family_cases import FAMILIES, LONGROPE
 
 from purelm.convert import peft_config
-from purelm.nn import decoder, lora, tree
-from purelm.nn.params import param_specs
+from purelm.nn import decoder, lora, stacks, tree
 from purelm.nn.residuals import RECOMPUTE
 from purelm.quant.nf4 import NF4
 
@@ -22,8 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def test_journey(family: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.hf_model(family), tmp_path / "base")
     model = bridged.bridge(folder, quantize="nf4")
-    quantized = sum(isinstance(leaf, NF4) for leaf in tree.leaves(model.params))
-    assert quantized == sum(p.quantize for p in tree.leaves(param_specs(model.spec)))
+    leaves = tree.leaves(stacks.one_by_one(model.params))
+    quantized = sum(isinstance(leaf, NF4) for leaf in leaves)
+    assert quantized == sum(p.quantize for p in tree.leaves(stacks.each_spec(model.spec)))
     # The usual names are of attention and MLP, of which hybrids have others too.
     hybrid = any(layer.recurrent is not None for layer in model.spec.layers)
     targets = "all-linear" if hybrid else peft_config.DEFAULT_TARGETS
