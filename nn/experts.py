@@ -161,7 +161,7 @@ def _sorted_tokens(
     counts = chosen.flatten().bincount(minlength=spec.experts).tolist()
     taken = x[order // spec.active]
     if spec.weigh_inputs:
-        taken = (inputs * weights.flatten()[order][:, None]).to(x.dtype)
+        taken = (taken * weights.flatten()[order][:, None]).to(x.dtype)
     rows = taken.split_with_sizes(counts)
     owns = _adapters(adapters, spec)
     made = []
