@@ -17,11 +17,10 @@ from ..errors import TokenizerError
 from .gguf_file import GGUF
 from .tokenizer import Tokenizer
 from .tokenizer_files import rust
+from .tokenizer_parts import BYTE, CONTROL, SPACE, UNKNOWN, USER, spm_merges, with_ends
 
-UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6
 # Tokens are cut everywhere to find their merges.
 _MAX_PIECE = 512
-SPACE = "\u2581"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -132,23 +131,6 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], kinds: list[int]) -> dict[str,
     }
 
 
-def spm_merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[list[str]]:
-    """Every way to join two tokens into a third, the one with the best score first."""
-    plain = (1, USER)
-    ids = {
-        token: index
-        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind in plain
-    }
-    found = []
-    for token, index in ids.items():
-        for cut in range(1, len(token)):
-            left, right = ids.get(token[:cut]), ids.get(token[cut:])
-            if left is not None and right is not None:
-                found.append((-scores[index], left, right))
-    return [[tokens[left], tokens[right]] for _, left, right in sorted(found)]
-
-
 def _byte_level(gguf: GGUF, tokens: list[str]) -> dict[str, Any]:
     merges = []
     for merge in _texts(gguf, "merges"):
@@ -205,28 +187,7 @@ def _ends(gguf: GGUF, inner: Any, tokens: list[str], model: str) -> Any:
         asked = gguf.fields.get(f"tokenizer.ggml.add_{name}_token", added)
         if asked and index is not None:
             pieces.append((name, _token(gguf, tokens, name, index), index))
-    if not pieces:
-        return inner
-
-    def row(letter: str, type_id: int) -> list[Any]:
-        def special(wanted: str) -> list[Any]:
-            return [
-                {"SpecialToken": {"id": t, "type_id": type_id}} for n, t, _ in pieces if n == wanted
-            ]
-
-        return [
-            *special("bos"),
-            {"Sequence": {"id": letter, "type_id": type_id}},
-            *special("eos"),
-        ]
-
-    template = {
-        "type": "TemplateProcessing",
-        "single": row("A", 0),
-        "pair": [*row("A", 0), *row("B", 1)],
-        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for _, t, i in pieces},
-    }
-    return template if inner is None else {"type": "Sequence", "processors": [inner, template]}
+    return with_ends(inner, pieces)
 
 
 def _templates(gguf: GGUF) -> str | dict[str, str] | None:

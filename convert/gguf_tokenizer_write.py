@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import TokenizerError
 from .gguf_file import GGUF
-from .gguf_tokenizer import BYTE, CONTROL, SPACE, UNKNOWN, USER, read_tokenizer, splits, spm_merges
+from .gguf_tokenizer import read_tokenizer, splits
 from .tokenizer import Tokenizer
+from .tokenizer_parts import BYTE, CONTROL, SPACE, UNKNOWN, USER, spm_merges
 
 _PLAIN, _UNUSED = 1, 5
 _PRES = ("gpt-2", "llama-bpe", "qwen2", "smollm")

@@ -32,7 +32,7 @@ from .lora_config import DEFAULT_TARGETS
 from .precision import Compute, check_compute
 from .registry import family_of
 from .resize import resized, with_pad_token
-from .tokenizer import Tokenizer
+from .tokenizer import TOKENIZERS, Tokenizer
 
 
 class FastLanguageModel:
@@ -174,7 +174,7 @@ class FastLanguageModel:
             rope_scaling = adapter_file.read_rope_scaling(source.folder)
             if rope_scaling is not None:
                 notes.append(f"rope_scaling: {rope_scaling}, with which the adapter was trained")
-        has_tokenizer = (source.folder / "tokenizer.json").exists()
+        has_tokenizer = any((source.folder / file).exists() for file in TOKENIZERS)
         tokenizer = _tokenizer(source.folder if has_tokenizer else base.folder)
         generation_config = _generation_config(base.folder, config)
         eos_ids = end_ids(None, generation_config, config, tokenizer)
@@ -351,7 +351,7 @@ def _origin(
 def _tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer; of a GGUF file, or a folder that has no other, the one within."""
     file = find(folder)
-    if file is None or (folder / "tokenizer.json").exists():
+    if file is None or any((folder / name).exists() for name in TOKENIZERS):
         return Tokenizer.from_folder(folder)
     return read_tokenizer(open_gguf(file))
 

@@ -18,12 +18,15 @@ from typing import Any
 import tokenizers
 
 from ..errors import ArgumentError, InputError, TemplateError, TokenizerError
-from . import special_tokens
+from . import special_tokens, spm_tokenizer
 from .batch_encoding import BatchEncoding
 from .padding import check_side, pad_batch, strategies
 from .text_input import text_inputs, why_not_text
 from .tokenizer_files import CONFIG, read_backend, read_config, read_templates, rust, write_folder
 from .vocabulary import Vocabulary, natural
+
+# Files that a tokenizer can be made of alone.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 # What transformers stores where a tokenizer names no longest input.
 NO_MAX_LENGTH = int(1e30)
@@ -99,12 +102,15 @@ class Tokenizer(Vocabulary):
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer in a folder: tokenizer.json, and the optional files around it.
 
+        Without a tokenizer.json it is made of a SentencePiece model, tokenizer.model.
+
         Raises `TokenizerError`, which names the file, for anything absent, malformed, of a wrong
         type, or linked from outside the folder. No network, and no code from the folder is run.
         """
         folder = Path(path)
-        backend = read_backend(folder)
         config = read_config(folder)
+        made_of_spm = spm_tokenizer.is_needed(folder)
+        backend = spm_tokenizer.backend(folder, config) if made_of_spm else read_backend(folder)
         templates = read_templates(folder, config)
         return cls(
             backend, config, chat_template=templates, name_or_path=str(path), file=folder / CONFIG

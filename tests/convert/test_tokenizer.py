@@ -518,7 +518,7 @@ SPOILERS = {
     ),
     "sentencepiece": (
         lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
-        "tokenizer.model.*converted",
+        "not a SentencePiece model",
     ),
 }
 
