@@ -49,6 +49,7 @@ class Fields:
     def __init__(self, raw: Mapping[str, Any], file: object = None) -> None:
         self.raw, self.file = raw, file
         self.taken: set[str] = set()
+        self.fixed: set[str] = set()  # of those, the ones with one value that is known
 
     def error(self, message: str) -> ConfigError:
         return ConfigError(message, file=self.file)
@@ -136,6 +137,7 @@ class Fields:
 
     def expect(self, name: str, *values: Any) -> None:
         """Raise unless the field is absent, null or one of `values`: the spec knows no other."""
+        self.fixed.add(name)
         value = self.take(name, None)
         if value is not None and value not in values:
             known = " or ".join(map(repr, values))

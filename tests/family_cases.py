@@ -279,4 +279,255 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("apertus", {"rope_parameters": LLAMA3, "attention_bias": True, "num_key_value_heads": 4}),
     ("apertus", {"hidden_act": "silu", "tie_word_embeddings": True}),
 ]
+THETA = {"rope_type": "default", "rope_theta": 777.0}
+# What the cases above leave as it is.
+CASES += [
+    (
+        "mistral",
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("qwen2", {"head_dim": 16, "hidden_act": "gelu", "rms_norm_eps": 1e-3}),
+    ("qwen3", {"hidden_act": "gelu", "rms_norm_eps": 1e-3, "rope_parameters": THETA}),
+    (
+        "gemma",
+        {
+            "hidden_activation": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+        },
+    ),
+    ("gemma2", {"rms_norm_eps": 1e-3, "rope_parameters": THETA, "tie_word_embeddings": False}),
+    (
+        "gemma3_text",
+        {
+            "hidden_activation": "gelu",
+            "query_pre_attn_scalar": 20,
+            "rms_norm_eps": 1e-3,
+            "tie_word_embeddings": False,
+        },
+    ),
+    (
+        "granite",
+        {
+            "head_dim": 16,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "smollm3",
+        {
+            "head_dim": 16,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": False,
+        },
+    ),
+    (
+        "olmo2",
+        {"head_dim": 16, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "rope_parameters": THETA},
+    ),
+    ("phi3", {"head_dim": 16, "hidden_act": "gelu", "rms_norm_eps": 1e-3}),
+    ("cohere", {"head_dim": 16, "hidden_act": "gelu", "rope_parameters": THETA}),
+    (
+        "cohere2",
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": False,
+        },
+    ),
+    (
+        "olmo3",
+        {"head_dim": 16, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+    ),
+    (
+        "exaone4",
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "ministral",
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "ernie4_5",
+        {
+            "hidden_act": "gelu",
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+        },
+    ),
+    (
+        "helium",
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "glm",
+        {
+            "hidden_act": "gelu",
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "glm4",
+        {
+            "hidden_act": "gelu",
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+        },
+    ),
+    (
+        "stablelm",
+        {
+            "head_dim": 16,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("arcee", {"rms_norm_eps": 1e-3, "rope_parameters": THETA, "tie_word_embeddings": True}),
+    (
+        "nemotron",
+        {
+            "hidden_act": "gelu",
+            "norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "starcoder2",
+        {
+            "head_dim": 16,
+            "norm_epsilon": 1e-3,
+            "num_key_value_heads": 4,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": False,
+        },
+    ),
+    (
+        "seed_oss",
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("olmo", {"head_dim": 16, "hidden_act": "gelu", "rope_parameters": THETA}),
+    (
+        "hunyuan_v1_dense",
+        {"hidden_act": "gelu", "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+    ),
+    ("gpt_neox", {"head_dim": 16}),
+    (
+        "olmoe",
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "granitemoe",
+        {
+            "head_dim": 16,
+            "mlp_bias": True,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "glm4_moe",
+        {
+            "head_dim": 16,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "mixtral",
+        {
+            "head_dim": 16,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "qwen3_moe",
+        {
+            "attention_bias": True,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "qwen2_moe",
+        {
+            "head_dim": 16,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": THETA,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("phi", {"head_dim": 16, "layer_norm_eps": 1e-3}),
+    ("deepseek_v3", {"rms_norm_eps": 1e-3}),
+    ("llama4_text", {"rms_norm_eps": 1e-3}),
+    ("phimoe", {"head_dim": 16, "hidden_act": "gelu", "rms_norm_eps": 1e-3}),
+    ("ministral3", {"hidden_act": "gelu", "rms_norm_eps": 1e-3, "tie_word_embeddings": True}),
+    ("falcon", {"layer_norm_epsilon": 1e-3, "rope_parameters": THETA}),
+    ("gpt2", {"layer_norm_epsilon": 1e-3}),
+    (
+        "lfm2",
+        {"head_dim": 16, "norm_eps": 1e-3, "rope_parameters": THETA, "tie_word_embeddings": False},
+    ),
+    (
+        "falcon_h1",
+        {"head_dim": 16, "rope_parameters": THETA, "tie_word_embeddings": True},
+    ),
+    ("granitemoehybrid", {"num_experts_per_tok": 3}),
+    ("granitemoehybrid", {"tie_word_embeddings": True, "head_dim": 16}),
+    ("granitemoehybrid", {"hidden_act": "gelu_pytorch_tanh"}),
+    ("granitemoehybrid", {"rms_norm_eps": 1e-3}),
+    ("granitemoehybrid", {"position_embedding_type": "rope", "rope_parameters": THETA}),
+    ("apertus", {"head_dim": 16}),
+    ("apertus", {"rms_norm_eps": 1e-3}),
+]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

@@ -2,6 +2,7 @@
 tests.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def config(family: str, **fields: Any) -> Any:
     kind, extra = _KINDS[family]
     suffix = "TextConfig" if family.endswith("_text") else "Config"
     names = _SIZES.get(family, {})
-    every = {names.get(n, n): value for n, value in {**SIZES, **extra, **fields}.items()}
+    # Copied: transformers writes into the dicts of a config.
+    every = {names.get(n, n): value for n, value in {**SIZES, **extra, **deepcopy(fields)}.items()}
     every.pop(None, None)
     return getattr(transformers, kind + suffix)(**every)
 

@@ -13,6 +13,9 @@ def spec(fields: Fields) -> ModelSpec:
     """Matches transformers' `OlmoeForCausalLM`."""
     bias = fields.flag("attention_bias", False)
     fields.expect("clip_qkv")  # null in all published models; it would come after the norms
+    # The norms of q and k are as wide as heads of this width make them.
+    dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    fields.expect("head_dim", dim // heads)
     norm = NormSpec(fields.number("rms_norm_eps", 1e-5))
     made = dense_spec(
         fields, max_positions=4096, qkv_bias=bias, out_bias=bias, norm=norm, qk_norm=True
