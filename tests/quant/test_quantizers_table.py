@@ -1,10 +1,11 @@
-"""The error of every 4-bit quantizer by block size, against the published table of it."""
+"""The error of every quantizer of weights, by block size, against the published table of it."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from purelm.quant import fp8, int8
 from purelm.quant.nf4 import dequantize, quantize
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -71,9 +72,29 @@ def test_never_worse_than_bitsandbytes(kind, law):
             assert errors(w, ours)[0] <= errors(w, theirs.view_as(w))[0]
 
 
+EIGHT = {
+    "int8, a row": lambda w: int8.dequantize(int8.quantize(w)),
+    "fp8, a row": lambda w: fp8.dequantize(fp8.quantize(w)),
+    "fp8, a block": lambda w: fp8.dequantize(fp8.quantize(w, blocks=True)),
+}
+
+
+@pytest.mark.parametrize("law", ["normal", "heavy"])
+@pytest.mark.parametrize("kind", EIGHT)
+def test_eight_bits(kind, law):
+    rows = [line.strip("|\n ").split(" | ") for line in TABLE.read_text().splitlines()]
+    (found,) = [row[2:] for row in rows if [cell.strip() for cell in row[:2]] == [kind, law]]
+    w = weights(law)
+    assert errors(w, EIGHT[kind](w)) == pytest.approx([float(v) for v in found], rel=2e-3)
+
+
 if __name__ == "__main__":  # prints the table's rows
     for kind in ("nf4", "fp4"):
         for law in ("normal", "heavy"):
             for block in BLOCKS:
                 row = " | ".join(f"{value:.5f}" for value in measured(kind, law, block))
                 print(f"| {kind} | {block} | {law} | {row} |")
+    for kind, through in EIGHT.items():
+        for law in ("normal", "heavy"):
+            row = " | ".join(f"{v:.5f}" for v in errors(weights(law), through(weights(law))))
+            print(f"| {kind} | {law} | {row} |")
