@@ -91,6 +91,7 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
     precisions = section.add_mutually_exclusive_group()
     for flag, value, what in (
         ("--4bit", "4bit", "adapters on a 4-bit base (default)"),
+        ("--fp8", "fp8", "adapters on a base in fp8"),
         ("--16bit", "16bit", "adapters on a 16-bit base"),
         ("--full", "full", "all weights, no adapters"),
     ):
@@ -109,6 +110,7 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
 
     section = parser.add_argument_group("how")
     group = section.add_argument
+    group("--compute", choices=["fp8"], help="products of a 4-bit or fp8 base in fp8")
     group("--dtype", help="float32 or bfloat16 (default: float32 on a CPU and for --full)")
     group("--device", help="cpu, cuda, cuda:1 (default: the first GPU if there is one)")
     group("--batch-size", type=int, help="rows at a time (default: 2)")

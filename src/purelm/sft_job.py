@@ -111,6 +111,7 @@ def _load(options: Options) -> tuple[CausalLM, Tokenizer]:
         dtype = "float32"
     precision: dict[str, Any] = {
         "4bit": {"load_in_4bit": True},
+        "fp8": {"load_in_fp8": True},
         "16bit": {"load_in_16bit": True},
         "full": {"full_finetuning": True},
     }[options.precision]
@@ -121,6 +122,7 @@ def _load(options: Options) -> tuple[CausalLM, Tokenizer]:
         device_map=str(device),
         random_state=options.seed,
         use_gradient_checkpointing=options.checkpointing,
+        compute=options.compute,
         **precision,
     )
 

@@ -11,7 +11,7 @@ from .errors import ArgumentError
 from .rows import TooLong
 from .training import ScheduleKind
 
-Precision = Literal["4bit", "16bit", "full"]
+Precision = Literal["4bit", "fp8", "16bit", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,9 @@ class Options:
     """One run; the command line's options have the same names.
 
     model: folder or hub id. data, eval_data: see `row_files`; without eval_data, `eval_fraction` of
-    the rows is held out. precision: adapters on a 4-bit or 16-bit base, or all weights. alpha: None
-    is rank. dtype: what is computed in; None is float32 on a CPU and for "full", else bfloat16.
+    the rows is held out. precision: adapters on a base in 4 bits, fp8 or 16 bits, or all weights.
+    compute: "fp8" for the products of a 4-bit or fp8 base in fp8. alpha: None is rank. dtype: what
+    is computed in; None is float32 on a CPU and for "full", else bfloat16.
     learning_rate: None is 2e-4, for "full" 2e-5. warmup: steps if at least 1, else a share of them.
     max_steps: None trains for `epochs`. *_every: in steps, 0 is never; a run evaluates before its
     first step and after its last one anyway. packing: a batch's rows run as one row without
@@ -36,6 +37,7 @@ class Options:
     eval_data: str | None = None
     eval_fraction: float = 0.0
     precision: Precision = "4bit"
+    compute: Literal["fp8"] | None = None
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -113,7 +115,8 @@ def check(options: Options) -> None:
         if not 0 <= value < 1:
             raise ArgumentError(f"{name} is {value!r}, expected at least 0 and less than 1")
     choices: dict[str, tuple[Any, ...]] = {
-        "precision": ("4bit", "16bit", "full"),
+        "precision": ("4bit", "fp8", "16bit", "full"),
+        "compute": (None, "fp8"),
         "schedule": ("cosine", "linear", "constant"),
         "too_long": ("error", "truncate", "skip"),
         # Without a loss scale, gradients of float16 underflow.

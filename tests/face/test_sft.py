@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from purelm import chat, embedded, sft, training
+from purelm import chat, embedded, sft, sft_job, training
 from purelm.errors import ArgumentError, DataError, SaveError, TrainingError
 from purelm.sft_options import Options, embedded_options
 
@@ -116,6 +116,22 @@ def test_full_fine_tuning_leaves_a_model(folder: Path, data: Path, tmp_path: Pat
     assert chat.answer(model, tokenizer, question, max_new_tokens=64) == result.sample_after
 
 
+@pytest.mark.parametrize("precision", ["4bit", "fp8"])
+def test_products_in_fp8(folder: Path, data: Path, tmp_path: Path, precision: str) -> None:
+    run = options(
+        *(folder, data, tmp_path),
+        **{"precision": precision, "compute": "fp8", "learning_rate": 1e-2, "max_steps": 8},
+        merge=False,
+    )
+    result = sft.run(run, say=lambda line: None)
+    assert result.loss_after is not None and result.loss_before is not None
+    assert result.loss_after < result.loss_before
+    model = sft_job._load(run)[0]
+    how = dict(line.split(": ", 1) for line in model.explain().split("\n"))["layers.0.mlp.up"]
+    kind = "NF4" if precision == "4bit" else "fp8"
+    assert how.startswith(f"{kind}, product of fp8 rows")
+
+
 def test_without_matplotlib_one_line_says_so(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +165,8 @@ def test_a_prompt_is_asked_in_the_template(folder: Path, data: Path, tmp_path: P
         ({"schedule": "cosin"}, "schedule is 'cosin'"),
         ({"precision": "8bit"}, "precision is '8bit'"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"compute": "int8"}, "compute is 'int8'"),
+        ({"compute": "fp8", "precision": "16bit"}, "these are kept in 16 bits"),
         ({"eval_fraction": 0.5}, "eval_data and eval_fraction"),
         ({"resume": True, "overwrite": True}, "resume"),
         ({"max_seq_length": 4096}, "the model's context is 128"),
