@@ -135,17 +135,20 @@ class Layer:
     def forward(
         self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, table: rope.Table | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The output and every residual by name."""
+        """The output and the residuals by name, all that are not sure to be run again."""
         heads, low_qkv = self._qkv(self._attn_in(x, p), p, adapters)
         saved = self._attend(heads, p, table)
+        residuals: dict[str, Any] = {"x": x, "out": saved}
+        if self.fate("qkv") != "recompute":
+            residuals["qkv"] = heads
+        del heads
         out = saved.out.reshape(*x.shape[:2], -1)
         (o,), low_o = products(
             out, *_picked(p["attn"], adapters, "attn", "o"), seed_after(self.seed, 3)
         )
         mid = add(x, o, p.get("attn_post_norm"), self.spec)
         down, gate_up, low_mlp = self._mlp_forward(x if self.spec.parallel else mid, p, adapters)
-        lows = {"qkv": low_qkv, "o": low_o, **low_mlp}
-        residuals = {"x": x, "qkv": heads, "out": saved, "lows": lows}
+        residuals["lows"] = {"qkv": low_qkv, "o": low_o, **low_mlp}
         if gate_up is not None:
             residuals["gate_up"] = gate_up
         if not self.spec.parallel:
@@ -164,8 +167,8 @@ class Layer:
             inner = self._mlp_in(rows[tile] if len(tiles) > 1 else source, p)
             gate_up, low_gate_up = self._gate_up(inner, p, adapters, seed)
             hidden = activated(gate_up, self.mlp, p["mlp"])
-            if len(tiles) > 1:
-                del gate_up
+            kept = None if self.fate("gate_up") == "recompute" else gate_up
+            del gate_up
             (down,), low_down = products(
                 hidden, *_picked(p["mlp"], adapters, "mlp", ("down",)), seed_after(seed, 6)
             )
@@ -173,7 +176,7 @@ class Layer:
             made.append(down)
         if len(tiles) > 1:
             return torch.cat(made).view(source.shape), None, {}
-        return down, gate_up, {"gate_up": low_gate_up, "down": low_down}
+        return down, kept, {"gate_up": low_gate_up, "down": low_down}
 
     def backward(
         self,

@@ -15,6 +15,7 @@ from .errors import ArgumentError
 from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
 from .nn.layout import Layout
+from .nn.lora import relative
 from .nn.residuals import Residuals, per_layer
 
 # Shapes whose graphs are held at a time; the one that was not used for longest goes.
@@ -168,8 +169,15 @@ class GraphedStep:
                 rows = layout.dense(b, s, device=device)
             else:
                 rows = layout.from_cu_seqlens(ends, s, longest)
-            value = value_of(self.model, ids, targets, rows, count=held, residuals=policies)
-            return value.detach(), torch.autograd.grad(value, self._trained)
+            # Leaves of its own, over the same memory: what elsewhere still holds on to a graph of
+            # the parameters' would tie this one to another stream.
+            fresh = {id(p): p.detach().requires_grad_() for p in self._trained}
+            worn = tree.map_tensors(lambda t: fresh.get(id(t), t), self.model._adapters)
+            adapters = relative(worn, self.model._start) if self.model._start else worn
+            value = value_of(
+                self.model, ids, targets, rows, adapters=adapters, count=held, residuals=policies
+            )
+            return value.detach(), torch.autograd.grad(value, list(fresh.values()))
 
         # Kernels are compiled and libraries set up before, on a stream of its own as captures need.
         with memory_plan.told(self.model, policies), torch.cuda.device(device):
@@ -191,10 +199,11 @@ def value_of(
     labels: torch.Tensor,
     rows: Layout,
     *,
+    adapters: tree.Tree,
     count: torch.Tensor | None,
     residuals: Residuals,
 ) -> torch.Tensor:
     """The loss that is captured: `model(ids, labels=labels).loss`, of what is on the device."""
     params, spec = model.computed_params(), model.spec
-    x = decoder.hidden(params, spec, ids, layout=rows, adapters=model.adapters, residuals=residuals)
+    x = decoder.hidden(params, spec, ids, layout=rows, adapters=adapters, residuals=residuals)
     return loss.next_token(params, spec, x, labels, layout=rows, count=count)

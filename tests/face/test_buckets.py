@@ -76,9 +76,8 @@ def test_what_is_captured_is_the_rows_own_step(folder: Path, of: list[int]) -> N
     bucket = bucket_for(batch["cu_seqlens"])
     made = filled(batch["input_ids"], batch["labels"], batch["cu_seqlens"], bucket)
     rows = layout.from_cu_seqlens(made["cu_seqlens"], bucket.tokens, bucket.longest)
-    value = value_of(
-        model, made["input_ids"], made["labels"], rows, count=count, residuals=RECOMPUTE
-    )
+    more: Any = {"adapters": model.adapters, "count": count, "residuals": RECOMPUTE}
+    value = value_of(model, made["input_ids"], made["labels"], rows, **more)
     got = [value, *torch.autograd.grad(value, trained)]
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()

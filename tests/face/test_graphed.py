@@ -115,13 +115,14 @@ def test_a_run_from_graphs(folder: Path) -> None:
         losses = []
         for step, lengths in enumerate(BATCHES * 3):
             window = [drawn(lengths, 1), drawn(lengths[:2], 2)]
-            result = training.train_step(model, optimizer, window, step=step, rate=1e-2, **options)
+            result = training.train_step(model, optimizer, window, step=step, rate=3e-3, **options)
             losses.append(result.loss)
             if step == 6:
                 assert result.grad_norm > 0
         found.append(losses)
-    assert found[1] == pytest.approx(found[0], rel=2e-2)
-    assert found[1][-8] < found[1][0]
+    # From there on two runs of the same kind part too.
+    assert found[1][:8] == pytest.approx(found[0][:8], rel=2e-2)
+    assert found[1][-1] < 0.8 * found[1][0]
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         trained[0].fill_(float("nan"))
