@@ -160,6 +160,15 @@ def choose_residuals(use_gradient_checkpointing: bool | str | None) -> Policy | 
     )
 
 
+def check_tiled(unsloth_tiled_mlp: Any) -> None:
+    """Raise ArgumentError for an `unsloth_tiled_mlp` that is no size of tile of ours."""
+    if unsloth_tiled_mlp not in (True, False, "arctic"):
+        raise ArgumentError(
+            f"unsloth_tiled_mlp is {unsloth_tiled_mlp!r}, expected True or 'arctic' (as many "
+            "tokens at a time as the model is wide) or False"
+        )
+
+
 def check_scheme(qat_scheme: str | None) -> None:
     """Raise ArgumentError for a `qat_scheme` that is none of ours, saying why."""
     if qat_scheme is None or qat_scheme in fake.SCHEMES:

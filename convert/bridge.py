@@ -81,8 +81,11 @@ class CausalLM(Saving, Trainee):
         self.residuals = residuals
         self.memory_budget = memory_budget
         # Under "auto": the plan of every shape of batch that was met, in order.
-        self.plans: dict[tuple[int, int], Plan] = {}
+        self.plans: dict[tuple[int, int, bool], Plan] = {}
         self.train_all = train_all
+        self.embeds_on_host = False
+        # Tokens that the MLP runs on at a time while training (`residuals.Policy`).
+        self.tile: int | None = None
         self.qat_scheme: str | None = None
         self.peft_config: dict[str, Any] = {}
         self.tokenizer: Any = None
@@ -93,6 +96,24 @@ class CausalLM(Saving, Trainee):
         self._trained: tree.Tree = {}
         self._adapters: tree.Tree = {}
         self._start: tree.Tree = {}
+
+    def keep_embedding_on_host(self) -> None:
+        """Leave the embedding in host memory; a pass copies the rows that it uses.
+
+        Raises ArgumentError where all of it is needed: as the head, or because it is trained.
+        """
+        if self.spec.tied or self.train_all:
+            why = "its head is the same table" if self.spec.tied else "every weight is trained"
+            raise ArgumentError(
+                f"offload_embedding=True: the device needs the whole embedding, for {why}; "
+                "load without it"
+            )
+        table = self._params["embed"]["weight"]
+        host = torch.empty(
+            table.shape, dtype=table.dtype, pin_memory=table.is_cuda and torch.cuda.is_available()
+        )
+        table.data = host.copy_(table.detach())
+        self.embeds_on_host = True
 
     # The trees.
 
@@ -230,7 +251,10 @@ class CausalLM(Saving, Trainee):
         if isinstance(count, torch.Tensor):
             count = count.to(self.device)
         total = None
-        residuals = memory_plan.residuals_for(self, *input_ids.shape) if self.training else None
+        residuals = None
+        if self.training:
+            masked = memory_plan.is_masked(layout)
+            residuals = memory_plan.residuals_for(self, *input_ids.shape, masked=masked)
         with self._own_dtypes(), memory_plan.told(self, residuals):
             x = decoder.hidden(
                 params,
@@ -296,8 +320,9 @@ class CausalLM(Saving, Trainee):
 
     @property
     def device(self) -> torch.device:
-        embed: torch.Tensor = self._params["embed"]["weight"]
-        return embed.device
+        # The embedding may stay on the host.
+        first: torch.Tensor = tree.tensors(self._params["layers"][0])[0]
+        return first.device
 
     def for_training(self, use_gradient_checkpointing: bool | str = "unsloth") -> "CausalLM":
         """Training mode; returns the model."""
@@ -340,8 +365,10 @@ class CausalLM(Saving, Trainee):
                 "loading; pass dtype= to from_pretrained"
             )
 
+        table: Any = self._params["embed"]["weight"] if self.embeds_on_host else None
+
         def keep_dtype(t: torch.Tensor) -> torch.Tensor:
-            moved = fn(t)
+            moved: torch.Tensor = t if t is table else fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]

@@ -4,14 +4,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..kernels.attention import backend_for
 from ..nn import tree
+from ..nn.layout import Layout
 from ..nn.plan import GIB, Shape, plan
-from ..nn.residuals import Residuals
+from ..nn.residuals import Policy, Residuals
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -24,16 +26,22 @@ _WORKSPACE = 64 * 2**20
 _STEP = 256
 
 
-def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
+def is_masked(layout: Layout) -> bool:
+    """Whether attention over it needs a mask, with which layers run through autograd."""
+    fused = layout.documents is not None and layout.positions.is_cuda
+    return layout.segments is not None and not fused
+
+
+def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = False) -> Residuals:
     """The policies for a batch [batch, length]; under "auto" planned when its shape is new.
 
     Raises ArgumentError where the budget is below the least possible.
     """
     if model.residuals != "auto":
-        return model.residuals
+        return _tiled(model.residuals, model.tile)
     if length > _STEP:
         length = -(-length // _STEP) * _STEP
-    found = model.plans.get((batch, length))
+    found = model.plans.get((batch, length, masked))
     if found is None:
         device = model.device
         first = next(model.spec.attentions(), None)
@@ -44,6 +52,10 @@ def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
             offload=device.type == "cuda",
             scores=first is not None and _scores(model, first.head_dim),
             ranks=_ranks(model),
+            tile=model.tile,
+            masked=masked,
+            dora=any(leaf.magnitude is not None for leaf in tree.leaves(model._adapters)),
+            trained=_trains_layers(model),
         )
         fixed = max(_lasting(model), _allocated(device))
         fixed += _WORKSPACE if device.type == "cuda" else 0
@@ -51,7 +63,7 @@ def residuals_for(model: "CausalLM", batch: int, length: int) -> Residuals:
         budget = fixed + _free(device) if budget is None else budget
         found = plan(model.spec, shape, budget=budget, fixed=fixed)
         known = {p.policies for p in model.plans.values()}
-        model.plans[batch, length] = found
+        model.plans[batch, length, masked] = found
         if found.policies not in known:
             print(f"purelm: {found}", file=sys.stderr)
     return found.policies
@@ -95,7 +107,22 @@ def _lasting(model: "CausalLM") -> int:
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = sum(tree.nbytes(t) for t in (model.params, model._adapters, model._start))
+    if model.embeds_on_host:
+        held -= tree.nbytes(model.params["embed"])
     return held + 3 * 4 * trained
+
+
+def _tiled(residuals: Residuals, tile: int | None) -> Residuals:
+    if tile is None:
+        return residuals
+    if isinstance(residuals, Policy):
+        return replace(residuals, gate_up="recompute", tile=tile)
+    return tuple(replace(one, gate_up="recompute", tile=tile) for one in residuals)
+
+
+def _trains_layers(model: "CausalLM") -> bool:
+    """Whether weights of the layers are trained themselves: all of them, or copies of some."""
+    return model.train_all or bool(tree.tensors((model.trained or {}).get("layers", {})))
 
 
 def _ranks(model: "CausalLM") -> int:

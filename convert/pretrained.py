@@ -15,6 +15,7 @@ from .arguments import (
     check_budget,
     check_flags,
     check_scheme,
+    check_tiled,
     choose_device,
     choose_dtype,
     choose_quantize,
@@ -95,9 +96,13 @@ class FastLanguageModel:
         little, the rest is run again, "unsloth": less, on the host too); "auto" keeps what fits
         into memory_budget, in bytes with the weights included (default: what is free on the device
         at the first step of each shape, less a margin); `explain()` shows the plan, and gradients
-        are the same under each. float32_mixed_precision: True says
-        what holds in any case where adapters are trained: all that is trained is fp32, and products
-        are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
+        are the same under each. unsloth_tiled_mlp: in training dense MLPs run on as many tokens at
+        a time as the model is wide, and keep only their input; True or "arctic".
+        offload_embedding: the embedding stays in host memory and the rows that a batch uses are
+        copied, which waits for tokens that are on the device, so that no CUDA graph holds it; not
+        for a model whose head is the embedding, or which trains it. float32_mixed_precision: True
+        says what holds in any case where adapters are trained: all that is trained is fp32, and
+        products are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
         format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds
         (weights, or activations-weights). text_only: of a vision-language model load the text half,
         which trains and is saved as a text model; the model's report says what was left out. A
@@ -109,6 +114,7 @@ class FastLanguageModel:
         """
         check_flags(
             fix_tokenizer=fix_tokenizer,
+            offload_embedding=offload_embedding,
             trust_remote_code=trust_remote_code,
             use_exact_model_name=use_exact_model_name,
             local_files_only=local_files_only,
@@ -127,7 +133,6 @@ class FastLanguageModel:
             full_finetuning=full_finetuning,
         )
         not_yet(
-            offload_embedding=(offload_embedding, False),
             # What adapters do in any case: themselves in fp32, products in `dtype`.
             float32_mixed_precision=(
                 None
@@ -140,9 +145,9 @@ class FastLanguageModel:
             float8_kv_cache=(float8_kv_cache, False),
             max_lora_rank=(max_lora_rank, 64),
             disable_log_stats=(disable_log_stats, True),
-            unsloth_tiled_mlp=(unsloth_tiled_mlp, False),
             prefer_prequantized=(prefer_prequantized, False),
         )
+        check_tiled(unsloth_tiled_mlp)
         check_scheme(qat_scheme)
         if qat_scheme is not None and not full_finetuning:
             raise ArgumentError(
@@ -218,6 +223,9 @@ class FastLanguageModel:
             memory_budget=memory_budget,
             seed=random_state,
         )
+        model.tile = spec.dim if unsloth_tiled_mlp else None
+        if offload_embedding:
+            model.keep_embedding_on_host()
         model.round_weights(qat_scheme)
         tokenizer.padding_side = "left"
         tokenizer.model_max_length = max(max_seq_length or 0, spec.max_positions)

@@ -70,6 +70,9 @@ def decode(
 
 def waits_for(params: tree.Tree, spec: ModelSpec, adapters: tree.Tree = None) -> str | None:
     """What of a step asks the device for a value, so that no graph can hold it; None: nothing."""
+    embed = params["embed"]["weight"]
+    if embed.device != tree.tensors(params["layers"][0])[0].device:
+        return "which rows of the embedding on the host are used"
     for i, layer in enumerate(spec.layers):
         if isinstance(layer.mlp, MoESpec):
             own = tree.get(adapters, "layers", i, "mlp", "experts")

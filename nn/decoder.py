@@ -12,7 +12,7 @@ from ..kernels.attention import Documents
 from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
-from . import recurrent, rope, tree
+from . import host_table, recurrent, rope, tree
 from .attention import Visible, attend, prepared, terms, visible
 from .cache import Buffers, Cache
 from .experts import moe
@@ -93,8 +93,11 @@ def layer(
     spec: LayerSpec,
     buffers: Buffers | None = None,
     seed: int | None = None,
+    tile: int | None = None,
 ) -> torch.Tensor:
-    """One decoder layer: x [b, s, e] -> [b, s, e]; `starts` as in `recurrent.mix`."""
+    """One decoder layer: x [b, s, e] -> [b, s, e]; `starts` as in `recurrent.mix`, `tile` as in
+    `residuals.Policy`, for a dense MLP.
+    """
     adapters = adapters or {}
     inner = norm(x, p.get("attn_norm"), spec.norm) if spec.pre_norm else x
     branch = mixer(inner, p, adapters, table, seen, starts, spec=spec, buffers=buffers, seed=seed)
@@ -106,7 +109,7 @@ def layer(
     if isinstance(spec.mlp, MoESpec):
         branch = moe(*mlp_args, spec.mlp, seed_after(seed, 4))
     else:
-        branch = mlp(*mlp_args, spec.mlp, seed_after(seed, 4))
+        branch = mlp(*mlp_args, spec.mlp, seed_after(seed, 4), tile)
     return add(mid, branch, p.get("mlp_post_norm"), spec)
 
 
@@ -151,8 +154,10 @@ def extend(
 
 
 def embed(params: tree.Tree, spec: ModelSpec, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens [b, s] -> their scaled embeddings [b, s, e]."""
-    x = F.embedding(tokens, params["embed"]["weight"])
+    """tokens [b, s] -> their scaled embeddings [b, s, e], of a table there or on the host."""
+    table = params["embed"]["weight"]
+    apart = host_table.elsewhere(table, tokens)
+    x = host_table.looked_up(table, tokens) if apart else F.embedding(tokens, table)
     if spec.embed_scale == 1.0:
         return x
     rounded = torch.tensor(spec.embed_scale, dtype=x.dtype).item()
@@ -210,7 +215,7 @@ def _run(
             fast = FastLayer(i, layer_spec, documents, policy, offload, layer_seed, last)
             x = fast.run(*args)
         else:
-            x = _again(layer_spec, layer_seed)(*args, *view)
+            x = _again(layer_spec, layer_seed, policy.tile)(*args, *view)
     return norm(x, params.get("norm"), spec.norm), cache
 
 
@@ -239,9 +244,9 @@ def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
     return None
 
 
-def _again(spec: LayerSpec, seed: int | None) -> Any:
+def _again(spec: LayerSpec, seed: int | None, tile: int | None) -> Any:
     """The layer through autograd, run a second time in backward."""
-    return remat(lambda *args: layer(*args, spec=spec, seed=seed))
+    return remat(lambda *args: layer(*args, spec=spec, seed=seed, tile=tile))
 
 
 def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:

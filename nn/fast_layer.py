@@ -19,6 +19,7 @@ from .activation import pull as pull_activated
 from .attention import prepared, terms
 from .linear import Grads, Wanted, products, pull_input, pull_weights, seed_after
 from .lora import LoRA
+from .mlp import TILE_SEEDS
 from .norm import add, add_backward, norm
 from .offload import Offload
 from .residuals import Policy
@@ -30,9 +31,6 @@ BRANCHES = ("attn_branch", "mlp_branch")
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Lows = list[torch.Tensor]
 Found = dict[tuple[str, str], Grads]
-
-# Tiles of an MLP drop features apart from one another.
-_TILE_SEEDS = 1_000_003
 
 
 class Layer:
@@ -126,7 +124,7 @@ class Layer:
         if tile is None or tile >= tokens:
             return [(slice(0, tokens), self.seed)]
         return [
-            (slice(at, at + tile), seed_after(self.seed, _TILE_SEEDS * (at // tile)))
+            (slice(at, at + tile), seed_after(self.seed, TILE_SEEDS * (at // tile)))
             for at in range(0, tokens, tile)
         ]
 

@@ -78,7 +78,7 @@ def generate(
     if sampling.temperature > 0 and generator is None:
         raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
     real = _check(spec, tokens, mask, max_new_tokens)
-    device = params["embed"]["weight"].device
+    device = tree.tensors(params["layers"][0])[0].device
     with torch.inference_mode():
         prompt, real = _against_the_end(tokens.to(device), real)
         new = _run(

@@ -31,7 +31,9 @@ class Shape:
     """A step's shape: rows, tokens in a row, bytes of an element. `offload`: whether there is a
     host to send residuals to; `scores`: whether attention writes its scores out; `ranks`: the ranks
     of a layer's adapters summed, whose narrow products are kept throughout; `tile`: how many tokens
-    the MLP runs on at a time.
+    the MLP runs on at a time. Of what makes every layer run through autograd: `masked`: whether
+    the batch needs a mask, `dora`: whether adapters have magnitudes, `trained`: whether the
+    layers' weights are trained.
     """
 
     batch: int
@@ -41,6 +43,15 @@ class Shape:
     scores: bool = False
     ranks: int = 0
     tile: int | None = None
+    masked: bool = False
+    dora: bool = False
+    trained: bool = False
+
+    @property
+    def by_autograd(self) -> str | None:
+        """What of it makes every layer run through autograd."""
+        found = {"a mask": self.masked, "DoRA": self.dora, "trained weights": self.trained}
+        return " and ".join(why for why, is_so in found.items() if is_so) or None
 
     @property
     def tokens(self) -> int:
@@ -58,11 +69,17 @@ class Plan:
 
     def __str__(self) -> str:
         parts = []
+        if self.shape.by_autograd is not None:
+            parts = [f"each layer keeps its input and runs again, for {self.shape.by_autograd}"]
+            return self._line(parts)
         numbered = list(enumerate(self.policies))
         for policy, some in groupby(numbered, key=lambda pair: pair[1]):
             places = [i for i, _ in some]
             where = f"s {places[0]}-{places[-1]}" if len(places) > 1 else f" {places[0]}"
             parts.append(f"layer{where}: {_words(policy)}")
+        return self._line(parts)
+
+    def _line(self, parts: list[str]) -> str:
         return (
             f"{self.shape.batch} x {self.shape.length} tokens, {self.peak / GIB:.2f} GiB planned "
             f"of a budget of {self.budget / GIB:.2f} GiB; {'; '.join(parts)}"
@@ -106,13 +123,16 @@ def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int
         on_device += _resident(layer, spec, shape, policy)
         largest = max(largest, on_device + passing + _working(layer, spec, shape, policy))
     passing = sum(away[-2:])
+    # A mask is there from the first layer to the last: of booleans, and as what scores are added.
+    if shape.masked:
+        fixed += shape.batch * shape.length**2 * (1 + shape.itemsize)
     return fixed + max(largest, on_device + passing + _head(spec, shape))
 
 
 def _least(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> Policy:
     """The policy with the fewest bytes on the device; between equal ones the fastest."""
-    if uncovered(layer):
-        return KEEP  # autograd keeps the layer's input and runs it again, whatever is asked
+    if _by_autograd(layer, shape):  # keeps the input and runs all again, whatever is asked
+        return Policy(gate_up="recompute", tile=shape.tile) if shape.tile else KEEP
     if not shape.offload:
         return Policy(qkv="recompute", out="recompute", gate_up="recompute", tile=shape.tile)
     sent = _size(layer, spec, shape, "out") * 2 / _COPY
@@ -128,6 +148,8 @@ def _order(spec: ModelSpec, shape: Shape, policies: list[Policy]) -> list[tuple[
     """
     found: list[tuple[float, int, str]] = []
     for i, layer in enumerate(spec.layers):
+        if _by_autograd(layer, shape):
+            continue
         for name in bytes_per_token(layer, spec.dim, shape.itemsize):
             size = _size(layer, spec, shape, name)
             if name == "gate_up" and policies[i].tile is not None:
@@ -185,7 +207,7 @@ def _sum(
 
 def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
     """Bytes that a layer's residuals take on the device until its backward."""
-    if uncovered(layer):
+    if _by_autograd(layer, shape):
         return _size(layer, spec, shape, "x")
     narrow = shape.tokens * shape.ranks * shape.itemsize
     return narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
@@ -193,6 +215,8 @@ def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -
 
 def _away(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
     """Bytes that go to the host and come back."""
+    if _by_autograd(layer, shape):
+        return 0
     return _sum(layer, spec, shape, policy, lambda fate: fate == "offload")
 
 
@@ -207,12 +231,13 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     a, f = layer.attention, max(mlp.dim for mlp in layer.mlps)
     q, kv = a.widths if a is not None else (0, 0)
     sizes = bytes_per_token(layer, spec.dim, shape.itemsize)
+    by_autograd = _by_autograd(layer, shape)
 
     def again(name: str) -> int:
-        fate = "recompute" if uncovered(layer) else getattr(policy, name)
+        fate = "recompute" if by_autograd else getattr(policy, name)
         return sizes[name] if fate == "recompute" else 0
 
-    gated = all(mlp.gated for mlp in layer.mlps) and not uncovered(layer) and shape.offload
+    gated = all(mlp.gated for mlp in layer.mlps) and not by_autograd and shape.offload
     hidden = sum(mlp.dim if gated else (3 + mlp.gated) * mlp.dim for mlp in layer.mlps)
     mlp = hidden * shape.itemsize + (sizes["gate_up"] if gated else again("gate_up"))
     if policy.tile is not None:  # in each of the tiles that share this memory
@@ -228,6 +253,11 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     states = 6 * spec.dim * shape.itemsize
     total = shape.tokens * (max(mlp + again("qkv") + again("out"), attention) + states)
     total += 2 * spec.dim * max(f, q) * shape.itemsize
+    if shape.dora:  # lengths of a weight's rows, in fp32: of the weight, its change and their sum
+        total += 3 * spec.dim * max(f, q) * 4
+    if shape.trained:  # a layer's gradients, before they are added to what is there of them
+        weights = sum((1 + mlp.gated + 1) * mlp.dim for mlp in layer.mlps) + 2 * q + 2 * kv
+        total += spec.dim * weights * shape.itemsize
     # Our own kernels, which have caps, sinks and biases, serve 16 bits on a GPU.
     special = a is not None and (a.softcap is not None or a.sinks or a.alibi is not None)
     if a is not None and (
@@ -235,6 +265,11 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     ):
         total += 4 * shape.batch * a.heads * shape.length**2 * 4
     return total
+
+
+def _by_autograd(layer: LayerSpec, shape: Shape) -> bool:
+    """Whether a layer runs through autograd, which keeps its input and runs it again."""
+    return uncovered(layer) is not None or shape.by_autograd is not None
 
 
 def _head(spec: ModelSpec, shape: Shape) -> int:

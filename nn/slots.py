@@ -44,8 +44,8 @@ def prefill(
 ) -> tuple[torch.Tensor, Rows]:
     """One prompt [1, s] -> the logits [1, v] of what follows, and it as a row."""
     length = tokens.shape[1]
-    weight = params["embed"]["weight"]
-    cache = kv.empty(spec, 1, length, padded=False, dtype=weight.dtype, device=weight.device)
+    dtype = params["embed"]["weight"].dtype
+    cache = kv.empty(spec, 1, length, padded=False, dtype=dtype, device=tokens.device)
     x, cache = decoder.extend(params, spec, tokens, cache, adapters=adapters)
     return decoder.logits(params, spec, x[:, -1]), Rows(cache, (length,))
 

@@ -17,6 +17,7 @@ from .nn.decode import waits_for
 from .nn.layout import Layout
 from .nn.lora import relative
 from .nn.residuals import Residuals, per_layer
+from .nn.spec import MoESpec
 
 # Shapes whose graphs are held at a time; the one that was not used for longest goes.
 _MOST_SHAPES = 32
@@ -45,6 +46,8 @@ def uncapturable(model: CausalLM) -> str | None:
         return "the adapters have dropout, drawn anew in each step"
     if model.trained or model.train_all or not model.adapters:
         return "only adapters can be trained by it"
+    if any(isinstance(layer.mlp, MoESpec) for layer in model.spec.layers):
+        return "its experts ask the device how many tokens each has"
     found = waits_for(model.params, model.spec)
     return None if found is None else f"it asks the device in between: {found}"
 

@@ -71,14 +71,12 @@ OURS = [
     "memory_budget",
 ]
 NOT_YET = {
-    "offload_embedding": True,
     "float32_mixed_precision": False,
     "fast_inference": True,
     "gpu_memory_utilization": 0.7,
     "float8_kv_cache": True,
     "max_lora_rank": 128,
     "disable_log_stats": False,
-    "unsloth_tiled_mlp": "arctic",
     "prefer_prequantized": True,
     "device_map": "balanced",
 }

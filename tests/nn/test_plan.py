@@ -142,6 +142,31 @@ def _least(spec: ModelSpec, shape: Shape) -> int:
     return int(str(problem.value).split("the least possible is ")[1].split()[0].replace(",", ""))
 
 
+@pytest.mark.parametrize("why", ["masked", "dora", "trained"])
+def test_what_runs_through_autograd(why: str) -> None:
+    """No policy helps: what it takes is counted, said, and refused where it is too much."""
+    plain = Shape(8, 2048, 2)
+    shape = replace(plain, **{why: True})
+    found = plan(LARGE, shape, budget=2**60, fixed=GIB)
+    assert "runs again, for" in str(found) and set(found.policies) == {KEEP}
+    assert found.peak > _least(LARGE, plain)
+    hidden = shape.tokens * 4096 * 2
+    assert found.peak > GIB + 32 * hidden + 6 * shape.tokens * 14336 * 2
+    with pytest.raises(ArgumentError, match="least possible"):
+        plan(LARGE, shape, budget=found.peak - 1, fixed=GIB)
+    masked = peak(LARGE, replace(plain, masked=True), found.policies, 0)
+    longer = peak(LARGE, Shape(4, 4096, 2, masked=True), found.policies, 0)
+    assert longer - masked >= 3 * (4 * 4096**2 - 8 * 2048**2)
+
+
+def test_tiles_need_less() -> None:
+    shape = Shape(1, 65536, 2)
+    wide = replace(shape, dora=True)  # by autograd, whose MLP needs more than its attention
+    assert _least(LARGE, replace(wide, tile=4096)) < 0.8 * _least(LARGE, wide)
+    found = plan(LARGE, replace(shape, tile=4096), budget=2**60, fixed=0)
+    assert {(p.tile, p.gate_up, p.qkv) for p in found.policies} == {(4096, "recompute", "keep")}
+
+
 def test_one_policy_a_layer() -> None:
     assert per_layer(KEEP, 3) == (KEEP,) * 3
     mixed = (KEEP, Policy(qkv="recompute"))
