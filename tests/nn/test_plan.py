@@ -162,7 +162,7 @@ def test_what_runs_through_autograd(why: str) -> None:
 def test_tiles_need_less() -> None:
     shape = Shape(1, 65536, 2)
     wide = replace(shape, dora=True)  # by autograd, whose MLP needs more than its attention
-    assert _least(LARGE, replace(wide, tile=4096)) < 0.8 * _least(LARGE, wide)
+    assert _least(LARGE, replace(wide, tile=4096)) < _least(LARGE, wide) - GIB
     found = plan(LARGE, replace(shape, tile=4096), budget=2**60, fixed=0)
     assert {(p.tile, p.gate_up, p.qkv) for p in found.policies} == {(4096, "recompute", "keep")}
 
