@@ -30,6 +30,26 @@ _TEXT_TYPES = {
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2",
 }
+# What configs leave out where a text half is as its class is by default (Gemma 3 4B, Llava 1.5).
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+DEFAULTS = {
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 4),
+    "llama": (32000, 4096, 11008, 32, 32, None),
+    "llama4_text": (202048, 5120, 8192, 48, 40, 8),
+    "mistral": (32000, 4096, 14336, 32, 32, 8),
+    "ministral3": (131072, 4096, 14336, 34, 32, 8),
+    "qwen2_vl_text": (152064, 8192, 29568, 80, 64, 8),
+    "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64, 8),
+    "qwen3_vl_text": (151936, 4096, 22016, 32, 32, 32),
+    "qwen3_vl_moe_text": (151936, 2048, 5632, 24, 16, 16),
+}
 # Where text tensors stand -> where they stand alone.
 _PREFIXES = {
     "model.language_model.": "model.",
@@ -113,7 +133,7 @@ def text_half(config: Config, file: object = None) -> TextHalf | None:
         raise ConfigError(f"text_config is {inner!r:.60}, expected an object", file=file)
     else:
         left = config.fields.keys() - {"text_config", "model_type", "architectures", *_SHARED}
-    model_type = inner.get("model_type", kind)
+    own_type = model_type = inner.get("model_type", kind)
     model_type = _TEXT_TYPES.get(model_type, model_type)
     if model_type not in FAMILIES:
         raise ConfigError(
@@ -126,6 +146,9 @@ def text_half(config: Config, file: object = None) -> TextHalf | None:
     }
     left = left | (inner.keys() - fields.keys())
     fields.update({name: config.fields[name] for name in _SHARED if config.get(name) is not None})
+    for name, size in zip(SIZES, DEFAULTS.get(own_type, ()), strict=False):
+        if size is not None:
+            fields.setdefault(name, size)
     fields.update(model_type=model_type, architectures=[FAMILIES[model_type].hf_class])
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(fields.get(name), dict):

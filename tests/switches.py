@@ -43,6 +43,7 @@ NOT_THROWN = {
     "seq_aux": _TRAINING,
     "num_nextn_predict_layers": "of layers behind the last, which are left out: test_mixture",
     "ep_size": _UNREAD,
+    "for_llm_compressor": _UNREAD,
     "model_max_length": _UNREAD,
     "eod_token_id": _UNREAD,
     "summary_type": "of a classifier's head",

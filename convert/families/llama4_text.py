@@ -81,7 +81,8 @@ def spec(fields: Fields) -> ModelSpec:
     made = replace(made, layers=tuple(map(layer, made.layers, turns, types)))
     step = fields.integer("interleave_moe_layer_step", 1)
     sparse = layer_numbers(fields, "moe_layers", range(step - 1, depth, step))
-    fields.take("router_jitter_noise", 0.0)  # which no code draws
+    for name in ("router_jitter_noise", "for_llm_compressor"):  # which no code reads
+        fields.take(name, None)
     each = mlp_spec(fields, "intermediate_size", 8192)
     moe = moe_spec(
         fields,

@@ -14,7 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from purelm import FastLanguageModel
+from purelm.convert.config import Config
 from purelm.convert.load import load_folder
+from purelm.convert.registry import family_of
+from purelm.convert.text_half import SIZES, text_half
 from purelm.errors import CheckpointError, ConfigError
 from purelm.nn import decoder
 
@@ -158,3 +161,30 @@ def test_files_without_a_text_half(tmp_path: Path) -> None:
     save_file({k: v for k, v in kept.items() if "vision" in k}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="text half"):
         load_folder(tmp_path, quantize=None, dtype=None, device=torch.device("cpu"), text_only=True)
+
+
+# Text halves of published configs, in short: what they leave out is as transformers has it.
+PUBLISHED = {
+    "gemma3": {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34},
+    "llava": {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064},
+    "mistral3": {"model_type": "mistral", "head_dim": 128, "hidden_size": 5120},
+    "llama4": {"model_type": "llama4_text", "for_llm_compressor": False, "no_rope_layers": []},
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "hidden_size": 4096},
+    "qwen3_vl": {"model_type": "qwen3_vl_text", "tie_word_embeddings": False},
+    "qwen3_vl_moe": {"model_type": "qwen3_vl_moe_text"},
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_what_a_text_half_leaves_out_is_its_classs_default(kind: str) -> None:
+    given = PUBLISHED[kind]
+    fields = {"model_type": kind, "text_config": given, "vision_config": {"hidden_size": 1}}
+    half = text_half(Config(fields))
+    assert half is not None and half.fields == ("vision_config",)
+    spec = family_of(half.config.fields).spec(half.config.fields)
+    text = transformers.AutoConfig.for_model(kind, text_config=given).text_config
+    attention = spec.layers[0].attention
+    assert attention is not None
+    found = (spec.vocab, spec.dim, len(spec.layers), attention.heads, attention.kv_heads)
+    names = [name for name in SIZES if name != "intermediate_size"]
+    assert found == tuple(getattr(text, name) for name in names)
