@@ -346,12 +346,14 @@ def _pull_keys(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     BIASED: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """dk / SCALE and dv with what the queries begin..end of one head add to them; scores lie
-    transposed, [keys, queries].
+    """dk / SCALE and dv, or one of them, with what the queries begin..end of one head add to them;
+    scores lie transposed, [keys, queries].
     """
     for m in range(begin, end, QUERIES):
         o_m = m + tl.arange(0, QUERIES)
@@ -365,11 +367,13 @@ def _pull_keys(
         # Everywhere: a second loop for the tiles without a mask takes the registers of one.
         b_p = tl.where(_seen(o_m[None, :], o_n[:, None], WINDOW), b_p, 0.0)
         b_do = _tile(p_do, m, stride_do, length, QUERIES, DIM, WIDTH)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-        b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        if DV:
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        if DK:
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+            b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
 
 
@@ -402,6 +406,8 @@ def _dkv_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     BIASED: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -418,7 +424,9 @@ def _dkv_kernel(
     stride = heads * DIM
     o_n = n + tl.arange(0, KEYS)
     b_k = _tile(p_k, n, stride_k, length, KEYS, DIM, WIDTH)
-    b_v = _tile(p_v, n, stride_v, length, KEYS, DIM, WIDTH)
+    b_v = b_k
+    if DK:
+        b_v = _tile(p_v, n, stride_v, length, KEYS, DIM, WIDTH)
     b_dk = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
     b_dv = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
     end = length
@@ -435,9 +443,11 @@ def _dkv_kernel(
         b_dk, b_dv = _pull_keys(
             b_dk, b_dv, b_k, b_v, b_bias, p_head, p_do_head, p_lse + o_stat, p_delta + o_stat, o_n,
             n // QUERIES * QUERIES, end, length, stride_q, stride, SCALE, SOFTCAP, WINDOW, BIASED,
-            DIM, WIDTH, QUERIES,
+            DK, DV, DIM, WIDTH, QUERIES,
         )  # fmt: skip
     stride_out = heads // GROUPS * DIM
     o_token = ((row * total + first) * (heads // GROUPS) + head_k) * DIM
-    _keep(p_dk + o_token, b_dk * SCALE, n, stride_out, length, KEYS, DIM, WIDTH)
-    _keep(p_dv + o_token, b_dv, n, stride_out, length, KEYS, DIM, WIDTH)
+    if DK:
+        _keep(p_dk + o_token, b_dk * SCALE, n, stride_out, length, KEYS, DIM, WIDTH)
+    if DV:
+        _keep(p_dv + o_token, b_dv, n, stride_out, length, KEYS, DIM, WIDTH)

