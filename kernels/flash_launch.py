@@ -35,36 +35,41 @@ class Configs(NamedTuple):
     dv: Config | None = None
 
 
-# Bytes of shared memory of a program that the first half of the cuts needs: data centre cards of
-# Hopper and Blackwell have it. The other half fits the 99 KB that all of capability 8 have.
+# Bytes of shared memory of a program that all but the first of these need; the first fits the 99 KB
+# that every GPU of capability 8 has, and some newer ones.
 LARGE = 232_448
+_SMALL, _HOPPER, _BLACKWELL = 8, 9, 10
 
-# By whether there is so much, and by the padded head dim.
+# By generation and padded head dim: the fastest of those tried on a Hopper, some spills included.
 CONFIGS = {
-    (True, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (True, 128): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 8, 2)),
-    (True, 256): Configs(
-        Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 8, 2)
-    ),
-    (False, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
-    (False, 128): Configs(Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
-    (False, 256): Configs(
+    (_SMALL, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
+    (_SMALL, 128): Configs(Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+    (_SMALL, 256): Configs(
         Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)
     ),
+    (_HOPPER, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (_HOPPER, 128): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 8, 2)),
+    (_HOPPER, 256): Configs(
+        Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(32, 128, 8, 3), Config(32, 64, 4, 2)
+    ),
 }
+CONFIGS |= {(_BLACKWELL, dim): CONFIGS[_HOPPER, dim] for dim in (64, 128)}
+CONFIGS[_BLACKWELL, 256] = CONFIGS[_HOPPER, 256]._replace(dk=Config(32, 128, 8, 2))
 
 
-def configs_for(dim: int, shared: int) -> Configs:
-    """The cuts for heads of `dim` features where a program may have `shared` bytes of memory."""
-    return CONFIGS[shared >= LARGE, max(64, power_of_two(dim))]
+def configs_for(dim: int, major: int, shared: int) -> Configs:
+    """The cuts for heads of `dim` features on a GPU of compute capability `major` where a program
+    may have `shared` bytes of shared memory.
+    """
+    generation = min(major, _BLACKWELL) if shared >= LARGE else _SMALL
+    return CONFIGS[generation, max(64, power_of_two(dim))]
 
 
 def _configs(q: Tensor) -> Configs:
-    shared = LARGE
-    if q.is_cuda:
-        properties: Any = torch.cuda.get_device_properties(q.device)
-        shared = properties.shared_memory_per_block_optin
-    return configs_for(q.shape[-1], shared)
+    if not q.is_cuda:
+        return configs_for(q.shape[-1], _HOPPER, LARGE)
+    properties: Any = torch.cuda.get_device_properties(q.device)
+    return configs_for(q.shape[-1], properties.major, properties.shared_memory_per_block_optin)
 
 
 def _even(x: Tensor) -> Tensor:

@@ -147,8 +147,10 @@ def test_every_cut_fits_its_kernel():
         assert width in (64, 128, 256)
         for config in filter(None, configs):
             assert config.queries % 16 == config.keys % 16 == 0
-    assert flash_launch.configs_for(80, 232_448) is flash_launch.CONFIGS[True, 128]
-    assert flash_launch.configs_for(16, 101_376) is flash_launch.CONFIGS[False, 64]
+    assert flash_launch.configs_for(80, 9, 232_448) is flash_launch.CONFIGS[9, 128]
+    assert flash_launch.configs_for(16, 8, 166_912) is flash_launch.CONFIGS[8, 64]
+    assert flash_launch.configs_for(256, 10, 232_448) is flash_launch.CONFIGS[10, 256]
+    assert flash_launch.configs_for(256, 12, 101_376) is flash_launch.CONFIGS[8, 256]
 
 
 def test_bad_input(interpreted):
