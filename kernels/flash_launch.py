@@ -50,7 +50,7 @@ CONFIGS = {
     (_HOPPER, 64): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     (_HOPPER, 128): Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 8, 2)),
     (_HOPPER, 256): Configs(
-        Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(32, 128, 8, 3), Config(32, 64, 4, 2)
+        Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(32, 128, 8, 3), Config(32, 64, 4, 2)
     ),
 }
 CONFIGS |= {(_BLACKWELL, dim): CONFIGS[_HOPPER, dim] for dim in (64, 128)}
