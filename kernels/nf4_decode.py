@@ -1,11 +1,12 @@
-"""Eight 4-bit codes of a 32-bit word to their levels, in registers.
+"""Eight 4-bit codes of a 32-bit word to their levels in 16 bits, in registers.
 
 Looking a level up in memory costs a load for every weight, and choosing it by comparisons fifteen
 selects; both bound a product whose weights are read packed. A byte permute (PTX `prmt`) fetches
 four of eight bytes at once by four nibbles: two of them and a third that chooses by the codes'
-highest bits are a table lookup of sixteen bytes for four codes. The levels are kept as fp16 times a
-scale that a product divides out again; the scale is the one at which the rounding of the levels to
-fp16 is least and nearly without bias.
+highest bits are a table lookup of sixteen bytes for four codes. The levels are kept in the type of
+x times a scale that a product divides out again; the scale is one at which the rounding of NF4's
+levels is small and without bias for normally distributed weights. FP4's are exact, as they are
+thirds.
 """
 
 # Kernels are written in Triton's language: they have no Python types.
@@ -22,29 +23,33 @@ from . import codebook
 from .launch import jit
 from .launch import language as tl
 
-# The level of normally distributed weights in blocks of 64 is off by 2^-15 of the largest in the
-# root mean square, 2e-6 in the mean; FP4's are exact, as they are thirds.
-SCALES = {"nf4": 1.5751953125, "fp4": 1.5}
+# In blocks of 64 normal weights the levels are off, of the largest, by 4e-4 in the root mean square
+# in bf16 (a dense bf16 weight by 3e-4) and 3e-5 in fp16, by 7e-7 and 2e-6 in the mean.
+SCALES = {
+    ("nf4", torch.bfloat16): 1.1884765625,
+    ("nf4", torch.float16): 1.5751953125,
+    ("fp4", torch.bfloat16): 1.5,
+    ("fp4", torch.float16): 1.5,
+}
 
 
 @functools.cache
-def table(kind: str, device: torch.device) -> Tensor:
-    """int32 [8]: the low bytes of the sixteen scaled fp16 levels, four a word, then the high
+def table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """int32 [8]: the low bytes of the sixteen scaled levels in `dtype`, four a word, then the high
     ones.
     """
     with torch.inference_mode(False), torch.no_grad():
-        levels = (codebook.levels_of(kind).double() * SCALES[kind]).to(torch.float16)
+        levels = (codebook.levels_of(kind).double() * SCALES[kind, dtype]).to(dtype)
         planes = levels.view(torch.uint8).view(16, 2).mT.contiguous()
         return planes.view(torch.int32).flatten().to(device)
 
 
 def _instructions() -> str:
     """PTX from a word ($8) and the table ($9 to $16) to the scaled levels of its codes in order
-    ($0 to $7, fp32).
+    ($0 to $7, 16 bits each).
     """
     lines = [
-        ".reg .b32 s, m, a, b, l, h, p, q;",
-        ".reg .b16 c, d, e, f;",
+        ".reg .b32 s, m, a, b, l, h, p;",
         "and.b32 s, $8, 0x77777777;",
         "shr.u32 m, $8, 1;",
         "and.b32 m, m, 0x44444444;",
@@ -58,13 +63,8 @@ def _instructions() -> str:
                 f"prmt.b32 {plane}, a, b, m;",
             ]
         # Of two codes in a byte the first is the high nibble.
-        lines += [
-            "prmt.b32 p, l, h, 0x4051;",
-            "prmt.b32 q, l, h, 0x6273;",
-            "mov.b32 {c, d}, p;",
-            "mov.b32 {e, f}, q;",
-        ]
-        lines += [f"cvt.f32.f16 ${i + j}, {half};" for j, half in enumerate("cdef")]
+        for at, order in ((i, "0x4051"), (i + 2, "0x6273")):
+            lines += [f"prmt.b32 p, l, h, {order};", f"mov.b32 {{${at}, ${at + 1}}}, p;"]
         if i == 0:
             lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
     return "{ " + " ".join(lines) + " }"
@@ -74,26 +74,34 @@ DECODE = _instructions()
 
 
 @jit
-def _levels(b_words, p_table, DECODE: tl.constexpr):
-    """The eight scaled fp32 levels of each word's codes, in order."""
-    return tl.inline_asm_elementwise(
+def _levels(b_words, p_table, o, DECODE: tl.constexpr):
+    """uint16 [..., 2, 2, 2]: the scaled levels of each word's codes, the first axis after those of
+    the words counting single codes, the last fours.
+
+    o: zeros of a shape that spreads over `b_words`; a table that the compiler takes for the same in
+    all threads would be moved from uniform registers at every use.
+    """
+    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
         DECODE,
-        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r",
+        "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r,r,r,r,r,r,r,r",
         [
             b_words,
-            tl.load(p_table),
-            tl.load(p_table + 1),
-            tl.load(p_table + 2),
-            tl.load(p_table + 3),
-            tl.load(p_table + 4),
-            tl.load(p_table + 5),
-            tl.load(p_table + 6),
-            tl.load(p_table + 7),
+            tl.load(p_table + o),
+            tl.load(p_table + 1 + o),
+            tl.load(p_table + 2 + o),
+            tl.load(p_table + 3 + o),
+            tl.load(p_table + 4 + o),
+            tl.load(p_table + 5 + o),
+            tl.load(p_table + 6 + o),
+            tl.load(p_table + 7 + o),
         ],
-        dtype=(tl.float32,) * 8,
+        dtype=(tl.uint16,) * 8,
         is_pure=True,
         pack=1,
     )
+    b_03 = tl.join(tl.join(b_0, b_1), tl.join(b_2, b_3))
+    b_47 = tl.join(tl.join(b_4, b_5), tl.join(b_6, b_7))
+    return tl.join(b_03, b_47)
 
 
 @jit

@@ -1,13 +1,11 @@
 """A few rows times a 4-bit weight, read packed: decoding's matrix-vector product. Forward only.
 
 The dense path writes the weight out in 16 bits and reads it again, five times the bytes of its
-4-bit form; with few rows the product waits for those bytes. Here a program takes some outputs (rows
-of the weight), walks along them in runs of at most 64 weights, each within one block, and reads
-codes, block maxima (double-quantized ones too) and `x` once. One row of `x` is multiplied with the
-bare levels in fp32 and the block's maximum applied to the sum; 2 to 64 rows go to the tensor cores
-against the weights as the dense path would round them. A low-rank term is added at the end. Where
-the outputs are too few to fill a GPU, several programs share one and their fp32 sums are added
-after.
+4-bit form; with few rows the product waits for those bytes. In 16 bits it is a product of
+nf4_products.py, on tensor cores. In fp32 a program takes some outputs (rows of the weight), walks
+along them in runs of at most 64 weights, each within one block, and looks the levels up; where the
+outputs are too few to fill a GPU, several programs share one and their sums are added after. A
+low-rank term is added at the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton launches behind nf4_matvec.py, which says what they do."""
+"""The Triton launches behind nf4_matvec.py for x in fp32; in 16 bits nf4_products.py has it."""
 
 # Kernels are written in Triton's language: they have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import codebook, nf4_decode
+from . import codebook
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
-from .nf4_decode import _codes, _levels
+from .nf4_decode import _codes
 from .nf4_launch import GROUP, UNIT
+from .nf4_products import MOST_ROWS, Weight, _aligned, products
 
-MOST_ROWS = 64
 # Programs that fill a GPU of 132 multiprocessors.
 FULL = 132
 # Codes of one 32-bit word.
@@ -34,10 +34,8 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config_for(
-    rows: int, outputs: int, width: int, block: int, dtype: torch.dtype = torch.bfloat16
-) -> Config:
-    """The cut for `rows` of x [rows, width] and a weight [outputs, width], from what
+def config_for(rows: int, outputs: int, width: int, block: int) -> Config:
+    """The cut for `rows` of x [rows, width] in fp32 and a weight [outputs, width], from what
     examples/measurements/kernels_h100.md measured.
     """
     unit = min(block, UNIT)
@@ -48,14 +46,12 @@ def config_for(
         # A second program for an output costs the launch of a sum: only where a GPU is half empty.
         split = FULL // ceil_div(outputs, tile)
     else:
-        warps = 4
+        warps, weights = 4, 64
         if rows <= 16 and width < 4096:
-            tile, weights, split = 32 if outputs >= 8192 else 16, 256, 1
+            tile, split = 32 if outputs >= 8192 else 16, 1
         else:
-            tile, weights = 64, 128
+            tile = 64
             split = 1 if rows > 32 and outputs >= 8192 else min(ceil_div(width, 1024), 8)
-        if dtype == torch.float32:
-            weights = 64
     step = min(weights // unit, power_of_two(runs))
     return Config(tile, max(step, 1), max(1, min(split, ceil_div(runs, step))), warps)
 
@@ -98,10 +94,8 @@ def _vector_kernel(
     RUNS: tl.constexpr,
     RANK: tl.constexpr,
     DOUBLE: tl.constexpr,
-    DECODE: tl.constexpr,
-    UNSCALE: tl.constexpr,
 ):
-    # Runs [begin, end) of OUTPUTS outputs; RUNS of them a step. x in 16 bits comes as words too.
+    # Runs [begin, end) of OUTPUTS outputs; RUNS of them a step.
     o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m_n = o_n < outputs
     begin = tl.program_id(1) * share
@@ -114,26 +108,17 @@ def _vector_kernel(
         m_word = o_word < end * WORDS
         mask = m_n[:, None] & m_word
         o_w = o_first[:, None] * WORDS + o_word
-        if DECODE is None:
-            p_word = p_x + o_word * 8
-            b_x0 = tl.load(p_word, mask=m_word, other=0.0)
-            b_x1 = tl.load(p_word + 1, mask=m_word, other=0.0)
-            b_x2 = tl.load(p_word + 2, mask=m_word, other=0.0)
-            b_x3 = tl.load(p_word + 3, mask=m_word, other=0.0)
-            b_x4 = tl.load(p_word + 4, mask=m_word, other=0.0)
-            b_x5 = tl.load(p_word + 5, mask=m_word, other=0.0)
-            b_x6 = tl.load(p_word + 6, mask=m_word, other=0.0)
-            b_x7 = tl.load(p_word + 7, mask=m_word, other=0.0)
-            b_words = tl.load(p_words + o_w, mask=mask, other=0)
-            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
-        else:
-            # x is read before the weight: of two layouts Triton then keeps the weight's.
-            b_x0, b_x1 = _two(p_x, o_word * 4, m_word)
-            b_x2, b_x3 = _two(p_x, o_word * 4 + 1, m_word)
-            b_x4, b_x5 = _two(p_x, o_word * 4 + 2, m_word)
-            b_x6, b_x7 = _two(p_x, o_word * 4 + 3, m_word)
-            b_words = tl.load(p_words + o_w, mask=mask, other=0)
-            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
+        p_word = p_x + o_word * 8
+        b_x0 = tl.load(p_word, mask=m_word, other=0.0)
+        b_x1 = tl.load(p_word + 1, mask=m_word, other=0.0)
+        b_x2 = tl.load(p_word + 2, mask=m_word, other=0.0)
+        b_x3 = tl.load(p_word + 3, mask=m_word, other=0.0)
+        b_x4 = tl.load(p_word + 4, mask=m_word, other=0.0)
+        b_x5 = tl.load(p_word + 5, mask=m_word, other=0.0)
+        b_x6 = tl.load(p_word + 6, mask=m_word, other=0.0)
+        b_x7 = tl.load(p_word + 7, mask=m_word, other=0.0)
+        b_words = tl.load(p_words + o_w, mask=mask, other=0)
+        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
         b_part = b_0 * b_x0 + b_1 * b_x1 + b_2 * b_x2 + b_3 * b_x3
         b_part = b_part + b_4 * b_x4 + b_5 * b_x5 + b_6 * b_x6 + b_7 * b_x7
         b_part = tl.sum(tl.reshape(b_part, (OUTPUTS, RUNS, WORDS)), axis=2)
@@ -143,7 +128,7 @@ def _vector_kernel(
         o_block = o // (BLOCK // WIDTH)
         b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
         b_sum += b_part * b_absmax
-    b_y = tl.sum(b_sum, axis=1) * UNSCALE
+    b_y = tl.sum(b_sum, axis=1)
     if RANK > 0:
         if tl.program_id(1) == 0:
             o_r = tl.arange(0, RANK)
@@ -154,24 +139,6 @@ def _vector_kernel(
             b_y += tl.sum(b_b * b_low[None, :], axis=1)
     o_y = tl.program_id(1) * outputs + o_n
     tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_n)
-
-
-@jit
-def _half(b_pair, HIGH: tl.constexpr):
-    """The low or high 16 bits of each word, a fp16 number, as fp32."""
-    if HIGH:
-        b_pair = b_pair >> 16
-    return (b_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@jit
-def _two(p_x, o, mask):
-    """Two neighbours of x in fp16 or bf16, read as the word `o`, as fp32."""
-    b_x = tl.load(p_x.to(tl.pointer_type(tl.int32)) + o, mask=mask, other=0)
-    if p_x.dtype.element_ty == tl.bfloat16:
-        return (b_x << 16).to(tl.float32, bitcast=True), (b_x & -65536).to(tl.float32, bitcast=True)
-    else:
-        return _half(b_x, False), _half(b_x, True)
 
 
 @jit
@@ -198,8 +165,6 @@ def _rows_kernel(
     RUNS: tl.constexpr,
     RANK: tl.constexpr,
     DOUBLE: tl.constexpr,
-    DECODE: tl.constexpr,
-    UNSCALE: tl.constexpr,
 ):
     # As in _vector_kernel, for ROWS rows of x at once.
     o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -223,13 +188,10 @@ def _rows_kernel(
         mask = m_n[:, None] & m_run[None, :]
         o_block = o // (BLOCK // WIDTH)
         b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
-        b_absmax = (b_absmax * UNSCALE)[:, :, None]
+        b_absmax = b_absmax[:, :, None]
         o_w = o[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
         b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
-        if DECODE is None:
-            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
-        else:
-            b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
+        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
         b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
         b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
         b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
@@ -249,12 +211,6 @@ def _rows_kernel(
     o_y = tl.program_id(1) * rows * outputs + o_m[None, :] * outputs + o_n[:, None]
     m_y = m_m[None, :] & m_n[:, None]
     tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_y)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Contiguous and at a multiple of 16 bytes, as wide accesses want it; a copy where it must."""
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @operator(
@@ -277,17 +233,17 @@ def _launch_matvec(
     kind: str,
 ) -> Tensor:
     rows, width = x.shape
+    if x.dtype != torch.float32:
+        weight = Weight(packed, absmax, absmax_scale, absmax_offset, outputs, b=b)
+        return products(x, [weight], block, kind, low=low)
     unit = min(block, UNIT)
-    config = config_for(rows, outputs, width, block, x.dtype)
+    config = config_for(rows, outputs, width, block)
     levels, _, dynamic, *_ = codebook.device_tables(x.device, kind)
     runs = width // unit
     share = ceil_div(ceil_div(runs, config.split), config.runs) * config.runs
     split = ceil_div(runs, share)
-    out = x.new_empty((split, rows, outputs), dtype=x.dtype if split == 1 else torch.float32)
+    out = x.new_empty((split, rows, outputs))
     rank = 0 if b is None else b.shape[1]
-    wide = x.dtype == torch.float32
-    if not wide:
-        levels = nf4_decode.table(kind, x.device)
     tensors = (
         _aligned(x),
         _aligned(packed).view(torch.int32),
@@ -304,8 +260,6 @@ def _launch_matvec(
         "OUTPUTS": config.outputs,
         "RUNS": config.runs,
         "DOUBLE": absmax_scale is not None,
-        "DECODE": None if wide else nf4_decode.DECODE,
-        "UNSCALE": 1.0 if wide else 1.0 / nf4_decode.SCALES[kind],
         "num_warps": config.num_warps,
     }
     grid = (ceil_div(outputs, config.outputs), split)
@@ -337,4 +291,4 @@ def _launch_matvec(
             RANK=max(16, power_of_two(rank)) if rank else 0,
             **options,
         )
-    return out[0] if split == 1 else out.sum(0).to(x.dtype)
+    return out[0] if split == 1 else out.sum(0)

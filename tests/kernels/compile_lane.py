@@ -29,9 +29,10 @@ from purelm.kernels import (
     grouped_launch,
     low_rank,
     nf4,
-    nf4_decode,
     nf4_launch,
     nf4_matvec_launch,
+    nf4_products,
+    nf4_tensor,
     rms_norm,
     rope,
 )
@@ -99,27 +100,27 @@ def nf4_cases(every: bool) -> Iterator[Case]:
 
 
 def nf4_matvec_cases(every: bool) -> Iterator[Case]:
+    """In fp32, where no weight is decoded in registers."""
     shapes = ((512, 2048), (14336, 4096))
-    for rows, (outputs, width), block, double, rank, dtype in itertools.product(
-        (1, 2, 17, 64) if every else (1, 4, 64),
+    for rows, (outputs, width), block, double, rank in itertools.product(
+        (1, 2, 17, 64) if every else (1, 4),
         shapes,
         (32, 64, 4096) if every else (64,),
-        (False, True),
+        (False, True) if every else (True,),
         (0, 16) if every else (16,),
-        (F32, F16, BF16) if every else (BF16,),
     ):
-        config = nf4_matvec_launch.config_for(rows, outputs, width, block, dtype)
+        config = nf4_matvec_launch.config_for(rows, outputs, width, block)
         unit = min(block, nf4_launch.UNIT)
         runs = width // unit
         absmax = (U8, F32, F32) if double else (F32, None, None)
-        term = (dtype, dtype) if rank else (None, None)
-        levels = F32 if dtype == F32 else I32
-        tensors = (dtype, I32, *absmax, levels, F32, *term, F32 if config.split > 1 else dtype)
+        term = (F32, F32) if rank else (None, None)
         one = rows == 1
         yield Case(
-            f"nf4_matvec {rows}x{width}x{outputs} {block=} {dtype} {double=} {rank=}",
+            f"nf4_matvec {rows}x{width}x{outputs} {block=} {double=} {rank=}",
             nf4_matvec_launch._vector_kernel if one else nf4_matvec_launch._rows_kernel,
-            tensors + (() if one else (rows,)) + (outputs, runs, runs // config.split, rank),
+            (F32, I32, *absmax, F32, F32, *term, F32)
+            + (() if one else (rows,))
+            + (outputs, runs, runs // config.split, rank),
             {
                 "BLOCK": block,
                 "WIDTH": unit,
@@ -127,8 +128,6 @@ def nf4_matvec_cases(every: bool) -> Iterator[Case]:
                 "RUNS": config.runs,
                 "RANK": rank,
                 "DOUBLE": double,
-                "DECODE": None if dtype == F32 else nf4_decode.DECODE,
-                "UNSCALE": 0.5,
                 "num_warps": config.num_warps,
                 **({} if one else {"ROWS": max(16, power_of_two(rows))}),
             },
@@ -250,6 +249,44 @@ def fp8_cases(every: bool) -> Iterator[Case]:
                 "num_warps": config.num_warps,
             },
         )
+
+
+def nf4_products_cases(every: bool) -> Iterator[Case]:
+    """One weight, the three of attention, the two of a gated MLP."""
+    kinds = (
+        ((4096,), 4096, None, True),
+        ((512,), 2048, None, False),
+        ((4096, 1024, 1024), 4096, None, False),
+        ((14336, 14336), 4096, "silu", False),
+        ((14336, 14336), 4096, "gelu", False),
+        ((4096,), 14336, None, True),
+    )
+    for (outputs, width, activation, added), rows, block, rank, dtype in itertools.product(
+        kinds,
+        (1, 4, 9, 32, 64) if every else (1, 8, 16, 64),
+        (32, 64, 4096) if every else (64,),
+        (0, 16) if every else (0,),
+        (F16, BF16) if every else (BF16,),
+    ):
+        for double in (False, True) if every else (True,):
+            unit = min(block, nf4_launch.UNIT)
+            runs, total = width // unit, sum(outputs)
+            config = nf4_products.config_for(rows, total, runs, bool(activation))
+            absmax = (U8, F32, F32) if double else (F32, None, None)
+            one = (I32, *absmax, None, dtype if rank else None)
+            none = (None,) * 6
+            weights = [one if i < len(outputs) else none for i in range(3)]
+            ends = (dtype if rank else None, dtype if added else None, I32, F32, dtype)
+            sizes = (*outputs, 0, 0)[:3]
+            yield Case(
+                f"nf4_products {rows}x{width}x{outputs} {activation} {block=} {dtype} {double=} "
+                f"{rank=}".replace(",", ""),
+                nf4_tensor._products_kernel,
+                (dtype, *itertools.chain(*weights), *ends, rows, runs, *sizes, total, rank, 0),
+                nf4_products.options_for(
+                    config, rows, runs, len(outputs), block, "nf4", dtype, activation, rank, double
+                ),
+            )
 
 
 def rms_norm_cases(every: bool) -> Iterator[Case]:
@@ -417,7 +454,11 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from low_rank_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
+<<<<<<< HEAD
     yield from grouped_cases(every, arch)
+=======
+    yield from nf4_products_cases(every)
+>>>>>>> e14ce57 (Few rows meet 4-bit weights on the tensor cores, codes decoded straight into fragments)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
     yield from decode_attention_cases(every)

@@ -1,0 +1,209 @@
+"""Products of a few rows with several 4-bit weights in one launch: what a decoder's step is made of.
+
+q, k and v read one input, and gate and up another, whose outputs an activation joins; o and down
+are added to the residual stream. Each of the three is one launch here (nf4_tensor.py). Forward
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import codebook, nf4_decode
+from .launch import Kernel, ceil_div, operator, ops, power_of_two
+from .nf4_launch import UNIT
+from .nf4_tensor import _products_kernel
+
+MOST_ROWS = 64
+MOST_PARTS = 3
+
+
+class Config(NamedTuple):
+    """How a launch is cut: tiles of 16 outputs a program has of each weight, its warps, which share
+    the inputs, and runs that a warp takes a step.
+    """
+
+    tiles: int
+    num_warps: int
+    turns: int
+
+
+def config_for(rows: int, outputs: int, runs: int, pair: bool) -> Config:
+    """The cut for `rows` of x, `outputs` in all and `runs` of weights each; `pair`: two weights
+    under an activation.
+    """
+    eighths = power_of_two(ceil_div(rows, 8))
+    tiles = 1 if eighths == 1 else 2
+    if eighths > 2:
+        tiles = 2 if pair else 4
+    tiles = max(1, min(tiles, power_of_two(ceil_div(outputs, 16))))
+    warps = 8 if outputs <= 8192 else 4
+    warps = max(1, min(warps, power_of_two(runs)))
+    return Config(tiles, warps, 2 if runs % (2 * warps) == 0 and eighths == 1 else 1)
+
+
+def options_for(
+    config: Config,
+    rows: int,
+    runs: int,
+    parts: int,
+    block: int,
+    kind: str,
+    dtype: torch.dtype,
+    activation: str | None,
+    rank: int,
+    double: bool,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    return {
+        "BLOCK": block,
+        "WIDTH": min(block, UNIT),
+        "WARPS": config.num_warps,
+        "TILES": config.tiles,
+        "TURNS": config.turns,
+        "EIGHTS": power_of_two(ceil_div(rows, 8)),
+        "PARTS": 1 if activation else parts,
+        "ACTIVATION": activation or None,
+        "RANK": max(16, power_of_two(rank)) if rank else 0,
+        "DOUBLE": double,
+        "DECODE": nf4_decode.DECODE,
+        "UNSCALE": 1.0 / nf4_decode.SCALES[kind, dtype],
+        "RESIDUAL": 1.0,
+        "WHOLE": runs % (config.num_warps * config.turns) == 0,
+        "WAIT": False,
+        "num_warps": config.num_warps,
+        "num_stages": 1,
+    }
+
+
+class Weight(NamedTuple):
+    """One 4-bit weight [outputs, in] of a launch: its parts as `nf4.dequantize` takes them, a bias
+    [outputs] and the second factor [outputs, r] of a low-rank term.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    outputs: int
+    bias: Tensor | None = None
+    b: Tensor | None = None
+
+
+def products(
+    x: Tensor,
+    weights: Sequence[Weight],
+    block: int,
+    kind: str = "nf4",
+    *,
+    low: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """x [m, in] in 16 bits times the transposes of up to three weights, side by side [m, outputs];
+    with an `activation`, act(first) * second of two weights. residual [m, outputs]: what
+    residual_scale times the result is added to. low [m, parts * r] times each weight's b is added
+    to its product. All in fp32, rounded once, in the dtype of x.
+    """
+
+    def every(tensors: list[Any]) -> list[Tensor]:
+        return [t for t in tensors if t is not None]
+
+    out: Tensor = ops.nf4_products(
+        x,
+        [w.packed for w in weights],
+        [w.absmax for w in weights],
+        every([w.absmax_scale for w in weights]),
+        every([w.absmax_offset for w in weights]),
+        every([w.bias for w in weights]),
+        low,
+        every([w.b for w in weights]),
+        residual,
+        [w.outputs for w in weights],
+        block,
+        kind,
+        activation or "",
+        residual_scale,
+    )
+    return out
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    outputs, activation = rest[8], rest[11]
+    return x.new_empty((x.shape[0], outputs[0] if activation else sum(outputs)))
+
+
+@operator(
+    "nf4_products(Tensor x, Tensor[] packed, Tensor[] absmax, Tensor[] absmax_scale,"
+    " Tensor[] absmax_offset, Tensor[] bias, Tensor? low, Tensor[] b, Tensor? residual,"
+    " int[] outputs, int block, str kind, str activation, float residual_scale) -> Tensor",
+    fake=_fake,
+)
+def _launch_products(
+    x: Tensor,
+    packed: list[Tensor],
+    absmax: list[Tensor],
+    absmax_scale: list[Tensor],
+    absmax_offset: list[Tensor],
+    bias: list[Tensor],
+    low: Tensor | None,
+    b: list[Tensor],
+    residual: Tensor | None,
+    outputs: list[int],
+    block: int,
+    kind: str,
+    activation: str,
+    residual_scale: float,
+) -> Tensor:
+    rows, width = x.shape
+    unit = min(block, UNIT)
+    runs, parts = width // unit, len(packed)
+    config = config_for(rows, sum(outputs), runs, bool(activation))
+    columns = outputs[0] if activation else sum(outputs)
+    out = x.new_empty((rows, columns))
+    rank = b[0].shape[1] if b else 0
+
+    def of(tensors: Sequence[Tensor], i: int) -> Tensor | None:
+        return tensors[i] if i < len(tensors) else None
+
+    each = []
+    words = [_aligned(t).view(torch.int32) for t in packed]
+    terms = [t.to(x.dtype).contiguous() for t in b]
+    for i in range(MOST_PARTS):
+        tensors = (words, absmax, absmax_scale, absmax_offset, bias, terms)
+        each += [of(ts, i) for ts in tensors]
+    side = 16 * config.tiles
+    tiles = [ceil_div(n, side) for n in outputs]
+    kernel: Kernel = _products_kernel
+    kernel(
+        (tiles[0] if activation else sum(tiles),),
+        _aligned(x),
+        *each,
+        None if low is None else low.to(x.dtype).contiguous(),
+        None if residual is None else residual.contiguous(),
+        nf4_decode.table(kind, x.dtype, x.device),
+        codebook.device_tables(x.device, kind)[2],
+        out,
+        rows,
+        runs,
+        *(outputs + [0] * (MOST_PARTS - parts)),
+        columns,
+        rank,
+        0,
+        **options_for(
+            config, rows, runs, parts, block, kind, x.dtype, activation, rank, bool(absmax_scale)
+        )
+        | {"RESIDUAL": residual_scale},
+    )
+    return out
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, as wide accesses want it; a copy where it must."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
