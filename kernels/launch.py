@@ -174,12 +174,7 @@ def operator(
                 out = op(*moved)
             else:
                 each = [
-                    op(
-                        *(
-                            a if d is None else a.select(d, i)
-                            for a, d in zip(args, in_dims, strict=True)
-                        )
-                    )
+                    op(*(_member(a, d, i) for a, d in zip(args, in_dims, strict=True)))
                     for i in range(info.batch_size)
                 ]
                 if isinstance(each[0], Tensor):
@@ -192,6 +187,13 @@ def operator(
         return call
 
     return wrap
+
+
+def _member(arg: Any, dim: Any, i: int) -> Any:
+    """The i-th of a batched argument, or of each tensor in a list of them."""
+    if isinstance(dim, list | tuple):
+        return [_member(a, d, i) for a, d in zip(arg, dim, strict=True)]
+    return arg if dim is None else arg.select(dim, i)
 
 
 def _watched() -> bool:

@@ -17,7 +17,8 @@ from ..errors import KernelError
 from . import nf4
 from .launch import on_gpu, ops
 from .nf4_launch import UNIT
-from .nf4_matvec_launch import MOST_ROWS, takes
+from .nf4_matvec_launch import takes
+from .nf4_products import MOST_ROWS
 
 
 def matvec(

@@ -1,4 +1,4 @@
-"""Products of a few rows with several 4-bit weights in one launch: what a decoder's step is made of.
+"""Products of a few rows with several 4-bit weights in one launch, as a step of decoding has them.
 
 q, k and v read one input, and gate and up another, whose outputs an activation joins; o and down
 are added to the residual stream. Each of the three is one launch here (nf4_tensor.py). Forward
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import codebook, nf4_decode
+from ..errors import KernelError
+from . import codebook, nf4, nf4_decode
+from .gated import ACTIVATIONS
 from .launch import Kernel, ceil_div, operator, ops, power_of_two
 from .nf4_launch import UNIT
 from .nf4_tensor import _products_kernel
@@ -23,27 +25,24 @@ MOST_PARTS = 3
 
 
 class Config(NamedTuple):
-    """How a launch is cut: tiles of 16 outputs a program has of each weight, its warps, which share
-    the inputs, and runs that a warp takes a step.
+    """How a launch is cut: the warps of a program, which share its inputs, and how many steps
+    before its use a weight is read (1 or 2).
     """
 
-    tiles: int
     num_warps: int
-    turns: int
+    ahead: int
 
 
 def config_for(rows: int, outputs: int, runs: int, pair: bool) -> Config:
-    """The cut for `rows` of x, `outputs` in all and `runs` of weights each; `pair`: two weights
-    under an activation.
+    """The cut for `rows` of x, `outputs` in all and `runs` of weights each, from what
+    examples/measurements/kernels_h100.md measured; `pair`: two weights under an activation.
     """
     eighths = power_of_two(ceil_div(rows, 8))
-    tiles = 1 if eighths == 1 else 2
-    if eighths > 2:
-        tiles = 2 if pair else 4
-    tiles = max(1, min(tiles, power_of_two(ceil_div(outputs, 16))))
-    warps = 8 if outputs <= 8192 else 4
-    warps = max(1, min(warps, power_of_two(runs)))
-    return Config(tiles, warps, 2 if runs % (2 * warps) == 0 and eighths == 1 else 1)
+    if pair or (eighths == 4 and outputs > 4096) or eighths > 4:
+        warps = 4
+    else:
+        warps = 16 if runs >= 128 and eighths == 1 else 8
+    return Config(min(warps, power_of_two(runs)), 2 if eighths == 1 and not pair else 1)
 
 
 def options_for(
@@ -63,8 +62,7 @@ def options_for(
         "BLOCK": block,
         "WIDTH": min(block, UNIT),
         "WARPS": config.num_warps,
-        "TILES": config.tiles,
-        "TURNS": config.turns,
+        "AHEAD": config.ahead,
         "EIGHTS": power_of_two(ceil_div(rows, 8)),
         "PARTS": 1 if activation else parts,
         "ACTIVATION": activation or None,
@@ -73,7 +71,7 @@ def options_for(
         "DECODE": nf4_decode.DECODE,
         "UNSCALE": 1.0 / nf4_decode.SCALES[kind, dtype],
         "RESIDUAL": 1.0,
-        "WHOLE": runs % (config.num_warps * config.turns) == 0,
+        "WHOLE": runs % config.num_warps == 0,
         "WAIT": False,
         "num_warps": config.num_warps,
         "num_stages": 1,
@@ -109,7 +107,11 @@ def products(
     with an `activation`, act(first) * second of two weights. residual [m, outputs]: what
     residual_scale times the result is added to. low [m, parts * r] times each weight's b is added
     to its product. All in fp32, rounded once, in the dtype of x.
+
+    A launch alone: for a GPU, or the interpreter. Raises KernelError for what does not fit, for
+    more than 64 rows, and where x needs a gradient.
     """
+    _check(x, weights, block, kind, low, activation, residual)
 
     def every(tensors: list[Any]) -> list[Tensor]:
         return [t for t in tensors if t is not None]
@@ -131,6 +133,59 @@ def products(
         residual_scale,
     )
     return out
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Weight],
+    block: int,
+    kind: str,
+    low: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> None:
+    if x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float16):
+        raise KernelError(f"x is {x.dtype} {list(x.shape)}: expected [rows, in] in 16 bits")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise KernelError("x needs a gradient: this product has none, use quant.linear")
+    rows, width = x.shape
+    if not 1 <= rows <= MOST_ROWS or width % min(block, UNIT):
+        raise KernelError(
+            f"x {list(x.shape)} in blocks of {block}: expected 1 to {MOST_ROWS} rows of a multiple "
+            f"of {min(block, UNIT)} values"
+        )
+    if not 1 <= len(weights) <= MOST_PARTS:
+        raise KernelError(f"{len(weights)} weights: expected 1 to {MOST_PARTS} weights")
+    if activation is not None and activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise KernelError(f"activation {activation!r}: expected one of {known}")
+    sizes = [w.outputs for w in weights]
+    if activation is not None and (len(sizes) != 2 or sizes[0] != sizes[1]):
+        raise KernelError(f"{sizes} outputs: an activation joins two weights of one shape")
+    for w in weights:
+        nf4._check_parts(
+            w.packed, w.absmax, w.absmax_scale, w.absmax_offset, w.outputs * width, block
+        )
+    for name, given in (
+        ("absmax_scale", [w.absmax_scale is not None for w in weights]),
+        ("bias", [w.bias is not None for w in weights]),
+        ("b", [w.b is not None for w in weights]),
+    ):
+        if any(given) != all(given):
+            raise KernelError(f"{name}: all or none of the weights have one")
+    ranks = {w.b.shape[1] for w in weights if w.b is not None}
+    wanted = None if not ranks else (rows, len(weights) * max(ranks))
+    if len(ranks) > 1 or wanted != (None if low is None else low.shape):
+        raise KernelError(
+            f"low {None if low is None else list(low.shape)} for ranks {sorted(ranks)}: expected "
+            f"{wanted}, of one rank"
+        )
+    columns = sizes[0] if activation else sum(sizes)
+    if residual is not None and (residual.shape != (rows, columns) or residual.dtype != x.dtype):
+        raise KernelError(
+            f"residual {residual.dtype} {list(residual.shape)}: expected {x.dtype} "
+            f"[{rows}, {columns}]"
+        )
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
@@ -177,8 +232,7 @@ def _launch_products(
     for i in range(MOST_PARTS):
         tensors = (words, absmax, absmax_scale, absmax_offset, bias, terms)
         each += [of(ts, i) for ts in tensors]
-    side = 16 * config.tiles
-    tiles = [ceil_div(n, side) for n in outputs]
+    tiles = [ceil_div(n, 16) for n in outputs]
     kernel: Kernel = _products_kernel
     kernel(
         (tiles[0] if activation else sum(tiles),),

@@ -19,11 +19,12 @@ from .int8 import Int8
 from .nf4 import NF4, dequantize
 from .stack import Stack, unbind
 
-# Up to this many rows of x a GPU multiplies with the packed weight where no gradient is wanted:
-# one row at any shape; more in 16 bits alone (in fp32 the kernel's one chain of sums rounds more
-# than the dense product) and with so many outputs that it was measured to be faster than
-# dequantizing (examples/measurements/kernels_h100.md).
-PACKED_ROWS = 16
+# How many rows of x a GPU multiplies with the packed weight where no gradient is wanted, as was
+# measured to be faster than dequantizing (examples/measurements/kernels_h100.md): in 16 bits so
+# many, the more of them only with so many outputs. In fp32 one: with several the kernel's one chain
+# of sums rounds more than the dense product.
+PACKED_ROWS = 64
+FEW_ROWS = 16
 PACKED_OUTPUTS = 2048
 
 
@@ -107,9 +108,9 @@ def _stays_packed(x: Tensor, leaf: NF4) -> bool:
     if torch.is_grad_enabled() or x.requires_grad or torch._C._are_functorch_transforms_active():
         return False
     rows = x.numel() // x.shape[-1]
-    many = x.dtype != torch.float32 and leaf.shape[0] >= PACKED_OUTPUTS
+    most = PACKED_ROWS if leaf.shape[0] >= PACKED_OUTPUTS else FEW_ROWS
     return (
-        rows <= (PACKED_ROWS if many else 1)
+        rows <= (1 if x.dtype == torch.float32 else most)
         and x.dtype in kernel.FLOATS
         and nf4_matvec_launch.takes(rows, leaf.shape, leaf.block)
         and on_gpu(x, leaf.packed)

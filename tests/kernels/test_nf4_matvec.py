@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracles import assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels import codebook, nf4, nf4_decode
+from purelm.kernels import codebook, nf4, nf4_decode, nf4_products
 from purelm.kernels import nf4_matvec_launch as launches
 from purelm.kernels.nf4_matvec import matvec, matvec_reference
 
@@ -93,17 +93,19 @@ def test_table(kind, dtype):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_sharing_and_order_of_programs(interpreted, poisoned, rows, monkeypatch):
-    x, parts, low, b = drawn(rows, 40, 64 * 13, 64, True, "nf4", torch.bfloat16, 8, 1)
-    with shim.checking(race=True, reverse=True):
-        backwards = matvec(x, *parts, 40, 64, "nf4", low, b)
-    assert torch.equal(backwards, matvec(x, *parts, 40, 64, "nf4", low, b))
-    for split, runs in ((1, 2), (3, 2), (16, 4), (16, 1), (2, 16)):
-        monkeypatch.setattr(
-            launches,
-            "config_for",
-            lambda *_, split=split, runs=runs: launches.Config(16, max(runs, rows > 1), split, 4),
-        )
-        check(x, parts, 40, 64, "nf4", low, b)
+    """In fp32 programs may share an output, in 16 bits the warps of one do."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, parts, low, b = drawn(rows, 40, 64 * 13, 64, True, "nf4", dtype, 8, 1)
+        with shim.checking(race=True, reverse=True):
+            backwards = matvec(x, *parts, 40, 64, "nf4", low, b)
+        assert torch.equal(backwards, matvec(x, *parts, 40, 64, "nf4", low, b))
+        for split, runs in ((1, 2), (3, 2), (16, 4), (16, 1), (2, 16)):
+            monkeypatch.setattr(
+                launches, "config_for", lambda *_, c=(16, runs, split, 4): launches.Config(*c)
+            )
+            cut = nf4_products.Config(split if split != 3 else 4, 1 + runs % 2)
+            monkeypatch.setattr(nf4_products, "config_for", lambda *_, c=cut: c)
+            check(x, parts, 40, 64, "nf4", low, b)
 
 
 def test_strided_x(interpreted, poisoned):
@@ -147,8 +149,13 @@ def test_every_cut_is_whole(rows, block):
         config = launches.config_for(rows, outputs, width, block)
         assert config.split >= 1 and config.outputs & (config.outputs - 1) == 0
         # A tensor core product sums at least 16 values.
-        assert rows == 1 or config.runs * min(block, 64) // 2 >= 16
+        assert rows == 1 or config.runs * min(block, 64) >= 16
         assert config.runs & (config.runs - 1) == 0
+        runs = width // min(block, 64)
+        for pair in (False, True):
+            cut = nf4_products.config_for(rows, outputs, runs, pair)
+            assert cut.num_warps & (cut.num_warps - 1) == 0 and cut.num_warps <= 2 * runs
+            assert cut.ahead in (1, 2)
 
 
 def test_what_it_refuses():

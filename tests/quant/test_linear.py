@@ -103,11 +103,12 @@ def test_where_the_weight_stays_packed(monkeypatch):
         with torch.no_grad():
             assert packed(x[0]) and packed(x[:1]) and packed(x[:1].view(1, 1, 128))
             assert packed(x[:1].bfloat16())
-            assert not packed(x[:2].bfloat16())  # too few outputs
-            monkeypatch.setattr(linear_module, "PACKED_OUTPUTS", 12)
             assert packed(x[:2].bfloat16())
             assert not packed(x[:2])  # fp32 sums
-            assert not packed(x.bfloat16().repeat(4, 1)[:17])
+            many = x.bfloat16().repeat(13, 1)
+            assert packed(many[:16]) and not packed(many[:17])  # too few outputs
+            monkeypatch.setattr(linear_module, "PACKED_OUTPUTS", 12)
+            assert packed(many[:64]) and not packed(many[:65])
             assert not packed(x[:1].clone().requires_grad_())
             assert not packed(x[:1, :40], odd) and not packed(x[:1].double())
             called.clear()
