@@ -525,7 +525,7 @@ def _launch_nf4(
     levels, _, dynamic, *_ = codebook.device_tables(x.device, kind)
     wide = x.dtype == torch.float32
     if not wide:
-        levels = nf4_decode.table(kind, x.device)
+        levels = nf4_decode.table(kind, torch.float16, x.device)
     out = x.new_empty((rows, depth if turned else outputs))
     runs = depth // unit
     term, strides = _term(low, b, x.dtype)
@@ -540,7 +540,7 @@ def _launch_nf4(
         "RANK": _rank(b),
         "DOUBLE": absmax_scale is not None,
         "DECODE": None if wide else nf4_decode.DECODE,
-        "UNSCALE": 1.0 if wide else 1.0 / nf4_decode.SCALES[kind],
+        "UNSCALE": 1.0 if wide else 1.0 / nf4_decode.SCALES[kind, torch.float16],
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -44,12 +44,13 @@ def table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         return planes.view(torch.int32).flatten().to(device)
 
 
-def _instructions() -> str:
+def _instructions(wide: bool) -> str:
     """PTX from a word ($8) and the table ($9 to $16) to the scaled levels of its codes in order
-    ($0 to $7, 16 bits each).
+    ($0 to $7), in 16 bits or, from fp16, in fp32.
     """
     lines = [
         ".reg .b32 s, m, a, b, l, h, p;",
+        ".reg .b16 c, d;",
         "and.b32 s, $8, 0x77777777;",
         "shr.u32 m, $8, 1;",
         "and.b32 m, m, 0x44444444;",
@@ -64,17 +65,46 @@ def _instructions() -> str:
             ]
         # Of two codes in a byte the first is the high nibble.
         for at, order in ((i, "0x4051"), (i + 2, "0x6273")):
-            lines += [f"prmt.b32 p, l, h, {order};", f"mov.b32 {{${at}, ${at + 1}}}, p;"]
+            lines += [f"prmt.b32 p, l, h, {order};"]
+            if wide:
+                lines += ["mov.b32 {c, d}, p;"]
+                lines += [f"cvt.f32.f16 ${at}, c;", f"cvt.f32.f16 ${at + 1}, d;"]
+            else:
+                lines += [f"mov.b32 {{${at}, ${at + 1}}}, p;"]
         if i == 0:
             lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
     return "{ " + " ".join(lines) + " }"
 
 
-DECODE = _instructions()
+DECODE = _instructions(wide=True)
+FRAGMENTS = _instructions(wide=False)
 
 
 @jit
-def _levels(b_words, p_table, o, DECODE: tl.constexpr):
+def _levels(b_words, p_table, DECODE: tl.constexpr):
+    """The eight scaled fp32 levels of each word's codes, in order, from the table in fp16."""
+    return tl.inline_asm_elementwise(
+        DECODE,
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r",
+        [
+            b_words,
+            tl.load(p_table),
+            tl.load(p_table + 1),
+            tl.load(p_table + 2),
+            tl.load(p_table + 3),
+            tl.load(p_table + 4),
+            tl.load(p_table + 5),
+            tl.load(p_table + 6),
+            tl.load(p_table + 7),
+        ],
+        dtype=(tl.float32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@jit
+def _fragments(b_words, p_table, o, FRAGMENTS: tl.constexpr):
     """uint16 [..., 2, 2, 2]: the scaled levels of each word's codes, the first axis after those of
     the words counting single codes, the last fours.
 
@@ -82,7 +112,7 @@ def _levels(b_words, p_table, o, DECODE: tl.constexpr):
     all threads would be moved from uniform registers at every use.
     """
     b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
-        DECODE,
+        FRAGMENTS,
         "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r,r,r,r,r,r,r,r",
         [
             b_words,

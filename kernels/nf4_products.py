@@ -68,7 +68,7 @@ def options_for(
         "ACTIVATION": activation or None,
         "RANK": max(16, power_of_two(rank)) if rank else 0,
         "DOUBLE": double,
-        "DECODE": nf4_decode.DECODE,
+        "FRAGMENTS": nf4_decode.FRAGMENTS,
         "UNSCALE": 1.0 / nf4_decode.SCALES[kind, dtype],
         "RESIDUAL": 1.0,
         "WHOLE": runs % config.num_warps == 0,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from .gated import _activate
 from .launch import jit
 from .launch import language as tl
-from .nf4_decode import _levels
+from .nf4_decode import _fragments
 from .nf4_launch import GROUP
 
 
@@ -113,7 +113,7 @@ def _products_kernel(
     ACTIVATION: tl.constexpr,
     RANK: tl.constexpr,
     DOUBLE: tl.constexpr,
-    DECODE: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
     UNSCALE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -221,7 +221,7 @@ def _products_kernel(
         )
         b_x = tl.reshape(b_x, (4, 8, WARPS, EIGHTS, V, 2, 4))
         b_x = tl.reshape(tl.permute(b_x, (2, 4, 5, 0, 6, 3, 1)), (WARPS, WIDTH, N))
-        b_w = _levels(b_words, p_levels, o_zero, DECODE).to(dtype, bitcast=True)
+        b_w = _fragments(b_words, p_levels, o_zero, FRAGMENTS).to(dtype, bitcast=True)
         b_w = tl.reshape(tl.permute(b_w, (2, 3, 1, 4, 7, 0, 6, 5)), (WARPS, M, WIDTH))
         b_part = tl.dot(b_w, b_x)
         b_size, b_size1 = b_max, b_max1

@@ -223,6 +223,7 @@ def _inline_asm(
         "or.b32": np.bitwise_or,
         "shr.u32": np.right_shift,
         "prmt.b32": permuted,
+        "cvt.f32.f16": lambda bits: bits.astype(np.uint16).view(np.float16).astype(np.float32),
     }
     for line in asm.strip("{} ").split(";"):
         name, _, rest = line.strip().partition(" ")
@@ -234,7 +235,7 @@ def _inline_asm(
             names[target] = does[name](*(value(text) for text in sources))
     handles = [
         interpreter.TensorHandle(
-            names[f"${i}"].astype(interpreter._get_np_dtype(kind.scalar)), kind.scalar
+            names[f"${i}"].astype(interpreter._get_np_dtype(kind.scalar), copy=False), kind.scalar
         )
         for i, kind in enumerate(types)
     ]

@@ -29,6 +29,7 @@ from purelm.kernels import (
     grouped_launch,
     low_rank,
     nf4,
+    nf4_decode,
     nf4_launch,
     nf4_matvec_launch,
     nf4_products,
@@ -188,7 +189,7 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
                 + (blocks // 256, *steps),
                 {"BLOCK": block, "WIDTH": unit, "ROWS": cut.rows, "RANK": rank, "DOUBLE": double}
                 | {"DECODE": None if dtype == F32 else nf4_decode.DECODE}
-                | {"UNSCALE": 1.0 if dtype == F32 else 1.0 / nf4_decode.SCALES["nf4"]}
+                | {"UNSCALE": 1.0 if dtype == F32 else 1.0 / nf4_decode.SCALES["nf4", F16]}
                 | {**tile, "GROUPS": groups, "num_warps": cut.num_warps}
                 | {"num_stages": cut.num_stages},
             )
@@ -454,11 +455,8 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from low_rank_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
-<<<<<<< HEAD
     yield from grouped_cases(every, arch)
-=======
     yield from nf4_products_cases(every)
->>>>>>> e14ce57 (Few rows meet 4-bit weights on the tensor cores, codes decoded straight into fragments)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
     yield from decode_attention_cases(every)
