@@ -20,7 +20,8 @@ from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
 from .nf4_decode import _codes, _levels
 from .nf4_launch import UNIT
-from .nf4_matvec_launch import WORD, _absmax, _aligned
+from .nf4_matvec_launch import WORD, _absmax
+from .nf4_products import _aligned
 
 # Multiprocessors and compute capability where there is no GPU, under the interpreter.
 NO_GPU = (1, 9)

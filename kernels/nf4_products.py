@@ -25,24 +25,25 @@ MOST_PARTS = 3
 
 
 class Config(NamedTuple):
-    """How a launch is cut: the warps of a program, which share its inputs, and how many steps
-    before its use a weight is read (1 or 2).
+    """How a launch is cut: the warps of a program, which share its inputs, and how many runs a warp
+    takes a step.
     """
 
     num_warps: int
-    ahead: int
+    turns: int
 
 
 def config_for(rows: int, outputs: int, runs: int, pair: bool) -> Config:
     """The cut for `rows` of x, `outputs` in all and `runs` of weights each, from what
-    examples/measurements/kernels_h100.md measured; `pair`: two weights under an activation.
+    examples/measurements/decode_h100.md measured; `pair`: two weights under an activation.
     """
     eighths = power_of_two(ceil_div(rows, 8))
-    if pair or (eighths == 4 and outputs > 4096) or eighths > 4:
+    if pair or eighths > 4 or (eighths == 4 and outputs > 4096):
         warps = 4
     else:
         warps = 16 if runs >= 128 and eighths == 1 else 8
-    return Config(min(warps, power_of_two(runs)), 2 if eighths == 1 and not pair else 1)
+    many = (eighths > 2 and pair) or (eighths > 4 and outputs > 4096)
+    return Config(min(warps, power_of_two(runs)), 1 if many else 2)
 
 
 def options_for(
@@ -62,7 +63,7 @@ def options_for(
         "BLOCK": block,
         "WIDTH": min(block, UNIT),
         "WARPS": config.num_warps,
-        "AHEAD": config.ahead,
+        "TURNS": config.turns,
         "EIGHTS": power_of_two(ceil_div(rows, 8)),
         "PARTS": 1 if activation else parts,
         "ACTIVATION": activation or None,
@@ -71,8 +72,7 @@ def options_for(
         "FRAGMENTS": nf4_decode.FRAGMENTS,
         "UNSCALE": 1.0 / nf4_decode.SCALES[kind, dtype],
         "RESIDUAL": 1.0,
-        "WHOLE": runs % config.num_warps == 0,
-        "WAIT": False,
+        "WHOLE": runs % (config.num_warps * config.turns) == 0,
         "num_warps": config.num_warps,
         "num_stages": 1,
     }

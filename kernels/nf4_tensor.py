@@ -30,47 +30,6 @@ def _either(p, p_other, o, m_other, TWO: tl.constexpr):
 
 
 @jit
-def _maxima(p_absmax, p_scale, o_first, o_run, PER: tl.constexpr, DOUBLE: tl.constexpr):
-    """The maxima of run o_run [warps, 1] of each output, or their codes and scales."""
-    o_block = (o_first + o_run) // PER
-    b_max = tl.load(p_absmax + o_block)
-    b_scale = b_max
-    if DOUBLE:
-        b_scale = tl.load(p_scale + o_block // GROUP)
-    return b_max, b_scale
-
-
-@jit
-def _stacked(b_one, b_other):
-    """[warps, n] and [warps, n] -> [warps, 2 n]."""
-    b = tl.permute(tl.join(b_one, b_other), (0, 2, 1))
-    return tl.reshape(b, (b.shape[0], b.shape[1] * b.shape[2]))
-
-
-@jit
-def _read(
-    p_word,
-    p_absmax,
-    p_other,
-    p_scale,
-    p_scale_other,
-    o_first,
-    o_run,
-    WORDS: tl.constexpr,
-    PER: tl.constexpr,
-    TWO: tl.constexpr,
-    DOUBLE: tl.constexpr,
-):
-    """What a step needs of memory: words, and maxima with their scales of one weight or of two."""
-    b_words = tl.load(p_word + o_run[None, None, :, None, None] * WORDS)
-    b_max, b_scale = _maxima(p_absmax, p_scale, o_first, o_run[:, None], PER, DOUBLE)
-    b_max1, b_scale1 = b_max, b_scale
-    if TWO:
-        b_max1, b_scale1 = _maxima(p_other, p_scale_other, o_first, o_run[:, None], PER, DOUBLE)
-    return b_words, b_max, b_scale, b_max1, b_scale1
-
-
-@jit
 def _products_kernel(
     p_x,
     p_words,
@@ -107,7 +66,7 @@ def _products_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    TURNS: tl.constexpr,
     EIGHTS: tl.constexpr,
     PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -117,10 +76,9 @@ def _products_kernel(
     UNSCALE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     # 16 outputs (with an activation, of each of two weights) for EIGHTS of 8 rows of x; each warp
-    # takes a run a step.
+    # takes TURNS runs a step.
     TWO: tl.constexpr = ACTIVATION is not None
     SIDE: tl.constexpr = 16
     M: tl.constexpr = SIDE * 2 if TWO else SIDE
@@ -170,21 +128,20 @@ def _products_kernel(
     o_row = (o_half % (SIDE // 8) * 8)[None, None, None, :, None] + o_8[None, :, None, None, None]
     o_row = tl.minimum(first + o_row, outputs - 1).to(tl.int64) * runs
     o_in = (o_4[:, None] * V + o_v[None, :])[:, None, None, None, :]
+    o_in = o_in + o_warp[None, None, :, None, None] * (4 * V)
     m_two = (o_half >= SIDE // 8)[None, None, None, :, None]
     p_word = _either(p_words, p_words1, o_row * (4 * V) + o_in, m_two, TWO)
     o_m = tl.arange(0, M)
     o_n = first + o_m % SIDE
     m_n = o_n < outputs
     o_n = tl.minimum(o_n, outputs - 1)
-    o_first = tl.minimum(first + tl.arange(0, SIDE), outputs - 1).to(tl.int64) * runs
-    o_first = o_first[None, :]
+    o_first = (o_n.to(tl.int64) * runs)[None, :]
     m_m = o_m >= SIDE
     b_offset = 0.0
-    b_offset1 = 0.0
     if DOUBLE:
         b_offset = tl.load(p_offset)
         if TWO:
-            b_offset1 = tl.load(p_offset1)
+            b_offset = tl.where(m_m, tl.load(p_offset1), b_offset)[None, :]
     o_eight = tl.arange(0, EIGHTS)
     o_x = o_8[None, :, None, None, None, None] + (o_eight * 8)[None, None, None, :, None, None]
     o_x = tl.minimum(o_x, rows - 1) * (runs * WIDTH)
@@ -192,51 +149,31 @@ def _products_kernel(
     o_x = o_x + o_8[None, None, None, None, None, :]
     o_x = o_x + (o_warp * WIDTH)[None, None, :, None, None, None]
     o_zero = (o_warp * zero)[None, None, :, None, None]
-    # What comes from memory is read AHEAD steps before its use, the last again at the end; what
-    # does not come from the launch before this one, before that has ended.
-    last = (tl.cdiv(runs, WARPS) - 1) * WARPS
-    PER: tl.constexpr = BLOCK // WIDTH
-    o_run = tl.minimum(o_warp, runs - 1)
-    b_words, b_max, b_scale, b_max1, b_scale1 = _read(
-        p_word, p_absmax, p_absmax1, p_scale, p_scale1, o_first, o_run, 4 * V, PER, TWO, DOUBLE
-    )
-    if AHEAD == 2:
-        o_run = tl.minimum(tl.minimum(WARPS, last) + o_warp, runs - 1)
-        c_words, c_max, c_scale, c_max1, c_scale1 = _read(
-            p_word, p_absmax, p_absmax1, p_scale, p_scale1, o_first, o_run, 4 * V, PER, TWO, DOUBLE
-        )
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     b_acc = tl.zeros([WARPS, M, N], dtype=tl.float32)
-    for i in range(0, runs, WARPS):
-        m_run = (i + o_warp < runs) | WHOLE  # masks that are true throughout vanish
-        m_x = m_run[None, None, :, None, None, None]
-        b_x = tl.load(p_x + (i * WIDTH + o_x), mask=m_x, other=0.0)
-        o_run = tl.minimum(i + AHEAD * WARPS, last) + o_warp
-        if not WHOLE:
-            o_run = tl.minimum(o_run, runs - 1)
-        d_words, d_max, d_scale, d_max1, d_scale1 = _read(
-            p_word, p_absmax, p_absmax1, p_scale, p_scale1, o_first, o_run, 4 * V, PER, TWO, DOUBLE
-        )
-        b_x = tl.reshape(b_x, (4, 8, WARPS, EIGHTS, V, 2, 4))
-        b_x = tl.reshape(tl.permute(b_x, (2, 4, 5, 0, 6, 3, 1)), (WARPS, WIDTH, N))
-        b_w = _fragments(b_words, p_levels, o_zero, FRAGMENTS).to(dtype, bitcast=True)
-        b_w = tl.reshape(tl.permute(b_w, (2, 3, 1, 4, 7, 0, 6, 5)), (WARPS, M, WIDTH))
-        b_part = tl.dot(b_w, b_x)
-        b_size, b_size1 = b_max, b_max1
-        if DOUBLE:
-            b_size = tl.load(p_map + b_max.to(tl.int32)) * b_scale + b_offset
-            if TWO:
-                b_size1 = tl.load(p_map + b_max1.to(tl.int32)) * b_scale1 + b_offset1
-        if TWO:
-            b_size = tl.reshape(tl.permute(tl.join(b_size, b_size1), (0, 2, 1)), (WARPS, M))
-        b_acc += b_part * b_size[:, :, None]
-        if AHEAD == 2:
-            b_words, b_max, b_scale, b_max1, b_scale1 = c_words, c_max, c_scale, c_max1, c_scale1
-            c_words, c_max, c_scale, c_max1, c_scale1 = d_words, d_max, d_scale, d_max1, d_scale1
-        else:
-            b_words, b_max, b_scale, b_max1, b_scale1 = d_words, d_max, d_scale, d_max1, d_scale1
+    for i in range(0, runs, WARPS * TURNS):
+        for turn in tl.static_range(TURNS):
+            at = i + turn * WARPS
+            # Masks that are true throughout vanish.
+            m_run = (at + o_warp < runs) | WHOLE
+            m_5 = m_run[None, None, :, None, None]
+            m_2 = m_run[:, None]
+            b_words = tl.load(p_word + at * (4 * V), mask=m_5, other=0)
+            b_x = tl.load(p_x + (at * WIDTH + o_x), mask=m_5[:, :, :, :, :, None], other=0.0)
+            b_x = tl.reshape(b_x, (4, 8, WARPS, EIGHTS, V, 2, 4))
+            b_x = tl.reshape(tl.permute(b_x, (2, 4, 5, 0, 6, 3, 1)), (WARPS, WIDTH, N))
+            b_w = _fragments(b_words, p_levels, o_zero, FRAGMENTS).to(dtype, bitcast=True)
+            b_w = tl.reshape(tl.permute(b_w, (2, 3, 1, 4, 7, 0, 6, 5)), (WARPS, M, WIDTH))
+            b_part = tl.dot(b_w, b_x)
+            o_block = (o_first + (at + o_warp)[:, None]) // (BLOCK // WIDTH)
+            p_code = _either(p_absmax, p_absmax1, o_block, m_m[None, :], TWO)
+            if DOUBLE:
+                b_code = tl.load(p_code, mask=m_2, other=0).to(tl.int32)
+                p_group = _either(p_scale, p_scale1, o_block // GROUP, m_m[None, :], TWO)
+                b_scale = tl.load(p_group, mask=m_2, other=0.0)
+                b_absmax = tl.load(p_map + b_code) * b_scale + b_offset
+            else:
+                b_absmax = tl.load(p_code, mask=m_2, other=0.0)
+            b_acc += b_part * b_absmax[:, :, None]
     b_y = tl.sum(b_acc, axis=0) * UNSCALE
     o_x = tl.arange(0, N)
     m_x = o_x < rows

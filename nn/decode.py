@@ -8,7 +8,7 @@ import torch
 
 from ..quant.int8 import Int8
 from . import cache as kv
-from . import decoder, experts, rope, tree
+from . import decode_layer, decoder, experts, rope, tree
 from .attention import Span
 from .cache import Cache
 from .layout import Layout
@@ -55,15 +55,12 @@ def decode(
     sights = {layer.sight for layer in spec.layers}
     seen = {sight: _span(cache, *sight) for sight in sights}
     for i, (layer, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
-        x = decoder.layer(
-            x,
-            p,
-            tree.get(adapters, "layers", i),
-            tables[layer.rope],
-            seen[layer.sight],
-            spec=layer,
-            buffers=(cache.layers[i], at),
-        )
+        own, table, sight = tree.get(adapters, "layers", i), tables[layer.rope], seen[layer.sight]
+        buffers = (cache.layers[i], at)
+        if table is not None and decode_layer.covers(x[:, 0], p, own, table, layer):
+            x = decode_layer.layer(x[:, 0], p, own, table, sight, buffers, layer)[:, None]
+        else:
+            x = decoder.layer(x, p, own, table, sight, spec=layer, buffers=buffers)
     x = norm(x, params.get("norm"), spec.norm)
     return decoder.logits(params, spec, x[:, 0]), cache
 

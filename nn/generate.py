@@ -211,8 +211,9 @@ def _run(
         )
         if on_scores is not None:
             on_scores(logits, scores)
-        broken.logical_or_(~(ended | scores.amax(-1).isfinite()))
-        token.copy_(scores.argmax(-1) if uniform is None else rules.look_up(scores, uniform))
+        top, best = scores.max(-1)
+        broken.logical_or_(~(ended | top.isfinite()))
+        token.copy_(best if uniform is None else rules.look_up(scores, uniform))
         shown.copy_(torch.where(ended, pad_id, token))
         ids.index_copy_(1, column, shown[:, None])
         column.add_(1)

@@ -25,14 +25,16 @@ class Table(NamedTuple):
 
 def table(rope: RopeSpec, positions: torch.Tensor) -> Table:
     """The table of positions [b, s]."""
-    inv_freq = inverse_frequencies(rope, positions)
+    inv_freq = _frequencies(rope, positions)
     angles = positions[..., None].float() * inv_freq
     if rope.interleaved:
         angles = angles.repeat_interleave(2, dim=-1)
     else:
         angles = torch.cat([angles, angles], dim=-1)
-    factor = _magnitude(rope, positions)
-    return Table(angles.cos() * factor, angles.sin() * factor, _query_scale(rope, positions))
+    cos, sin, factor = angles.cos(), angles.sin(), _magnitude(rope, positions)
+    if not isinstance(factor, float) or factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return Table(cos, sin, _query_scale(rope, positions))
 
 
 def _query_scale(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor | None:
@@ -71,6 +73,22 @@ def attention_factor(rope: RopeSpec) -> float:
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor:
+    """`inverse_frequencies`, kept from one call to the next where they hold for all positions: a
+    step of decoding would spend a dozen launches on them.
+    """
+    varies = rope.kind in ("dynamic", "longrope") or torch.compiler.is_compiling()
+    if varies or torch._C._len_torch_dispatch_stack() > 0:
+        return inverse_frequencies(rope, positions)
+    return _kept(rope, positions.device)
+
+
+@functools.cache
+def _kept(rope: RopeSpec, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return inverse_frequencies(rope, torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
 def inverse_frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor:

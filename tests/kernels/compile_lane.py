@@ -27,6 +27,7 @@ from purelm.kernels import (
     fp8_launch,
     gated,
     grouped_launch,
+    head_step,
     low_rank,
     nf4,
     nf4_decode,
@@ -336,6 +337,21 @@ def rope_cases(every: bool) -> Iterator[Case]:
                 )
 
 
+def head_step_cases(every: bool) -> Iterator[Case]:
+    for (heads, heads_k, dim, rot), normed, interleaved in itertools.product(
+        ((32, 8, 128, 128), (8, 4, 256, 256), (8, 8, 80, 32)), (False, True), (False, True)
+    ):
+        for dtype in (F32, F16, BF16) if every else (BF16,):
+            weights = (dtype, dtype) if normed else (None, None)
+            yield Case(
+                f"head_step {heads}+{heads_k}x{dim}/{rot} {dtype} {normed=} {interleaved=}",
+                head_step._head_kernel,
+                (dtype, F32, F32, dtype, dtype, I64, *weights, dtype, heads, heads_k, rot),
+                {"EPS": 1e-5, "OFFSET": 0.0, "CAST_FIRST": True, "INTERLEAVED": interleaved}
+                | {"DIM": dim, "WIDTH": power_of_two(dim), "num_warps": 1 if dim <= 128 else 2},
+            )
+
+
 def decode_attention_cases(every: bool) -> Iterator[Case]:
     shapes = ((8, 4, 64), (8, 4, 128), (4, 2, 256), (1, 7, 80))
     for (heads_k, groups, dim), dtype, softcap in itertools.product(
@@ -459,6 +475,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from nf4_products_cases(every)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
+    yield from head_step_cases(every)
     yield from decode_attention_cases(every)
     yield from other_cases(every)
 

@@ -155,7 +155,7 @@ def test_every_cut_is_whole(rows, block):
         for pair in (False, True):
             cut = nf4_products.config_for(rows, outputs, runs, pair)
             assert cut.num_warps & (cut.num_warps - 1) == 0 and cut.num_warps <= 2 * runs
-            assert cut.ahead in (1, 2)
+            assert cut.turns in (1, 2)
 
 
 def test_what_it_refuses():

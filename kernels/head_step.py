@@ -1,0 +1,227 @@
+"""A new token's heads made ready in one launch: q and k normalised and rotated, k and v written to
+the cache.
+
+The arithmetic and its roundings are those of rms_norm.py over each head and of rope.py. Forward
+only.
+"""
+
+# Kernels are written in Triton's language: they have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import KernelError
+from .launch import jit, on_gpu, operator, ops, power_of_two
+from .launch import language as tl
+from .rms_norm import rms_norm_reference
+from .rope import rope_reference
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm of every head: weights [d] of q and of k, and how, as in `rms_norm`."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+    offset: float
+    cast_first: bool
+
+
+def head_step(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: Tensor,
+    *,
+    interleaved: bool = False,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """qkv [b, h d + 2 k d], a new token of every row, to q [b, h, d], ready to attend.
+
+    keys and values [b, capacity, k, d] get the token's at places [b] int64 of their first two axes
+    in one. cos, sin fp32 [b, rot], rot <= d. Raises KernelError for shapes that do not fit.
+    """
+    b, _, heads_k, dim = keys.shape
+    heads = qkv.shape[-1] // dim - 2 * heads_k
+    fits = (
+        keys.shape == values.shape
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and qkv.shape == (b, (heads + 2 * heads_k) * dim)
+        and heads > 0
+        and cos.shape == sin.shape == (b, cos.shape[-1])
+        and cos.shape[-1] % 2 == 0
+        and 0 < cos.shape[-1] <= dim
+        and at.shape == (b,)
+        and qkv.dtype == keys.dtype == values.dtype
+    )
+    if not fits:
+        raise KernelError(
+            f"qkv {qkv.dtype} {list(qkv.shape)}, cos {list(cos.shape)}, keys {keys.dtype} "
+            f"{list(keys.shape)}, values {list(values.shape)}, at {list(at.shape)}: expected "
+            "[b, (h + 2 k) d], [b, rot], twice [b, capacity, k, d] in memory without gaps, [b], "
+            "of one dtype"
+        )
+    if not on_gpu(qkv, cos, sin, keys, values, at):
+        return head_step_reference(
+            qkv, cos, sin, keys, values, at, interleaved=interleaved, norm=norm
+        )
+    how = (None, None, 0.0, 0.0, True) if norm is None else tuple(norm)
+    q: Tensor = ops.head_step(qkv, cos, sin, keys, values, at, *how, interleaved)
+    return q
+
+
+def head_step_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: Tensor,
+    *,
+    interleaved: bool = False,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """Plain torch for the launch."""
+    heads_k, dim = keys.shape[2:]
+    every = qkv.view(qkv.shape[0], -1, dim)
+    heads = every.shape[1] - 2 * heads_k
+    q, k, v = every[:, :heads], every[:, heads : heads + heads_k], every[:, heads + heads_k :]
+    if norm is not None:
+        eps, offset, first = norm[2:]
+        q = rms_norm_reference(q, norm.q, eps, offset=offset, cast_first=first)
+        k = rms_norm_reference(k, norm.k, eps, offset=offset, cast_first=first)
+    q, k = (
+        rope_reference(x[:, None], cos[:, None], sin[:, None], interleaved=interleaved)[:, 0]
+        for x in (q, k)
+    )
+    keys.flatten(0, 1).index_copy_(0, at, k.contiguous())
+    values.flatten(0, 1).index_copy_(0, at, v.contiguous())
+    return q
+
+
+@jit
+def _head_kernel(
+    p_in,
+    p_cos,
+    p_sin,
+    p_keys,
+    p_values,
+    p_at,
+    p_q_weight,
+    p_k_weight,
+    p_out,
+    heads,
+    heads_k,
+    rot,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # A program has one head of one row: of q, then of k, then of v.
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dtype: tl.constexpr = p_out.dtype.element_ty
+    o_d = tl.arange(0, WIDTH)
+    m_d = o_d < DIM
+    p_head = p_in + (row * (heads + 2 * heads_k) + head) * DIM
+    b_x = tl.load(p_head + o_d, mask=m_d, other=0.0)
+    o_kv = tl.load(p_at + row) * heads_k + head - heads
+    if head >= heads + heads_k:
+        tl.store(p_values + (o_kv - heads_k) * DIM + o_d, b_x, mask=m_d)
+    else:
+        # The other feature of each pair is read beside it.
+        m_rot = o_d < rot
+        if INTERLEAVED:
+            o_other = o_d ^ 1
+            m_first = o_d % 2 == 0
+        else:
+            o_other = tl.where(o_d < rot // 2, o_d + rot // 2, o_d - rot // 2)
+            m_first = o_d < rot // 2
+        b_other = tl.load(p_head + o_other, mask=m_rot, other=0.0)
+        if p_q_weight is not None:
+            b_wide = b_x.to(tl.float32)
+            b_rms = tl.rsqrt(tl.sum(b_wide * b_wide, axis=0) / DIM + EPS)
+            p_weight = p_q_weight if head < heads else p_k_weight
+            b_x = _weighed(b_x, b_rms, p_weight + o_d, m_d, OFFSET, CAST_FIRST)
+            b_other = _weighed(b_other, b_rms, p_weight + o_other, m_rot, OFFSET, CAST_FIRST)
+        b_cos = tl.load(p_cos + row * rot + o_d, mask=m_rot, other=1.0)
+        b_sin = tl.load(p_sin + row * rot + o_d, mask=m_rot, other=0.0)
+        b_turn = b_other.to(tl.float32) * b_sin
+        b_y = b_x.to(tl.float32) * b_cos + tl.where(m_first, -b_turn, b_turn)
+        if head < heads:
+            tl.store(p_out + (row * heads + head) * DIM + o_d, b_y.to(dtype), mask=m_d)
+        else:
+            tl.store(p_keys + o_kv * DIM + o_d, b_y.to(dtype), mask=m_d)
+
+
+@jit
+def _weighed(b_x, b_rms, p_weight, mask, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """x over its root mean square, weighed, in the dtype of x."""
+    b_weight = tl.load(p_weight, mask=mask, other=0.0).to(tl.float32) + OFFSET
+    b_y = b_x.to(tl.float32) * b_rms
+    if CAST_FIRST:
+        b_y = b_y.to(b_x.dtype).to(tl.float32)
+    return (b_y * b_weight).to(b_x.dtype)
+
+
+@operator(
+    "head_step(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor at,"
+    " Tensor? q_weight, Tensor? k_weight, float eps, float offset, bool cast_first,"
+    " bool interleaved) -> Tensor",
+    fake=lambda qkv, cos, sin, keys, *_: qkv.new_empty(
+        (qkv.shape[0], qkv.shape[1] // keys.shape[3] - 2 * keys.shape[2], keys.shape[3])
+    ),
+    mutates=("keys", "values"),
+)
+def _launch(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+    interleaved: bool,
+) -> Tensor:
+    heads_k, dim = keys.shape[2:]
+    heads = qkv.shape[1] // dim - 2 * heads_k
+    out = qkv.new_empty((qkv.shape[0], heads, dim))
+    _head_kernel(
+        (qkv.shape[0], heads + 2 * heads_k),
+        qkv.contiguous(),
+        cos.float().contiguous(),
+        sin.float().contiguous(),
+        keys,
+        values,
+        at.contiguous(),
+        q_weight,
+        k_weight,
+        out,
+        heads,
+        heads_k,
+        cos.shape[-1],
+        EPS=eps,
+        OFFSET=offset,
+        CAST_FIRST=cast_first,
+        INTERLEAVED=interleaved,
+        DIM=dim,
+        WIDTH=power_of_two(dim),
+        num_warps=1 if dim <= 128 else 2,
+        # Two products and a sum, each rounded, as the reference has them.
+        enable_fp_fusion=False,
+    )
+    return out

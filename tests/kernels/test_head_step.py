@@ -1,0 +1,70 @@
+"""A new token's heads: the launch against the norm, the rotation and the writes one by one."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import assert_rows
+
+from purelm.errors import KernelError
+from purelm.kernels.head_step import HeadNorm, head_step, head_step_reference
+
+
+def drawn(b, heads, heads_k, dim, rot, normed, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(b, (heads + 2 * heads_k) * dim, generator=g).to(dtype)
+    angles = torch.randn(b, rot // 2, generator=g).repeat(1, 2) * 3
+    keys, values = torch.randn(2, b, 5, heads_k, dim, generator=g).to(dtype).unbind(0)
+    at = torch.randint(0, 5, (b,), generator=g) + torch.arange(b) * 5
+    norm = None
+    if normed:
+        weights = torch.randn(2, dim, generator=g).to(dtype)
+        norm = HeadNorm(*weights, 1e-5, 1.0 if seed % 2 else 0.0, seed % 3 > 0)
+    return qkv, angles.cos(), angles.sin(), keys, values, at, norm
+
+
+@given(
+    b=st.integers(1, 3),
+    heads_k=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    dim=st.sampled_from([16, 20, 64]),
+    partial=st.booleans(),
+    interleaved=st.booleans(),
+    normed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_launch(
+    interpreted, poisoned, b, heads_k, groups, dim, partial, interleaved, normed, dtype, seed
+):
+    rot = dim // 4 * 2 if partial else dim
+    *args, norm = drawn(b, heads_k * groups, heads_k, dim, rot, normed, dtype, seed)
+    copies = [[t.clone() for t in args] for _ in range(2)]
+    wide = [t.double() if t.is_floating_point() else t for t in args]
+    how = {"interleaved": interleaved}
+    q = head_step(*copies[0], **how, norm=norm)
+    eager = head_step_reference(*copies[1], **how, norm=norm)
+    if norm is not None:
+        norm = norm._replace(q=norm.q.double(), k=norm.k.double())
+    exact = head_step_reference(*wide, **how, norm=norm)
+    assert_rows(q.flatten(0, 1), eager.flatten(0, 1), exact.flatten(0, 1))
+    written = [t.flatten(0, 2) for t in (copies[0][3], copies[1][3], wide[3])]
+    assert_rows(*written)
+    assert torch.equal(copies[0][4], copies[1][4])
+    untouched = torch.ones(b * 5, dtype=torch.bool)
+    untouched[args[5]] = False
+    assert torch.equal(copies[0][3].flatten(0, 1)[untouched], args[3].flatten(0, 1)[untouched])
+
+
+def test_what_it_refuses():
+    *args, _ = drawn(2, 2, 1, 16, 16, False, torch.bfloat16, 1)
+    for at, wrong in [
+        (0, args[0][:, :-1]),
+        (0, args[0].float()),
+        (1, args[1][:, :-1]),
+        (3, args[3][:, :, :, :8]),
+        (4, args[4].transpose(0, 1)),
+        (5, args[5][:1]),
+    ]:
+        with pytest.raises(KernelError, match="expected"):
+            head_step(*[wrong if i == at else t for i, t in enumerate(args)])
