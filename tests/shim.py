@@ -35,6 +35,7 @@ class _State:
     race: bool = False
     reverse: bool = False
     installed: bool = False
+    other: bool = False  # whether the load in progress says what masked lanes get
 
 
 _state = _State()
@@ -278,8 +279,10 @@ def _patch_memory(interpreter: Any, tl: Any) -> None:
             # A GPU leaves these lanes undefined; the interpreter would write 0.
             kind = ptrs.get_element_ty()
             dtype = interpreter._get_np_dtype(kind)
-            if kind == tl.bfloat16:
-                poison: Any = np.uint16(0x7FC0)
+            if _state.other:
+                poison: Any = np.array(0, dtype)
+            elif kind == tl.bfloat16:
+                poison = np.uint16(0x7FC0)
             elif dtype.kind == "f":
                 poison = np.array(np.nan, dtype)
             else:
@@ -307,6 +310,20 @@ def _patch_memory(interpreter: Any, tl: Any) -> None:
         return atomic0(self, op, ptr, val, mask, *a, **k)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+
+    # Triton asks `if other`, which in the interpreter is the value of a tensor of one element: a
+    # zero would count as not given.
+    semantic = tl.semantic.TritonSemantic
+    legacy0 = semantic._load_legacy
+
+    def legacy(self: Any, ptr: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        _state.other = other is not None
+        try:
+            return legacy0(self, ptr, mask, other, *rest)
+        finally:
+            _state.other = False
+
+    semantic._load_legacy = legacy
     builder.create_atomic_rmw = atomic_rmw
 
 

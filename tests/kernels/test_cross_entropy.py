@@ -47,7 +47,7 @@ def run(f, hidden, weight, labels, factor=1.0, **options):
     vocabulary=st.one_of(st.integers(1, 200), st.sampled_from([4095, 4096, 4097])),
     dim=st.integers(32, 96),
     chunk=st.sampled_from([None, 1, 4, 7]),
-    softcap=st.sampled_from([None, 5.0]),
+    softcap=st.sampled_from([None, 5.0, 0.5]),
     scale=st.sampled_from([1.0, 0.25]),
     smoothing=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
     z_loss=st.sampled_from([0.0, 0.0, 1e-4, 0.3]),
@@ -109,6 +109,23 @@ def test_loss_and_gradients(
     for mine, theirs, truth in zip(ours[1:], eager[1:], exact[1:], strict=True):
         flat = (t.reshape(1, -1) for t in (mine, theirs, truth))
         assert_rows(*flat)
+
+
+@pytest.mark.parametrize("size", [0.1, 0.5, 3.0])
+def test_row_step_of_capped_logits(interpreted, poisoned, size):
+    """Each row's loss and gradient alone, from where tanh is its series to where it is flat."""
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.rand(8, 50, generator=g) * 2 - 1) * size
+    labels = torch.randint(50, (8,), generator=g)
+
+    def step(f, logits):
+        return f(logits, labels, None, -100, 5.0, 1.0, 0.0, 0.0, True), logits
+
+    ours = step(cross_entropy.row_step, logits.clone())
+    eager = step(cross_entropy.row_step_reference, logits.clone())
+    exact = step(cross_entropy.row_step_reference, logits.double())
+    for three in zip(ours, eager, exact, strict=True):
+        assert_rows(*three)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
