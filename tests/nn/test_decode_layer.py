@@ -68,20 +68,21 @@ def model(layer: LayerSpec, seed: int) -> tuple[ModelSpec, Any]:
     return spec, made
 
 
-def steps_of(spec: ModelSpec, made: Any, adapters: Any, dtype: torch.dtype) -> torch.Tensor:
+def steps_of(
+    spec: ModelSpec, made: Any, adapters: Any, dtype: torch.dtype, device: str = "cpu"
+) -> torch.Tensor:
     """Logits of two steps after two prompts of different lengths."""
     g = torch.Generator().manual_seed(5)
-    cache = kv.empty(spec, 3, 8, padded=False, dtype=dtype, device="cpu")
+    cache = kv.empty(spec, 3, 8, padded=False, dtype=dtype, device=device)
     for state in cache.layers:
         for x in state.values():
             x.copy_(torch.randn(x.shape, generator=g).bfloat16())
     cache.end.copy_(torch.tensor([3, 1, 2]))
+    token = torch.tensor([7, 8, 9], device=device)
     found = []
     with torch.inference_mode():
         for i in range(2):
-            logits, cache = steps.decode(
-                made, spec, torch.tensor([7, 8, 9]) + i, cache, adapters=adapters
-            )
+            logits, cache = steps.decode(made, spec, token + i, cache, adapters=adapters)
             found.append(logits)
     return torch.cat(found)
 
