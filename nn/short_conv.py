@@ -1,6 +1,7 @@
 """Short causal convolutions over the tokens of a row, each feature for itself."""
 
 import torch
+import torch.nn.functional as F
 
 from . import tree
 from .linear import linear, seed_after
@@ -60,21 +61,23 @@ def causal_conv(
         past = x.new_zeros(x.shape[0], before, x.shape[2])
     else:
         past = state["conv"]
-    wide, s = torch.cat([past.to(x.dtype), x], 1), x.shape[1]
+    narrow, s = torch.cat([past.to(x.dtype), x], 1), x.shape[1]
+    wide = narrow.to(torch.promote_types(x.dtype, torch.float32))
+    weight = weight.to(wide.dtype)
     segments = None
     if starts is not None:
         # Of the tokens before x, 0: they belong to its first ones unless a start lies between.
-        segments = torch.nn.functional.pad(starts.cumsum(1), (before, 0))
-    y: torch.Tensor = x.new_zeros(())
-    for j in range(before + 1):
-        tap = wide[:, j : j + s].to(torch.promote_types(x.dtype, torch.float32)) * weight[:, j]
-        if segments is not None and j < before:
+        segments = F.pad(starts.cumsum(1), (before, 0))
+    y: torch.Tensor = wide[:, before:] * weight[:, before]
+    for j in range(before):
+        tap = wide[:, j : j + s]
+        if segments is not None:
             tap = tap * (segments[:, j : j + s] == segments[:, before:])[..., None]
-        y = y + tap
+        y = torch.addcmul(y, tap, weight[:, j])
     if "bias" in p:
         y = y + p["bias"]
     if state is not None:
-        last = wide[:, s:]
+        last = narrow[:, s:]
         if segments is not None:
             last = last * (segments[:, s:] == segments[:, -1:])[..., None]
         state["conv"].copy_(last)

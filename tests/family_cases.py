@@ -51,7 +51,7 @@ TEMPERED = {**YARN, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta"
 
 MHA = {"multi_query": False, "num_key_value_heads": 4}
 
-# With a usual epsilon a token whose state says nearly nothing has its rounding blown up.
+# With a small epsilon a token whose state says nearly nothing has its rounding blown up.
 GATED = {"mamba_rms_norm": True, "rms_norm_eps": 1e-3}
 MULTIPLIERS = {
     "embedding_multiplier": 3.5,

@@ -188,7 +188,9 @@ def spread(model: Any, seed: int = 0) -> None:
                 is_norm = "norm" in name or ".ln_" in name or name.endswith("mamba.D")
                 p.copy_(drawn * 0.3 + (1.0 if is_norm else 0.0))
             else:
-                p.copy_(drawn * (1.5 / p.shape[-1] ** 0.5))
+                # Behind a convolution products of three of its features follow, which blow up.
+                size = 0.5 if "conv" in name else 1.5
+                p.copy_(drawn * (size / p.shape[-1] ** 0.5))
 
 
 def hf_model(family: str, *, seed: int = 0, **fields: Any) -> Any:

@@ -74,16 +74,11 @@ def tokens(seed: int = 1, rows: int = 2, length: int = 31) -> torch.Tensor:
 AMPLIFIED = {
     # Scores scaled up sharpen the softmax, which amplifies the order of its sums: 1.3e-5.
     "gemma2-attn_logit_softcapping-query_pre_attn_scalar": 3e-5,
-    # A head's steps, decay and skip (dt_bias, A_log, D) have gradients of sums over all tokens that
-    # nearly cancel, and what is read out of states is gated and normalised, which divides by small
-    # numbers: 4.4e-5, 1.3e-5, 1.0e-5, 2.2e-5, 1.1e-5, 1.0e-5. From fp64 both sides are as far.
-    "falcon_h1-mamba_rms_norm-rms_norm_eps-mamba_norm_before_gate-mamba_d_conv": 6e-5,
-    "falcon_h1-mamba_rms_norm-rms_norm_eps-mamba_norm_before_gate-mlp_bias": 3e-5,
-    "falcon_h1-mamba_proj_bias-projectors_bias-attention_bias": 3e-5,
-    "falcon_h1-mamba_n_groups-mamba_n_heads-hidden_act": 3e-5,
-    "granitemoehybrid-time_step_limit-attention_bias": 3e-5,
-    "granitemoehybrid-layer_types-mamba_d_conv-use_cache": 3e-5,
 }
+# Each is one number a head of a Mamba 2 mixer, whose gradient is a sum over all tokens and features
+# that may nearly cancel (falcon_h1's A_log 1.7e-5, dt_bias and D 1.1e-5; granitemoehybrid's dt_bias
+# 8.7e-6; from fp64 transformers' are as far).
+CANCELLING = ("recurrent.A_log", "recurrent.dt_bias", "recurrent.D")
 
 
 @cases
@@ -110,6 +105,8 @@ def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: P
             # what is left carries the rounding of the same sums as the weight's gradient.
             size = max(size, want[path.replace("bias", "weight")].norm())
         limit = AMPLIFIED.get(name((family, switches)), 1e-5)
+        if path.endswith(CANCELLING):
+            limit = 3e-5
         assert (found - grad).norm() <= limit * size, path
 
 
