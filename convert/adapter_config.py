@@ -20,7 +20,6 @@ _OTHER_KINDS = (
     "alora_invocation_tokens",
     "trainable_token_indices",
     "layer_replication",
-    "target_parameters",
     "arrow_config",
     "kasa_config",
     "monteclora_config",
@@ -49,6 +48,7 @@ _TUPLES = (
     "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
+    "target_parameters",
 )
 
 

@@ -18,12 +18,12 @@ from ..errors import AdapterError, ArgumentError, CheckpointError, SaveError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import atomic, rope_override
+from . import atomic, expert_adapters, rope_override
 from .adapter_config import CONFIG, parse, read_config
 from .adapter_fit import fitted, name_targets
 from .lora_config import PeftConfig
 from .names import Names
-from .peft_targets import is_target, modules, projections, rank_and_scale
+from .peft_targets import is_target, modules, parameters, projections, rank_and_scale
 from .shards import TensorInfo, open_checkpoint, read
 
 if TYPE_CHECKING:
@@ -87,12 +87,14 @@ def write_adapter(
     `config` is corrected where it does not describe the trees. metadata goes into the header of
     the safetensors file, where peft does not look. The tensors keep their dtype.
     """
-    adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
     config = fitted(config or PeftConfig(), adapters, trained, spec, names)
-    entries = [
-        atomic.entry(name, tensor.detach())
-        for name, tensor in _named(adapters, trained, spec, names).items()
-    ]
+    adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
+    adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
+    tensors = {
+        **_named(adapters, trained, spec, names),
+        **{_PREFIX + n: t for n, t in expert_adapters.named(whole, spec, names).items()},
+    }
+    entries = [atomic.entry(name, tensor.detach()) for name, tensor in tensors.items()]
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     size = atomic.entry_bytes(entries)
     with atomic.folder(folder, need_bytes=size, replaces=atomic.ADAPTER_FILES) as new:
@@ -143,10 +145,13 @@ def read_adapter(
     place = folder / f"{STEM}.safetensors"
     try:
         stored = open_checkpoint(folder, stem=STEM)
-        pairs, found = _sorted_out(stored.tensors, spec, names, place)
+        whole = expert_adapters.sorted_out(stored.tensors, spec, names, _PREFIX)
+        taken = {info.name for pair in whole.values() for info in pair.values()}
+        rest = {name: info for name, info in stored.tensors.items() if name not in taken}
+        pairs, found = _sorted_out(rest, spec, names, place)
         for path, pair in pairs.items():
             _check_pair(path, pair, config, names, spec, place)
-        _check_complete(config, pairs, found, spec, names, place)
+        _check_complete(config, pairs, found, whole, spec, names, place)
         adapters = {
             path: LoRA(
                 read(pair["A"]).float(),
@@ -157,6 +162,17 @@ def read_adapter(
             )
             for path, pair in pairs.items()
         }
+        known = parameters(spec, names)
+        stacked = {
+            path: expert_adapters.read(
+                path,
+                {kind: read(info) for kind, info in pair.items()},
+                *rank_and_scale(config, known[path]),
+                spec,
+                place,
+            )
+            for path, pair in whole.items()
+        }
         copies = {path: read(info).float() for path, info in found.items()}
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
@@ -165,7 +181,8 @@ def read_adapter(
         # The file's own expression is never run; the tensors say what it matched.
         have = {names.module_to_hf(path) for path in pairs}
         config = name_targets(config, have, spec, names)
-    return _stacked(adapters, place), _stacked(copies, place), config
+    made = dict(tree.items(_stacked(adapters, place)))
+    return tree.from_items(made | stacked), _stacked(copies, place), config
 
 
 def _stacked(leaves: Mapping[str, Any], file: Path) -> tree.Tree:
@@ -269,14 +286,17 @@ def _check_complete(
     config: PeftConfig,
     adapters: Mapping[str, Any],
     copies: Mapping[str, Any],
+    whole: Mapping[str, Any],
     spec: ModelSpec,
     names: Names,
     file: Path,
 ) -> None:
     """Everything that the config names must be there; a regular expression is not run for it."""
-    wanted = []
+    wanted = expert_adapters.missing(config, whole, spec, names)
     if not isinstance(config.target_modules, str) and not isinstance(config.exclude_modules, str):
         for path, name in projections(spec, names).items():
+            if config.target_parameters and stacks.place(f"{path}."):
+                continue
             if path not in adapters and is_target(config, name):
                 wanted.append(f"{_PREFIX}{name}.lora_A.weight")
     if config.bias != "none":
@@ -291,7 +311,7 @@ def _check_complete(
     for name in config.modules_to_save or ():
         if not any(names.to_hf(path).removesuffix(".weight").endswith(name) for path in copies):
             wanted.append(f"{name}.weight")
-    if not adapters and not copies:
+    if not adapters and not copies and not whole:
         wanted.append("any lora_A.weight")
     if wanted:
         more = f" and {len(wanted) - 6} more" if len(wanted) > 6 else ""

@@ -9,6 +9,7 @@ from ..errors import ArgumentError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
+from . import expert_adapters, peft_targets
 from .lora_config import PeftConfig
 from .names import Names
 from .peft_targets import is_saved, is_target, modules, projections, rank_and_scale
@@ -22,16 +23,25 @@ def fitted(
     Ranks and scales that differ from the config's go into its patterns, targets and modules that
     differ are listed by their full names. Raises ArgumentError for an empty adapter.
     """
+    adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
+    adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
     leaves = {names.module_to_hf(path): leaf for path, leaf in tree.items(adapters)}
+    known = peft_targets.parameters(spec, names)
+    have = {known[path]: leaf for path, leaf in whole.items()}
+    targets = expert_adapters.fitted(config.target_parameters, set(have), spec, names)
+    config = replace(config, target_parameters=targets)
     copies = [path for path, _ in tree.items(trained)]
-    if not leaves:
+    if not leaves and not have:
         raise ArgumentError("there are no adapters; peft's format needs at least one")
-    config = replace(config, inference_mode=True, init_lora_weights=True, use_dora=_dora(leaves))
+    config = replace(
+        config, inference_mode=True, init_lora_weights=True, use_dora=_dora(leaves | have)
+    )
     saved = [path.removesuffix(".weight") for path in copies if path.endswith(".weight")]
     if spec.tied and "embed" in saved and "head" not in saved:
         saved.append("head")
     config = _fit_saved(config, [names.module_to_hf(path) for path in saved], spec, names)
     config = _fit_targets(config, set(leaves), spec, names)
+    leaves |= have
     config = replace(config, bias=_bias(copies, adapters, spec, config))
     # The scale is alpha / rank, or alpha / sqrt(rank).
     power = 0.5 if config.use_rslora else 1.0
@@ -62,15 +72,22 @@ def _dora(leaves: Mapping[str, LoRA]) -> bool:
 
 
 def _fit_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:
-    every = projections(spec, names).values()
+    every = _projections(config, spec, names)
     if have == {name for name in every if is_target(config, name)}:
         return config
     return name_targets(config, have, spec, names)
 
 
+def _projections(config: PeftConfig, spec: ModelSpec, names: Names) -> list[str]:
+    """What target_modules may mean: no expert where parameters of all experts are adapted."""
+    every = projections(spec, names).items()
+    whole = bool(config.target_parameters)
+    return [name for path, name in every if not (whole and stacks.place(f"{path}."))]
+
+
 def name_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:
     """`config` with the modules `have` as its targets: by their endings if those say it all."""
-    every = projections(spec, names).values()
+    every = _projections(config, spec, names)
     short = {name.rpartition(".")[2] for name in have}
     by_ending = {name for name in every if name.rpartition(".")[2] in short}
     return replace(

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from ..nn import dora, lora_init, stacks, tree
+from ..nn import dora, lora, lora_init, stacks, tree
 from ..nn.lora import LoRA
+from ..nn.spec import ModelSpec
 from ..quant.linear import weight_of
+from . import expert_adapters
 from .lora_config import PeftConfig
 from .names import Names
 from .peft_targets import Plan
@@ -34,7 +36,12 @@ class Begun:
 
 
 def begin(
-    config: PeftConfig, found: Plan, params: tree.Tree, names: Names, random_state: int
+    config: PeftConfig,
+    found: Plan,
+    params: tree.Tree,
+    spec: ModelSpec,
+    names: Names,
+    random_state: int,
 ) -> Begun:
     """fp32 adapters and trained copies, each on its weight's device.
 
@@ -44,6 +51,7 @@ def begin(
     check_seed(random_state)
     generator = torch.Generator().manual_seed(random_state)
     inside = isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _DRAWN
+    place, whole = params["embed"]["weight"].device, dict[str, LoRA]()
     params = stacks.one_by_one(params)
     adapters = {}
     for path, (rank, scale) in found.adapted.items():
@@ -58,12 +66,20 @@ def begin(
         if config.use_dora:
             leaf = replace(leaf, magnitude=dora.lengths(weight, leaf))
         adapters[path] = leaf
+    for path, (rank, scale) in found.whole.items():
+        if inside:
+            raise ArgumentError(
+                f"init_lora_weights={config.init_lora_weights!r} starts inside one weight, and "
+                f"{path} is a stack of experts; use another start, or target_modules"
+            )
+        shape, kind = expert_adapters.shape_of(path, spec), _DRAWN[config.init_lora_weights]
+        whole[path] = lora.one(shape, rank, scale, generator=generator, start=kind, device=place)
     start = {}
     if inside:
         start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
     trained = {path: _copy(params, path) for path in found.trained}
     return Begun(
-        stacks.together(tree.from_items(adapters)),
+        tree.from_items(dict(tree.items(stacks.together(tree.from_items(adapters)))) | whole),
         stacks.together(tree.from_items(trained)),
         stacks.together(tree.from_items(start)),
     )

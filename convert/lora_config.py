@@ -29,6 +29,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
@@ -53,6 +54,14 @@ class PeftConfig:
         if isinstance(self.modules_to_save, str):
             raise wrong("modules_to_save", self.modules_to_save, "a list of names")
         check_texts("modules_to_save", self.modules_to_save, optional=True)
+        if isinstance(self.target_parameters, str):
+            raise wrong("target_parameters", self.target_parameters, "a list of names")
+        check_texts("target_parameters", self.target_parameters, optional=True)
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            raise ArgumentError(
+                "target_parameters adapts experts' stacked parameters, which peft's format has "
+                "neither dropout nor DoRA for; leave lora_dropout and use_dora out"
+            )
         check_texts("layers_pattern", self.layers_pattern, optional=True)
         for pattern, rank in checked_mapping("rank_pattern", self.rank_pattern).items():
             _rank(f"rank_pattern[{pattern!r}]", rank)

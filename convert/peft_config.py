@@ -53,17 +53,22 @@ def configure(
     target_modules: names or endings of names, a regular expression for whole names, or
     "all-linear". Embedding and head listed there are trained whole (`modules_to_save`) instead.
     finetune_last_n_layers: as layers_to_transform with the last n. modules_to_save: endings of the
-    names of embedding, head and norms, as peft matches them.
+    names of embedding, head and norms, as peft matches them. target_parameters: names or endings of
+    parameters that hold all experts of a layer ("mlp.experts.gate_up_proj"), in which each expert
+    gets an adapter of its own, of gate and up together; target_modules then means no expert, as in
+    peft over transformers 5.
 
     Raises ArgumentError for values that cannot be used, and NotImplementedError, with name and
     value, for what is not there yet.
     """
     not_yet(
         loftq_config=(loftq_config or None, None),
-        target_parameters=(target_parameters or None, None),
         ensure_weight_tying=(ensure_weight_tying, None),
     )
-    targets, saved, notes = _targets(target_modules, modules_to_save, spec, names)
+    whole = _frozen(target_parameters) or None
+    targets, saved, notes = _targets(
+        target_modules, modules_to_save, spec, names, may_be_none=whole is not None
+    )
     layers = _layers(layers_to_transform, finetune_last_n_layers, len(spec.layers))
     config = PeftConfig(
         r=r,
@@ -78,6 +83,7 @@ def configure(
         modules_to_save=saved or None,
         layers_to_transform=layers,
         layers_pattern=_frozen(layers_pattern),
+        target_parameters=whole,
         rank_pattern=dict(checked_mapping("rank_pattern", rank_pattern or {})),
         alpha_pattern=dict(checked_mapping("alpha_pattern", alpha_pattern or {})),
         base_model_name_or_path=base_model_name_or_path,
@@ -129,7 +135,7 @@ def apply(
     found = plan(config, model.spec, names)
     worn = model.peft_config.get("default")
     if worn is None:
-        begun = adapter_start.begin(config, found, model.params, names, random_state)
+        begun = adapter_start.begin(config, found, model.params, model.spec, names, random_state)
         model.set_adapters(begun.adapters, begun.trained, begun.start)
         model.peft_config = {"default": config}
         model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
@@ -149,7 +155,12 @@ def apply(
 
 
 def _targets(
-    target_modules: Any, modules_to_save: Any, spec: ModelSpec, names: Names
+    target_modules: Any,
+    modules_to_save: Any,
+    spec: ModelSpec,
+    names: Names,
+    *,
+    may_be_none: bool = False,
 ) -> tuple[tuple[str, ...] | str, tuple[str, ...], list[str]]:
     """Targets that are projections, modules trained whole, and notes on what was moved."""
     if target_modules is None:
@@ -190,7 +201,7 @@ def _targets(
             for name in targets
             if name not in DEFAULT_TARGETS and not _compiled_matches((name,), *real)
         ]
-        if unknown or not targets:
+        if unknown or not (targets or may_be_none):
             raise ArgumentError(
                 f"target_modules has {', '.join(map(repr, unknown)) or 'no projection'}; this "
                 f"model has {', '.join(short)}"

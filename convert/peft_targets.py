@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ArgumentError
 from ..nn import stacks, tree
-from ..nn.spec import ModelSpec
+from ..nn.spec import ModelSpec, MoESpec
 from .lora_config import PeftConfig
 from .names import Names
 
@@ -17,11 +17,13 @@ class Plan:
     """What is adapted and what is trained whole.
 
     `adapted`: module path (`layers.0.attn.q`) -> (rank, scale). `trained`: paths of params that get
-    a trained copy (`embed.weight`, `layers.0.attn.q.bias`).
+    a trained copy (`embed.weight`, `layers.0.attn.q.bias`). `whole`: as `adapted`, of the experts'
+    stacks (`layers.0.mlp.experts.gate_up`).
     """
 
     adapted: Mapping[str, tuple[int, float]]
     trained: tuple[str, ...]
+    whole: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
@@ -32,9 +34,20 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
     adapted = {
         path: rank_and_scale(config, name)
         for path, name in projections(spec, names).items()
-        if is_target(config, name)
+        if is_target(config, name) and not (config.target_parameters and stacks.place(f"{path}."))
     }
-    if not adapted:
+    whole = {
+        path: rank_and_scale(config, name)
+        for path, name in parameters(spec, names).items()
+        if matches(config.target_parameters or (), name)
+    }
+    if config.target_parameters and not whole:
+        known = {re.sub(r".*\.\d+\.", "", name) for name in parameters(spec, names).values()}
+        raise ArgumentError(
+            f"target_parameters {_shown(config.target_parameters)} matches nothing; this model has "
+            f"{', '.join(sorted(known)) or 'no parameters that hold all experts of a layer'}"
+        )
+    if not adapted and not whole:
         raise ArgumentError(
             f"target_modules {_shown(config.target_modules)} (with layers_to_transform "
             f"{config.layers_to_transform}, exclude_modules {_shown(config.exclude_modules)}) "
@@ -49,7 +62,7 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
     if spec.tied and "embed" in saved and "head" in saved:
         saved.remove("head")  # one matrix is both
     trained = [f"{path}.weight" for path in saved] + _biases(config, spec, adapted)
-    return Plan(adapted, tuple(trained))
+    return Plan(adapted, tuple(trained), whole)
 
 
 def _biases(config: PeftConfig, spec: ModelSpec, adapted: Iterable[str]) -> list[str]:
@@ -68,6 +81,17 @@ def projections(spec: ModelSpec, names: Names) -> dict[str, str]:
         for path, p in tree.items(stacks.each_spec(spec))
         if p.quantize
     }
+
+
+def parameters(spec: ModelSpec, names: Names) -> dict[str, str]:
+    """Every parameter that holds all experts of a layer, in transformers' order: the path of its
+    adapter -> Hugging Face's name.
+    """
+    found: dict[str, str] = {}
+    for i, layer in enumerate(spec.layers):
+        for name, path in names.stacked.items() if isinstance(layer.mlp, MoESpec) else ():
+            found.setdefault(path.replace("*", str(i), 1), name.replace("*", str(i), 1))
+    return found
 
 
 def modules(spec: ModelSpec, names: Names) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels.fp8 import MULTIPLE, takes
-from ..nn import tree
+from ..nn import stacks, tree
 from ..nn.decoder import uncovered
 from ..nn.residuals import Policy
 from ..quant.fp8 import Fp8
@@ -61,7 +61,7 @@ def explain(model: "CausalLM") -> str:
         if name != "weight" or getattr(stored, "ndim", 0) != axes or module.endswith("_norm"):
             continue
         leaf = _one(stored)
-        adapter = tree.get(model.adapters, *_keys(module))
+        adapter = tree.get(stacks.separated(model.adapters), *_keys(module))
         if computes(leaf):
             kind = "NF4" if isinstance(leaf, NF4) else "fp8"
             how = f"{kind}, product of fp8 rows (e4m3), backward too"

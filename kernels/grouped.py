@@ -23,8 +23,8 @@ from .nf4_launch import GROUP, UNIT
 
 # With more rows than this for each matrix, 4-bit ones are dequantized in PARTS parts instead
 # (examples/measurements/grouped_h100.md).
-PACKED_ROWS = 384
-PARTS = 8
+PACKED_ROWS = 640
+PARTS = 6
 
 
 def matmul(

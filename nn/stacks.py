@@ -4,6 +4,7 @@ A layer computes with stacks, `mlp.experts.up.weight` [x, out, in]; files name e
 tensors, `mlp.experts.3.up.weight`. Both trees hold the same.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ def together(nodes: tree.Tree) -> tree.Tree:
     return _changed(nodes, lambda node: node if isinstance(node, dict) else joined(node))
 
 
+@functools.lru_cache(maxsize=8)
 def each_spec(spec: ModelSpec) -> tree.Tree:
     """`param_specs` expert by expert: what the tensors of files are."""
     return one_by_one(param_specs(spec))

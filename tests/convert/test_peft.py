@@ -288,7 +288,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
     ("name", "value"),
     [
         ("loftq_config", {"loftq_bits": 4}),
-        ("target_parameters", ["x"]),
         ("ensure_weight_tying", True),
         ("init_lora_weights", "eva"),
     ],
