@@ -85,8 +85,8 @@ BATCHES = [(5, 60, 31), (60,) * 4, (9, 3), (5, 60, 31), (60,) * 3, (8, 4), (33, 
 def test_packed_rows_equal_the_eager_step(folder: Path) -> None:
     """Loss and gradients of each batch, filled up or not.
 
-    In bf16 another order of sums moves this model's gradient by up to 8 %, a quarter of what bf16
-    itself does; tests/face/test_buckets.py holds the same to 1e-5 in fp32.
+    In bf16 another order of sums moves a tensor's gradient of this model by up to 8 %, here as on
+    a CPU; tests/face/test_buckets.py holds the same to 1e-5 in fp32.
     """
     model = load(folder, "cuda", init_lora_weights="gaussian")
     trained = [p for p in model.parameters() if p.requires_grad]
