@@ -1,25 +1,25 @@
 """`model.generate`: Hugging Face's keywords and generation_config.json over `nn.generate`."""
 
 import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, InputError
+from ..errors import ArgumentError
+from ..nn.beam import search
 from ..nn.generate import generate as run
 from .bridge import CausalLM
 from .end_ids import end_ids
+from .generation_hooks import any_of, criterion_hook, generator_of, processed
 from .generation_keywords import check_options, check_waiting, fields_of
+from .generation_method import beams_of
 from .generation_output import GenerationOutput, Record
+from .generation_prompt import begin, check_shapes, new_tokens
 from .generation_rules import sampling_of
 from .stop_strings import stop_strings as stop_at
 
 Ids = int | Sequence[int] | torch.Tensor | None
-
-# transformers' default where neither file nor call says how many.
-DEFAULT_NEW_TOKENS = 20
 
 
 def generate(
@@ -55,6 +55,10 @@ def generate(
     logits_processor: Sequence[Callable[..., Any]] | None = None,
     stopping_criteria: Sequence[Callable[..., Any]] | None = None,
     num_return_sequences: int | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    early_stopping: bool | str | None = None,
+    renormalize_logits: bool | None = None,
     return_dict_in_generate: bool | None = None,
     output_scores: bool | None = None,
     output_logits: bool | None = None,
@@ -78,8 +82,10 @@ def generate(
 
     stop_strings: see `stop_strings.stop_strings`; tokenizer defaults to the model's. streamer: any
     object with put and end. logits_processor and stopping_criteria: callables (input_ids, scores).
-    presence_penalty and frequency_penalty are OpenAI's. return_dict_in_generate: the answer as a
-    `GenerationOutput`, with output_scores and output_logits what every token was chosen from.
+    presence_penalty and frequency_penalty are OpenAI's. num_beams: beam search, see
+    `nn.beam.BeamSearch`; the best num_return_sequences answers of each prompt.
+    return_dict_in_generate: the answer as a `GenerationOutput`, with output_scores and
+    output_logits what every token was chosen from.
     seed or generator: what samples are drawn from; without both a fresh seed. No other generator
     moves. Adapters' dropout is off; the model's training mode is neither read nor changed.
 
@@ -106,20 +112,34 @@ def generate(
         named_pad = getattr(tokenizer, "pad_token_id", None)
     if ids is None:
         bos = setting("bos_token_id", bos_token_id, model.config.bos_token_id)
-        ids = _begin(bos, attention_mask)
-    _check_shapes(ids, attention_mask)
+        ids = begin(bos, attention_mask)
+    check_shapes(ids, attention_mask)
     if attention_mask is None and named_pad is not None and named_pad not in eos:
         attention_mask = (ids != named_pad).long()
     samples = setting("do_sample", do_sample, False)
     copies = setting("num_return_sequences", num_return_sequences, 1)
-    if copies < 1 or (copies > 1 and not samples):
+    searched = {
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "early_stopping": early_stopping,
+        "renormalize_logits": renormalize_logits,
+    }
+    beams = beams_of(
+        lambda name, default: setting(name, searched[name], default),
+        samples=samples,
+        copies=copies,
+        streamer=streamer,
+    )
+    if beams is None and (copies < 1 or (copies > 1 and not samples)):
         raise ArgumentError(
-            f"num_return_sequences is {copies}; several need do_sample=True, greedy ones are equal"
+            f"num_return_sequences is {copies}; several need do_sample=True or num_beams: greedy "
+            "ones are equal"
         )
-    ids = ids.repeat_interleave(copies, 0)
-    if attention_mask is not None:
-        attention_mask = attention_mask.repeat_interleave(copies, 0)
-    new = _new_tokens(model, ids, attention_mask, max_new_tokens, max_length, given, own)
+    if beams is None:
+        ids = ids.repeat_interleave(copies, 0)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(copies, 0)
+    new = new_tokens(model, ids, attention_mask, max_new_tokens, max_length, given, own)
     least = setting("min_new_tokens", min_new_tokens, None)
     if least is None:
         least = max(0, setting("min_length", min_length, 0) - ids.shape[1])
@@ -151,29 +171,31 @@ def generate(
     as_output = setting("return_dict_in_generate", return_dict_in_generate, False)
     if recorded and not as_output:
         raise ArgumentError("output_scores and output_logits need return_dict_in_generate=True")
-    stops = [_criterion(criterion) for criterion in stopping_criteria or ()]
+    stops = [criterion_hook(criterion) for criterion in stopping_criteria or ()]
     strings = setting("stop_strings", stop_strings, None)
     if strings is not None:
         stops.append(stop_at(strings, tokenizer))
+    common: dict[str, Any] = {
+        "mask": attention_mask,
+        "adapters": model.adapters,
+        "max_new_tokens": new,
+        "sampling": sampling,
+        "eos_ids": eos,
+        "pad_id": named_pad,
+        "adjust": processed(logits_processor) if logits_processor else None,
+        "stop": any_of(stops) if stops else None,
+        "on_scores": record if recorded else None,
+    }
+    params = model.computed_params()
+    if beams is not None:
+        found = search(params, model.spec, ids, beams, **common)
+        return record.output_of_beams(found) if as_output else found.sequences
     if streamer is not None:
         streamer.put(ids.cpu())
+        common["on_token"] = lambda token: streamer.put(token.cpu())
     try:
-        sequences = run(
-            model.computed_params(),
-            model.spec,
-            ids,
-            mask=attention_mask,
-            adapters=model.adapters,
-            max_new_tokens=new,
-            sampling=sampling,
-            eos_ids=eos,
-            pad_id=named_pad,
-            generator=_generator(seed, generator) if samples else None,
-            adjust=_processed(logits_processor) if logits_processor else None,
-            on_token=None if streamer is None else lambda token: streamer.put(token.cpu()),
-            stop=_any_of(stops) if stops else None,
-            on_scores=record if recorded else None,
-        )
+        drawn_from = generator_of(seed, generator) if samples else None
+        sequences = run(params, model.spec, ids, generator=drawn_from, **common)
     finally:
         # Also after an error: whoever reads the stream in another thread would wait for ever.
         if streamer is not None:
@@ -181,110 +203,5 @@ def generate(
     return record.output(sequences) if as_output else sequences
 
 
-def _check_shapes(ids: Any, mask: Any) -> None:
-    for name, value in (("input_ids", ids), ("attention_mask", mask)):
-        if value is None:
-            continue
-        if not isinstance(value, torch.Tensor):
-            raise InputError(
-                f"{name} is a {type(value).__name__}, expected a tensor [batch, length]; "
-                "tokenize with return_tensors='pt'"
-            )
-        if value.ndim != 2 or value.numel() == 0:
-            raise InputError(
-                f"{name} has shape {list(value.shape)}, expected [batch, length] with tokens"
-            )
-
-
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _begin(bos: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    if bos is None or attention_mask is not None:
-        raise ArgumentError("no prompt: pass input_ids, or bos_token_id to begin with that")
-    return torch.tensor([[int(bos)]])
-
-
-def _new_tokens(
-    model: CausalLM,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    max_new_tokens: int | None,
-    max_length: int | None,
-    given: Mapping[str, Any],
-    own: Mapping[str, Any],
-) -> int:
-    """How many tokens at most, from the first place that says so."""
-    width = ids.shape[1]
-    for new, total in (
-        (max_new_tokens, max_length),
-        (given.get("max_new_tokens"), given.get("max_length")),
-    ):
-        if new is not None:
-            return new
-        if total is not None:
-            return _after_prompt(total, width)
-    new = own.get("max_new_tokens")
-    if new is None:
-        total = own.get("max_length")
-        if total is not None:
-            new = _after_prompt(total, width)
-        else:
-            warnings.warn(
-                f"nothing says how much to generate: {DEFAULT_NEW_TOKENS} tokens, as in "
-                "transformers; pass max_new_tokens",
-                UserWarning,
-                stacklevel=3,
-            )
-            new = DEFAULT_NEW_TOKENS
-    longest = width if mask is None else int(mask.bool().sum(-1).max())
-    room = model.spec.max_positions - longest
-    return min(new, room) if room > 0 else int(new)
-
-
-def _after_prompt(total: int, width: int) -> int:
-    if total <= width:
-        raise InputError(
-            f"max_length is {total} and the prompt has {width} tokens: nothing is left to "
-            "generate; pass max_new_tokens"
-        )
-    return total - width
-
-
-def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
-    if seed is not None and generator is not None:
-        raise ArgumentError("both seed and generator are given; pass one")
-    if generator is not None:
-        return generator
-    made = torch.Generator()
-    if seed is None:
-        made.seed()
-        return made
-    return made.manual_seed(seed)
-
-
-def _criterion(criterion: Callable[..., Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def stop(ids: torch.Tensor) -> torch.Tensor:
-        verdict = criterion(ids, None)
-        made = verdict if isinstance(verdict, torch.Tensor) else torch.tensor(bool(verdict))
-        return made.expand(ids.shape[0])
-
-    return stop
-
-
-def _any_of(
-    stops: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda ids: torch.stack([stop(ids).to(ids.device) for stop in stops]).any(0)
-
-
-def _processed(
-    processors: Sequence[Callable[..., Any]],
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    def adjust(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for process in processors:
-            scores = process(ids, scores)
-        return scores
-
-    return adjust

@@ -30,7 +30,6 @@ WAITING: dict[str, tuple[Any, ...]] = {
     "negative_prompt_attention_mask": (),
     "negative_prompt_ids": (),
     "num_beam_groups": (1,),
-    "num_beams": (1,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "past_key_values": (),
@@ -47,10 +46,10 @@ WAITING: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 
-# Keywords that change no token here: how transformers computes, and what only beams would use.
+# Keywords that change no token here: how transformers computes.
 WITHOUT_EFFECT = frozenset(
-    {"cache_config", "compile_config", "disable_compile", "early_stopping", "length_penalty"}
-    | {"low_memory", "max_cache_len", "prefill_chunk_size", "renormalize_logits", "use_cache"}
+    {"cache_config", "compile_config", "disable_compile", "low_memory", "max_cache_len"}
+    | {"prefill_chunk_size", "use_cache"}
 )
 
 

@@ -1,22 +1,28 @@
 """What `generate` returns with return_dict_in_generate=True."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
+
+from ..nn.beam import Found
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
     """sequences [b, s + n]; scores: per new token what it was chosen from, [b, v] in fp32; logits:
-    per new token what the model gave, [b, v]. Also reads by name, as transformers' output does.
+    per new token what the model gave, [b, v]. Of beams, sequences_scores and beam_indices are
+    `nn.beam.Found`'s, scores the adjusted log-probabilities of every beam. Also reads by name, as
+    transformers' output does.
     """
 
     sequences: torch.Tensor
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
+    sequences_scores: torch.Tensor | None = None
+    beam_indices: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        value = getattr(self, name) if name in ("sequences", "scores", "logits") else None
+        value = getattr(self, name) if name in {f.name for f in fields(self)} else None
         if value is None:
             raise KeyError(name)
         return value  # type: ignore[no-any-return]
@@ -44,3 +50,8 @@ class Record:
             tuple(x.clone() for x in self.scores) if self.want_scores else None,
             tuple(x.clone() for x in self.logits) if self.want_logits else None,
         )
+
+    def output_of_beams(self, found: Found) -> GenerationOutput:
+        """The same of a beam search; scores of sequences come with the scores of tokens."""
+        out = replace(self.output(found.sequences), beam_indices=found.rows)
+        return replace(out, sequences_scores=found.scores) if self.want_scores else out

@@ -1,22 +1,27 @@
-"""Generation: the prompt in one pass, then one token at a time over the key-value cache.
-
-Rows with padding on either side give what each row gives alone: their tokens are moved against the
-end of the batch, positions count real tokens only, and padding is in no token's sight.
-"""
+"""Generation: the prompt in one pass, then one token at a time over the key-value cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
-from ..errors import ArgumentError, InputError
+from ..errors import ArgumentError
 from . import cache as kv
 from . import sampling as rules
 from . import tree
 from .cache import Cache
 from .decode import decode, prefill, waits_for
 from .graph import capture
-from .layout import Layout, dense
+from .prompt import (
+    against_the_end,
+    check,
+    layout_of,
+    raise_if_broken,
+    so_far,
+    tokens_seen,
+    unpadded,
+)
+from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
 
@@ -29,7 +34,6 @@ WORTH_A_GRAPH = 8
 
 Stop = Callable[[torch.Tensor], torch.Tensor]
 OnToken = Callable[[torch.Tensor], None]
-Adjust = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OnScores = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -71,16 +75,12 @@ def generate(
     does not fit, ids outside of the vocabulary, more tokens than the model has positions, and
     logits that are not finite.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise ArgumentError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number")
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if sampling.temperature > 0 and generator is None:
         raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
-    real = _check(spec, tokens, mask, max_new_tokens)
+    real = check(spec, tokens, mask, max_new_tokens)
     device = tree.tensors(params["layers"][0])[0].device
     with torch.inference_mode():
-        prompt, real = _against_the_end(tokens.to(device), real)
+        prompt, real = against_the_end(tokens.to(device), real)
         new = _run(
             params,
             spec,
@@ -100,63 +100,6 @@ def generate(
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(device), new], 1)
-
-
-def _check(
-    spec: ModelSpec, tokens: torch.Tensor, mask: torch.Tensor | None, new: int
-) -> torch.Tensor | None:
-    """Raise InputError for what cannot be run; the mask as bool, None where it hides nothing."""
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise InputError(
-            f"the prompt has shape {list(tokens.shape)}, expected [batch, length] with tokens"
-        )
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"the prompt has dtype {tokens.dtype}, expected token ids in torch.int64")
-    low, high = (int(x) for x in tokens.aminmax())
-    if low < 0 or high >= spec.vocab:
-        raise InputError(f"token ids lie in {low}..{high}, the vocabulary is 0..{spec.vocab - 1}")
-    longest, real = tokens.shape[1], None
-    if mask is not None:
-        if mask.shape != tokens.shape:
-            raise InputError(
-                f"attention_mask has shape {list(mask.shape)}, the prompt {list(tokens.shape)}"
-            )
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise InputError("attention_mask has values other than 0 (padding) and 1 (real)")
-        lengths = mask.bool().sum(-1).tolist()
-        if min(lengths) == 0:
-            raise InputError(f"row {lengths.index(0)} of the prompt is empty: all of it is padding")
-        longest = max(lengths)
-        real = None if min(lengths) == tokens.shape[1] else mask.bool()
-    if longest > spec.max_positions:
-        raise InputError(
-            f"a prompt of {longest} tokens is longer than the model's context of "
-            f"{spec.max_positions}; shorten it, or load with a rope_scaling that extends it"
-        )
-    if longest + new > spec.max_positions:
-        raise InputError(
-            f"a prompt of {longest} tokens and {new} new ones make {longest + new}, more than the "
-            f"model's context of {spec.max_positions}; ask for at most "
-            f"{spec.max_positions - longest} new ones, or load with a rope_scaling that extends it"
-        )
-    return real
-
-
-def _against_the_end(
-    tokens: torch.Tensor, real: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Move padding [b, s] to the front and cut off what no row needs; None: no padding is left.
-
-    With the real tokens of a row next to each other, distances in the cache are distances in the
-    text, and the last column is every row's last token.
-    """
-    if real is None:
-        return tokens, None
-    longest = int(real.sum(-1).max())
-    real = real.to(tokens.device)
-    order = real.long().argsort(dim=-1, stable=True)[:, -longest:]
-    tokens, real = tokens.gather(1, order), real.gather(1, order)
-    return tokens, None if bool(real.all()) else real
 
 
 def _run(
@@ -184,7 +127,9 @@ def _run(
     ids[:, :start] = prompt
     ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     broken = torch.zeros_like(ended)
-    seen = _seen(prompt, real, spec.vocab) if sampling.repetition_penalty != 1 else None
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = tokens_seen(unpadded(prompt, real), spec.vocab)
 
     def empty(capacity: int) -> Cache:
         dtype, device = params["embed"]["weight"].dtype, prompt.device
@@ -194,20 +139,20 @@ def _run(
     cache = empty(min(limit, start + CHUNK))
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
     logits, cache = prefill(
-        params, spec, prompt, cache, layout=_layout(prompt, real), adapters=adapters
+        params, spec, prompt, cache, layout=layout_of(prompt, real), adapters=adapters
     )
 
     def pick(logits: torch.Tensor) -> None:
         """Choose the tokens of the next column and note which rows they end."""
-        so_far = ids[:, :end]
-        scores = rules.scores(
+        scores = row_scores(
             logits,
+            ids[:, :end],
             sampling,
-            seen=seen,
-            ids=_unpadded(so_far, real) if sampling.reads_ids() else None,
             start=start,
-            banned=eos if end - start < sampling.min_new_tokens and eos.numel() > 0 else None,
-            adjust=None if adjust is None else _bound(adjust, so_far),
+            real=real,
+            eos=eos,
+            adjust=adjust,
+            seen=seen,
         )
         if on_scores is not None:
             on_scores(logits, scores)
@@ -274,54 +219,13 @@ def _run(
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
             cache, replay, fresh = empty(min(limit, end + CHUNK)), None, True
-            whole, mask = _so_far(ids[:, :end], real, spec.vocab)
+            whole, mask = so_far(ids[:, :end], real, spec.vocab)
             logits, cache = prefill(
-                params, spec, whole, cache, layout=_layout(whole, mask), adapters=adapters
+                params, spec, whole, cache, layout=layout_of(whole, mask), adapters=adapters
             )
         elif cache.length == cache.capacity:
             cache, replay = kv.grow(cache, min(limit, cache.capacity + CHUNK)), None
     if can_end and pause > 1:
         end = start + int(used)
-    if bool(broken.any()):
-        raise InputError(
-            f"the model's logits for row {broken.tolist().index(True)} are not finite; its weights "
-            "or adapters hold NaN or infinite values, or its dtype is too narrow for it"
-        )
+    raise_if_broken(broken)
     return ids[:, start:end]
-
-
-def _so_far(
-    ids: torch.Tensor, real: torch.Tensor | None, vocab: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts and answers, with pads the model need not know made harmless; what is real of it."""
-    ids = ids.clamp(max=vocab - 1)
-    if real is None:
-        return ids, None
-    new = real.new_ones(ids.shape[0], ids.shape[1] - real.shape[1])
-    return ids, torch.cat([real, new], 1)
-
-
-def _unpadded(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """ids [b, m] with -1 for the padding before a prompt."""
-    if real is None:
-        return ids
-    return torch.cat([ids[:, : real.shape[1]].masked_fill(~real, -1), ids[:, real.shape[1] :]], 1)
-
-
-def _bound(adjust: Adjust, ids: torch.Tensor) -> rules.Adjust:
-    return lambda logits: adjust(ids, logits)
-
-
-def _seen(prompt: torch.Tensor, real: torch.Tensor | None, vocab: int) -> torch.Tensor:
-    """Which tokens of the vocabulary each prompt holds, padding aside: bool [b, v]."""
-    # Padding is written to one column past the vocabulary, which is then cut off.
-    kept = prompt if real is None else torch.where(real, prompt, vocab)
-    seen = torch.zeros(prompt.shape[0], vocab + 1, dtype=torch.bool, device=prompt.device)
-    return seen.scatter_(1, kept.long(), True)[:, :vocab]
-
-
-def _layout(prompt: torch.Tensor, real: torch.Tensor | None) -> Layout:
-    """Where the tokens of the prompt stand."""
-    if real is None:
-        return dense(*prompt.shape, device=prompt.device)
-    return Layout((real.long().cumsum(-1) - 1).clamp(min=0), real.long())

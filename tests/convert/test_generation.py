@@ -467,11 +467,10 @@ def test_mode_and_dropout_are_left_alone(pair: tuple[Any, CausalLM]) -> None:
 @pytest.mark.parametrize(
     ("keywords", "error", "says"),
     [
-        ({"num_beams": 4}, NotImplementedError, "num_beams=4"),
         ({"penalty_alpha": 0.6}, NotImplementedError, "penalty_alpha=0.6"),
         ({"bad_words_ids": [[]]}, ArgumentError, "bad_words_ids"),
         ({"sequence_bias": [[1, 2.0]]}, ArgumentError, "sequence_bias"),
-        ({"generation_config": {"num_beams": 2}}, NotImplementedError, "num_beams=2"),
+        ({"generation_config": {"penalty_alpha": 0.6}}, NotImplementedError, "alpha=0.6"),
         ({"generation_config": 3}, ArgumentError, "int"),
         ({"max_new_token": 4}, TypeError, "did you mean 'max_new_tokens'"),
         ({"zzz": 4}, TypeError, "'zzz'"),
