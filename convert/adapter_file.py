@@ -7,8 +7,8 @@ whole are `<module>.weight`, biases `<module>.bias`, or `<module>.base_layer.bia
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ from ..errors import AdapterError, ArgumentError, CheckpointError, SaveError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import atomic, expert_adapters, rope_override
+from . import atomic, expert_adapters, named_adapters, rope_override
 from .adapter_config import CONFIG, parse, read_config
 from .adapter_fit import fitted, name_targets
 from .lora_config import PeftConfig
 from .names import Names
 from .peft_targets import is_target, modules, parameters, projections, rank_and_scale
+from .safetensors_write import Entry
 from .shards import TensorInfo, open_checkpoint, read
 
 if TYPE_CHECKING:
@@ -39,13 +40,20 @@ _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector(?:\.we
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def save_adapter(model: "CausalLM", folder: str | Path, tokenizer: Any = None) -> None:
-    """Write the adapters of `model`, and a tokenizer (default: its own), whole or not at all.
+def save_adapter(
+    model: "CausalLM",
+    folder: str | Path,
+    tokenizer: Any = None,
+    selected_adapters: Sequence[str] | None = None,
+) -> None:
+    """Write the adapters of `model` (default: all), and a tokenizer (default: its own), whole or
+    not at all: the one called "default" into `folder`, each other into a folder of its name there.
 
-    Raises SaveError when there are none, into the base model's own folder, or the disk refuses.
+    Raises SaveError when there are none, into the base model's own folder, or the disk refuses,
+    and ArgumentError for names that are no adapter's.
     """
-    config = model.peft_config.get("default")
-    if config is None and not tree.leaves(model.adapters):
+    worn = model.worn
+    if not worn:
         raise SaveError(
             "the model has no adapter to save; add one with get_peft_model, or write the whole "
             "model with save_pretrained_merged"
@@ -55,20 +63,24 @@ def save_adapter(model: "CausalLM", folder: str | Path, tokenizer: Any = None) -
     stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
     if origin.rope_scaling is not None:
         stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)
-    write_adapter(
-        folder,
-        model.adapters,
-        model.spec,
-        origin.family.names,
-        trained=model.trained,
-        config=replace(
-            config or PeftConfig(),
+    metadata = {key: value for key, value in stored.items() if value is not None}
+    saved = named_adapters.chosen(
+        list(worn) if selected_adapters is None else selected_adapters, list(worn)
+    )
+    files = {}
+    for name in saved:
+        one = worn[name]
+        config = replace(
+            one.config or PeftConfig(),
             base_model_name_or_path=origin.name,
             revision=origin.revision,
-        ),
-        metadata={key: value for key, value in stored.items() if value is not None},
-        tokenizer=model.tokenizer if tokenizer is None else tokenizer,
-    )
+        )
+        adapters = named_adapters.acting([one], training=True)
+        within = "" if name == named_adapters.DEFAULT else name
+        files[within] = _files(
+            adapters, model.spec, origin.family.names, one.trained, config, metadata
+        )
+    _write(folder, files, model.tokenizer if tokenizer is None else tokenizer)
 
 
 def write_adapter(
@@ -87,6 +99,26 @@ def write_adapter(
     `config` is corrected where it does not describe the trees. metadata goes into the header of
     the safetensors file, where peft does not look. The tensors keep their dtype.
     """
+    _write(folder, {"": _files(adapters, spec, names, trained, config, metadata)}, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What an adapter's two files hold: the config's text, the tensors, and their header."""
+
+    config: str
+    entries: list[Entry]
+    header: dict[str, str]
+
+
+def _files(
+    adapters: tree.Tree,
+    spec: ModelSpec,
+    names: Names,
+    trained: tree.Tree,
+    config: PeftConfig | None,
+    metadata: Mapping[str, str] | None,
+) -> _Files:
     config = fitted(config or PeftConfig(), adapters, trained, spec, names)
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
     adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
@@ -96,11 +128,24 @@ def write_adapter(
     }
     entries = [atomic.entry(name, tensor.detach()) for name, tensor in tensors.items()]
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-    size = atomic.entry_bytes(entries)
-    with atomic.folder(folder, need_bytes=size, replaces=atomic.ADAPTER_FILES) as new:
-        header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
-        atomic.write_safetensors(new / f"{STEM}.safetensors", entries, header)
-        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+    header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
+    return _Files(text + "\n", entries, header)
+
+
+def _write(folder: str | Path, files: Mapping[str, _Files], tokenizer: Any) -> None:
+    """Each adapter's files into the folder of that name within `folder`, and a tokenizer there."""
+    size = sum(atomic.entry_bytes(one.entries) for one in files.values())
+    stale = [
+        f"{within}/{pattern}" if within else pattern
+        for within in files
+        for pattern in atomic.ADAPTER_FILES
+    ]
+    with atomic.folder(folder, need_bytes=size, replaces=stale) as new:
+        for within, one in files.items():
+            place = new / within
+            place.mkdir(exist_ok=True)
+            atomic.write_safetensors(place / f"{STEM}.safetensors", one.entries, one.header)
+            (place / CONFIG).write_text(one.config, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
 

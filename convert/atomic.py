@@ -211,7 +211,11 @@ def _keep_others(place: Path, new: Path, replaces: Sequence[str]) -> None:
             source, copy = Path(root, name), here / name
             if os.path.lexists(copy):
                 continue
-            if here == new and any(fnmatch.fnmatchcase(name, pattern) for pattern in replaces):
+            within = source.relative_to(place).as_posix()
+            if any(
+                within.count("/") == pattern.count("/") and fnmatch.fnmatchcase(within, pattern)
+                for pattern in replaces
+            ):
                 continue
             if source.is_symlink():
                 os.symlink(os.readlink(source), copy)

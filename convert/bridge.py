@@ -5,20 +5,17 @@ Parameters without gradient), so that optimizers, trainers and `.to(device)` fin
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import ArgumentError
 from ..nn import decoder, loss, qat, tree
-from ..nn.lora import LoRA, relative
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
-from ..quant.stack import Stack
 from . import batch, memory_plan, report
 from .arguments import Auto, choose_residuals
 from .config import Config
@@ -26,10 +23,7 @@ from .output import CausalLMOutput
 from .registry import Family
 from .saving import Saving
 from .shards import Checkpoint
-from .trainee import Trainee
-
-MAGNITUDE = "lora_magnitude_vector"
-_ADAPTERS = ("lora_A", "lora_B", MAGNITUDE, "lora_start")
+from .wearing import Wearing
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,12 @@ class Origin:
         return self  # nothing in it changes, and it names modules, which cannot be copied
 
 
-class CausalLM(Saving, Trainee):
+class CausalLM(Saving, Wearing):
     """A causal language model.
 
     The tree and the Module share storage: an optimizer step through `parameters()` changes what
-    `params` and `adapters` return. Parameters carry the checkpoint's names; an adapter's are
-    `….lora_A.weight` and `….lora_B.weight` beside the weight they change.
+    `params` and `adapters` return. Parameters carry the checkpoint's names; adapters are worn
+    beside the weights that they change (`Wearing`).
     """
 
     def __init__(
@@ -87,15 +81,12 @@ class CausalLM(Saving, Trainee):
         # Tokens that the MLP runs on at a time while training (`residuals.Policy`).
         self.tile: int | None = None
         self.qat_scheme: str | None = None
-        self.peft_config: dict[str, Any] = {}
         self.tokenizer: Any = None
         self._dtype = dtype
         # The dropout of step n is drawn from (seed, n), so that it can be repeated and resumed.
         self.dropout_seed, self.dropout_step = seed, 0
+        self._worn, self._active, self._disabled = {}, (), False
         self._params = self._wear(params, lambda path: train_all)
-        self._trained: tree.Tree = {}
-        self._adapters: tree.Tree = {}
-        self._start: tree.Tree = {}
 
     def keep_embedding_on_host(self) -> None:
         """Leave the embedding in host memory; a pass copies the rows that it uses.
@@ -115,26 +106,6 @@ class CausalLM(Saving, Trainee):
         table.data = host.copy_(table.detach())
         self.embeds_on_host = True
 
-    # The trees.
-
-    @property
-    def params(self) -> tree.Tree:
-        """The live tree of params, trained copies of modules in place of the frozen ones."""
-        return tree.combine(self._trained, self._params) if self._trained else self._params
-
-    @property
-    def adapters(self) -> tree.Tree:
-        """The live tree of adapters as they act on `params`; empty without any.
-
-        Adapters that began inside the weights (PiSSA, OLoRA) act by their change since.
-        """
-        return relative(self._adapters, self._start) if self._start else self._adapters
-
-    @property
-    def trained(self) -> tree.Tree:
-        """The live tree of trained copies of frozen params (`modules_to_save`, biases)."""
-        return self._trained
-
     def round_weights(self, qat_scheme: str | None) -> None:
         """Compute as if projections were stored by `qat_scheme` (quant/fake.py); None ends it.
 
@@ -143,70 +114,6 @@ class CausalLM(Saving, Trainee):
         if qat_scheme is not None:
             qat.wrap(self.params, self.spec, qat_scheme)
         self.qat_scheme = qat_scheme
-
-    def set_adapters(
-        self, adapters: tree.Tree, trained: tree.Tree | None = None, start: tree.Tree | None = None
-    ) -> None:
-        """Wear `adapters` (and trained copies of params) in place of those worn before.
-
-        start: what adapters began with that act by their change since (`nn.lora.relative`).
-        """
-        self._remove_adapters()
-        made: dict[str, LoRA] = {}
-        for path, leaf in tree.items(adapters):
-            node = self._node(self.origin.family.names.module_to_hf(path))
-            a, b = nn.Parameter(leaf.a), nn.Parameter(leaf.b)
-            m = None if leaf.magnitude is None else nn.Parameter(leaf.magnitude)
-            worn = {"lora_A": a, "lora_B": b, **({} if m is None else {MAGNITUDE: m})}
-            for name, value in worn.items():
-                child = nn.Module()
-                child.register_parameter("weight", value)
-                node.add_module(name, child)
-            made[path] = replace(leaf, a=a, b=b, magnitude=m)
-        self._adapters = tree.from_items(made)
-        self._start = self._wear_start(start or {})
-        self._trained = self._wear(trained or {}, lambda path: True, "trained_")
-
-    def _wear_start(self, start: tree.Tree) -> tree.Tree:
-        made: dict[str, LoRA] = {}
-        for path, leaf in tree.items(start):
-            node = self._node(self.origin.family.names.module_to_hf(path))
-            child = nn.Module()
-            child.register_parameter("A", nn.Parameter(leaf.a, requires_grad=False))
-            child.register_parameter("B", nn.Parameter(leaf.b, requires_grad=False))
-            node.add_module("lora_start", child)
-            made[path] = LoRA(child.A, child.B, leaf.scale)  # type: ignore[arg-type]
-        return tree.from_items(made)
-
-    def _remove_adapters(self) -> None:
-        for module in list(self.modules()):
-            for name in [n for n in module._modules if n in _ADAPTERS]:
-                delattr(module, name)
-            for name in [n for n in module._parameters if n.startswith("trained_")]:
-                delattr(module, name)
-
-    def _wear(self, params: tree.Tree, trained: Callable[[str], bool], prefix: str = "") -> Any:
-        """Register every tensor under its checkpoint name; the tree with the registered ones."""
-
-        def register(path: str, leaf: Any) -> Any:
-            module, _, name = path.rpartition(".")
-            node = self._node(self.origin.family.names.module_to_hf(module))
-            if isinstance(leaf, Stack):
-                return replace(leaf, inner=register(path, leaf.inner))
-            if not isinstance(leaf, torch.Tensor):  # quantized: its tensors, the codes first
-                parts = {
-                    field.name: nn.Parameter(value, requires_grad=False)
-                    for field in fields(leaf)
-                    if isinstance(value := getattr(leaf, field.name), torch.Tensor)
-                }
-                for i, (key, value) in enumerate(parts.items()):
-                    node.register_parameter(f"{name}_{key}" if i else name, value)
-                return replace(leaf, **parts)
-            value = nn.Parameter(leaf, requires_grad=trained(path))
-            node.register_parameter(prefix + name, value)
-            return value
-
-        return tree.map_with_path(register, params)
 
     # Running.
 
@@ -283,13 +190,15 @@ class CausalLM(Saving, Trainee):
         rounded under a `qat_scheme`.
         """
         params = self._params
-        if self._trained:
-            cast = tree.map(lambda leaf: leaf.to(self._dtype), self._trained)
+        trained = self.trained
+        if trained:
+            cast = tree.map(lambda leaf: leaf.to(self._dtype), trained)
             params = tree.combine(cast, params)
         return qat.wrap(params, self.spec, self.qat_scheme) if self.qat_scheme else params
 
     def _next_seed(self) -> int | None:
-        if not self.training or not any(leaf.dropout for leaf in tree.leaves(self._adapters)):
+        leaves = [leaf for one in self.acting for leaf in tree.leaves(one.adapters)]
+        if not self.training or not any(leaf.dropout for leaf in leaves):
             return None
         self.dropout_step += 1
         return (self.dropout_seed * 1_000_003 + self.dropout_step * 10_007) % 2**48

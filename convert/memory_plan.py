@@ -54,7 +54,7 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
             ranks=_ranks(model),
             tile=model.tile,
             masked=masked,
-            dora=any(leaf.magnitude is not None for leaf in tree.leaves(model._adapters)),
+            dora=any(leaf.magnitude is not None for leaf in tree.leaves(model.adapters)),
             trained=_trains_layers(model),
         )
         fixed = max(_lasting(model), _allocated(device))
@@ -106,10 +106,16 @@ def _lasting(model: "CausalLM") -> int:
     (fp32, as torch's AdamW has them).
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(tree.nbytes(t) for t in (model.params, model._adapters, model._start))
+    held = sum(tree.nbytes(t) for t in _held(model))
     if model.embeds_on_host:
-        held -= tree.nbytes(model.params["embed"])
+        held -= tree.nbytes(model.base_params["embed"])
     return held + 3 * 4 * trained
+
+
+def _held(model: "CausalLM") -> list[tree.Tree]:
+    """Everything that lies in memory: adapters that do not act now, too."""
+    others = [part for w in model.worn.values() for part in (w.adapters, w.start, w.trained)]
+    return [model.base_params, *others]
 
 
 def _tiled(residuals: Residuals, tile: int | None) -> Residuals:
@@ -127,7 +133,7 @@ def _trains_layers(model: "CausalLM") -> bool:
 
 def _ranks(model: "CausalLM") -> int:
     """The ranks of one layer's adapters, summed; of the layer with the most."""
-    layers: list[tree.Tree] = (model._adapters or {}).get("layers", [])
+    layers: list[tree.Tree] = (model.adapters or {}).get("layers", [])
     return max((sum(leaf.rank for leaf in tree.leaves(layer)) for layer in layers), default=0)
 
 

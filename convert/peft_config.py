@@ -3,14 +3,17 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from . import adapter_start, peft_targets
+from .adapter_config import parse
 from .arguments import Auto, check_scheme, not_yet
 from .lora_config import DEFAULT_TARGETS, PeftConfig, check_texts, checked_mapping, wrong
+from .named_adapters import DEFAULT, Adapter
 from .names import Names
 from .peft_targets import Plan, plan
 
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_TARGETS", "PeftConfig", "Plan", "apply", "configure", "plan"]
 
+# The fields of a config that are arguments of `configure`.
+_SETTINGS = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "bias"),
+    *("use_rslora", "use_dora", "init_lora_weights", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "target_parameters", "rank_pattern", "alpha_pattern"),
+)
 _EMBEDDINGS = ("embed", "head")
 _STARTS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
 
@@ -133,11 +142,10 @@ def apply(
         )
     model.round_weights(qat_scheme)
     found = plan(config, model.spec, names)
-    worn = model.peft_config.get("default")
+    worn = model.peft_config.get(DEFAULT)
     if worn is None:
-        begun = adapter_start.begin(config, found, model.params, model.spec, names, random_state)
-        model.set_adapters(begun.adapters, begun.trained, begun.start)
-        model.peft_config = {"default": config}
+        model.wear(DEFAULT, _fresh(model, config, found, random_state))
+        model.set_adapter(DEFAULT)
         model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
     elif (plan(worn, model.spec, names), worn.lora_dropout, worn.use_dora) != (
         found,
@@ -152,6 +160,49 @@ def apply(
     model.residuals = residuals
     model.train()
     return model
+
+
+def begun(
+    model: "CausalLM", given: Any, random_state: int, **arguments: Any
+) -> tuple[Adapter, tuple[str, ...]]:
+    """A fresh adapter of `model` as a value, and notes for its report.
+
+    given: a `PeftConfig` or peft's `LoraConfig`, or None, where `arguments` are those of
+    `configure`.
+    """
+    if given is not None:
+        if arguments:
+            raise ArgumentError(
+                f"peft_config says it all, found also {', '.join(sorted(arguments))}"
+            )
+        arguments = _arguments(given)
+    names = model.origin.family.names
+    arguments |= {
+        "base_model_name_or_path": model.origin.name,
+        "revision": model.origin.revision,
+    }
+    config, notes = configure(model.spec, names, **arguments)
+    return _fresh(model, config, plan(config, model.spec, names), random_state), notes
+
+
+def _fresh(model: "CausalLM", config: PeftConfig, found: Plan, random_state: int) -> Adapter:
+    names, params = model.origin.family.names, model.base_params
+    made = adapter_start.begin(config, found, params, model.spec, names, random_state)
+    return Adapter(made.adapters, made.trained, made.start, config)
+
+
+def _arguments(given: Any) -> dict[str, Any]:
+    """The arguments of `configure` that a config stands for; what it cannot say raises."""
+    if not hasattr(given, "to_dict"):
+        raise ArgumentError(
+            f"peft_config is a {type(given).__name__}, expected a PeftConfig or peft's LoraConfig"
+        )
+    settings = {
+        name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for name, value in given.to_dict().items()
+    }
+    config = parse(settings, Path("peft_config"))
+    return {name: getattr(config, name) for name in _SETTINGS}
 
 
 def _targets(

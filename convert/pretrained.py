@@ -234,8 +234,7 @@ class FastLanguageModel:
             adapters, trained, settings = adapter_file.read_adapter(
                 source.folder, spec, loaded.family.names, params=params
             )
-            model.set_adapters(_placed(adapters, device), _placed(trained, device))
-            model.peft_config = {"default": settings}
+            model.set_adapters(_placed(adapters, device), _placed(trained, device), config=settings)
         model.eval()
         return model, tokenizer
 

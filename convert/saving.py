@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 class Saving:
     """Saving methods of a `CausalLM`; each hands the model to the function that does it."""
 
-    def save_pretrained(self: CausalLM, folder: str | Path, **ignored: Any) -> None:  # type: ignore[misc]
-        """Write what is trained: the adapter in peft's format, or the whole model under full
-        fine-tuning. Trainers' further keywords (state_dict, safe_serialization...) change nothing.
+    def save_pretrained(  # type: ignore[misc]
+        self: CausalLM,
+        folder: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> None:
+        """Write the adapters (all, or those selected) in peft's format and folders, or without any
+        the whole model. Trainers' further keywords (state_dict, safe_serialization...) change
+        nothing.
         """
         from .adapter_file import save_adapter
         from .merge import save_merged
 
-        if self._adapters or self._trained:
-            save_adapter(self, folder)
+        if self._worn:
+            save_adapter(self, folder, selected_adapters=selected_adapters)
         else:
             save_merged(self, folder)
 
@@ -56,7 +62,7 @@ class Saving:
         from .merge import save_merged
         from .push import push
 
-        trained = bool(self._adapters or self._trained)
+        trained = bool(self._worn)
         save = save_adapter if trained else save_merged
         kind = "adapter" if trained else "merged"
         return push(self, repo_id, lambda folder: save(self, folder, tokenizer), kind, **options)

@@ -26,7 +26,12 @@ class Trainee(nn.Module):
     residuals: Residuals | Auto
     train_all: bool
     _params: tree.Tree
-    _trained: tree.Tree
+    plans: dict[Any, Any]
+
+    @property
+    def trained(self) -> tree.Tree:
+        """The trained copies of params."""
+        raise NotImplementedError
 
     def _node(self, name: str) -> nn.Module:
         """The module under the checkpoint's `name`, made where there is none."""
@@ -87,7 +92,7 @@ class Trainee(nn.Module):
         Raises ArgumentError where the head is trained, of which that is the frozen weight.
         """
         module = "embed" if self.spec.tied else "head"
-        if tree.get(self._trained, module) or tree.get(self._trained, "head"):
+        if tree.get(self.trained, module) or tree.get(self.trained, "head"):
             raise ArgumentError(
                 "the head is trained (modules_to_save), and this trainer would use the frozen one; "
                 "train without it, or with transformers.Trainer"

@@ -4,18 +4,17 @@ kernels leave the GPU waiting for Python.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .buckets import bucket_for, filled
-from .convert import batch, memory_plan
+from .convert import batch, memory_plan, named_adapters
 from .convert.bridge import CausalLM
 from .errors import ArgumentError
 from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
 from .nn.layout import Layout
-from .nn.lora import relative
 from .nn.residuals import Residuals, per_layer
 from .nn.spec import MoESpec
 
@@ -110,7 +109,8 @@ class GraphedStep:
             longest = bucket.longest
             made = filled(input_ids, labels, cu_seqlens, bucket)
             input_ids, labels, cu_seqlens = made["input_ids"], made["labels"], made["cu_seqlens"]
-        if any(a is not b for a, b in zip(self._trained, self._live(), strict=True)):
+        live = self._live()
+        if [id(p) for p in self._trained] != [id(p) for p in live]:
             raise ArgumentError(
                 "the model wears other adapters than were captured; make a new step"
             )
@@ -175,8 +175,11 @@ class GraphedStep:
             # Leaves of its own, over the same memory: what elsewhere still holds on to a graph of
             # the parameters' would tie this one to another stream.
             fresh = {id(p): p.detach().requires_grad_() for p in self._trained}
-            worn = tree.map_tensors(lambda t: fresh.get(id(t), t), self.model._adapters)
-            adapters = relative(worn, self.model._start) if self.model._start else worn
+            worn = [
+                replace(one, adapters=tree.map_tensors(lambda t: fresh.get(id(t), t), one.adapters))
+                for one in self.model.acting
+            ]
+            adapters = named_adapters.acting(worn, training=True)
             value = value_of(
                 self.model, ids, targets, rows, adapters=adapters, count=held, residuals=policies
             )

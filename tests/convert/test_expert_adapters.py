@@ -85,8 +85,7 @@ def test_ours_loads_peft(tmp_path: Path) -> None:
     made, trained, config = read_adapter(
         tmp_path / "adapter", model.spec, model.origin.family.names
     )
-    model.set_adapters(made, trained)
-    model.peft_config = {"default": config}
+    model.set_adapters(made, trained, config=config)
     bridged.same_logits(theirs.eval()(bridged.ids()).logits.detach(), logits(model))
     model.save_pretrained(tmp_path / "again")
     one, other = (

@@ -162,7 +162,7 @@ def test_we_load_pefts(case: str, tmp_path: Path) -> None:
     assert shapes(fresh.adapters) == shapes(model.adapters)
     assert set(dict(tree.items(fresh.trained))) == set(dict(tree.items(model.trained)))
     # And written again, nothing is lost.
-    model.peft_config = {"default": config}
+    model.set_adapters(adapters, trained, config=config)
     model.save_pretrained(tmp_path / "again")
     first = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     second = load_file(tmp_path / "again" / "adapter_model.safetensors")
