@@ -141,6 +141,23 @@ def grow(cache: Cache, capacity: int) -> Cache:
     )
 
 
+def cut(cache: Cache, length: int) -> Cache:
+    """The cache as it was when every row had `length` tokens; the buffers are shared, not copied.
+
+    Raises InputError where a layer has a state, which cannot go back, or the cache is shorter.
+    """
+    if any(name not in COLUMNS for state in cache.layers for name in state):
+        raise InputError("a cache with the states of recurrent layers cannot be cut back")
+    if not 0 <= length <= cache.length:
+        raise InputError(f"a cache of {cache.length} tokens cannot be cut to {length}")
+    return replace(
+        cache,
+        length=length,
+        first=cache.first.clamp(max=length),
+        end=cache.end - (cache.length - length),
+    )
+
+
 def select(cache: Cache, rows: torch.Tensor) -> Cache:
     """The cache of the given rows [n], copied."""
     return Cache(

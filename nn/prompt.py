@@ -107,6 +107,16 @@ def layout_of(prompt: torch.Tensor, real: torch.Tensor | None) -> Layout:
     return Layout((real.long().cumsum(-1) - 1).clamp(min=0), real.long())
 
 
+def layout_from(ids: torch.Tensor, real: torch.Tensor | None, begin: int) -> Layout:
+    """Where the tokens of rows ids [b, m] stand from column `begin` on; real [b, s] of prompts."""
+    if real is None:
+        return dense(ids.shape[0], ids.shape[1] - begin, start=begin, device=ids.device)
+    answer = real.new_ones(ids.shape[0], ids.shape[1] - real.shape[1])
+    whole = layout_of(ids, torch.cat([real, answer], 1))
+    assert whole.segments is not None
+    return Layout(whole.positions[:, begin:], whole.segments[:, begin:])
+
+
 def raise_if_broken(broken: torch.Tensor) -> None:
     """InputError if any row of broken [b] bool had logits from which no token can be chosen."""
     if bool(broken.any()):

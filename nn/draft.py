@@ -1,0 +1,178 @@
+"""Cheap guesses at the tokens to come, for `speculate` to verify: by n-grams or by a smaller model.
+
+No guess changes which answers are given, nor how often: only how many tokens a step verifies.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from . import cache as kv
+from . import decoder, tree
+from . import sampling as rules
+from .cache import Cache
+from .decode import decode
+from .generate import CHUNK
+from .prompt import layout_from
+from .row_scores import Adjust, row_scores
+from .sampling import Sampling
+from .slots import shared_length
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class NGrams:
+    """What followed where the row's last tokens stood before (prompt lookup decoding).
+
+    tokens: at most so many are drafted. longest: so many last tokens are sought first, then fewer.
+    """
+
+    tokens: int = 10
+    longest: int = 2
+
+    def __post_init__(self) -> None:
+        _require_whole("prompt_lookup_num_tokens", self.tokens)
+        _require_whole("max_matching_ngram_size", self.longest)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModel:
+    """What a smaller model of the same tokens draws by the same rules; its cache so far."""
+
+    params: tree.Tree
+    spec: ModelSpec
+    adapters: tree.Tree = None
+    tokens: int = 5
+    cache: Cache | None = None
+
+    def __post_init__(self) -> None:
+        _require_whole("num_assistant_tokens", self.tokens)
+
+
+Draft = NGrams | DraftModel
+
+
+def _require_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} is {value!r}, expected a whole number from 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """tokens [b, c]: guesses, -1 from where a row has none. chances [b, c, v] in fp64: what they
+    were drawn from; None: nothing was drawn.
+    """
+
+    tokens: torch.Tensor
+    chances: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows under way, for whoever drafts: ids [b, limit], of which `end` columns are filled and the
+    next may be written to; start and real as in `row_scores`.
+    """
+
+    ids: torch.Tensor
+    end: int
+    start: int
+    real: torch.Tensor | None
+    eos: torch.Tensor
+
+
+def by_ngrams(ids: torch.Tensor, how: NGrams, count: int) -> torch.Tensor:
+    """ids [b, m], -1 for padding -> up to min(count, how.tokens) guesses a row [b, c], -1: none.
+
+    Of the places where the last tokens stood, the latest that has all the guesses after it, else
+    the first.
+    """
+    b, m = ids.shape
+    count = min(count, how.tokens)
+    column = torch.arange(m, device=ids.device)
+    # After these columns the guesses begin; 0: nowhere yet.
+    begin = torch.zeros(b, dtype=torch.int64, device=ids.device)
+    for size in range(min(how.longest, m - 1), 0, -1):
+        last = ids[:, m - size :]
+        grams = ids.unfold(1, size, 1)[:, :-1]
+        found = (grams == last[:, None]).all(-1) & (last >= 0).all(-1, keepdim=True)
+        after = column[size:]
+        whole = found & (after + count <= m)
+        latest = torch.where(whole, after, 0).amax(-1)
+        first = torch.where(found, after, m).amin(-1) % m
+        here = torch.where(latest > 0, latest, first)
+        begin = torch.where(begin > 0, begin, here)
+    at = begin[:, None] + torch.arange(count, device=ids.device)
+    known = (begin > 0)[:, None] & (at < m)
+    return ids.gather(1, at.clamp(max=m - 1)).masked_fill(~known, -1)
+
+
+def by_model(
+    how: DraftModel,
+    rows: Rows,
+    count: int,
+    sampling: Sampling,
+    *,
+    vocab: int,
+    generator: torch.Generator | None,
+    adjust: Adjust | None,
+) -> tuple[Drafted, DraftModel]:
+    """Up to min(count, how.tokens) guesses a row, and the draft model with its cache grown.
+
+    They are drawn by the rules of `sampling`, or the likeliest at temperature 0. What the cache
+    holds beyond `rows` is cut off first. None are drafted where the draft model has no positions
+    left, or its rope scaling would change its frequencies.
+    """
+    ids, end, (batch, limit) = rows.ids, rows.end, rows.ids.shape
+    count = max(0, min(count, how.tokens, shared_length(how.spec) - end))
+    if count == 0:
+        return Drafted(ids[:, :0]), how
+    cache = how.cache
+    if cache is None:
+        dtype, padded = how.params["embed"]["weight"].dtype, rows.real is not None
+        room = min(limit, end + CHUNK)
+        cache = kv.empty(how.spec, batch, room, padded=padded, dtype=dtype, device=ids.device)
+    cache = kv.cut(cache, min(cache.length, end - 1))
+    if cache.capacity < end + count:
+        cache = kv.grow(cache, min(limit, end + count + CHUNK))
+    known = ids[:, :end].clamp(max=how.spec.vocab - 1)
+    where = layout_from(known, rows.real, cache.length)
+    x, cache = decoder.extend(
+        how.params,
+        how.spec,
+        known[:, cache.length :],
+        cache,
+        layout=where,
+        adapters=how.adapters,
+    )
+    logits = decoder.logits(how.params, how.spec, x[:, -1])
+    chances = []
+    for i in range(count):
+        if i > 0:
+            token = ids[:, end + i - 1].clamp(max=how.spec.vocab - 1)
+            logits, cache = decode(how.params, how.spec, token, cache, adapters=how.adapters)
+        scores = row_scores(
+            _as_wide(logits, vocab),
+            ids[:, : end + i],
+            sampling,
+            start=rows.start,
+            real=rows.real,
+            eos=rows.eos,
+            adjust=adjust,
+        )
+        ids[:, end + i] = rules.choose(scores, sampling, generator)
+        if sampling.temperature > 0:
+            chances.append(scores.double().softmax(-1))
+    drafted = Drafted(
+        ids[:, end : end + count].clone(), torch.stack(chances, 1) if chances else None
+    )
+    return drafted, replace(how, cache=cache)
+
+
+def _as_wide(logits: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Logits over as many ids as the target has: files pad the same vocabulary differently."""
+    missing = vocab - logits.shape[-1]
+    if missing <= 0:
+        return logits[:, :vocab]
+    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

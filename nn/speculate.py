@@ -1,0 +1,256 @@
+"""Speculative decoding: guesses verified several at once, with exactly the target's distribution.
+
+Leviathan et al. 2023 (arXiv 2211.17192), over a batch: every row goes on by as many tokens as the
+row that keeps fewest, so that all rows end at one column. A row's later guesses are dropped before
+they are looked at, so each row still has the distribution it has alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import ArgumentError
+from . import cache as kv
+from . import decoder, tree
+from . import sampling as rules
+from .decode import decode, prefill
+from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
+from .generate import CHUNK, OnScores, OnToken, Stop
+from .prompt import against_the_end, check, layout_from, layout_of, raise_if_broken, unpadded
+from .row_scores import Adjust, row_scores
+from .sampling import GREEDY, Sampling
+from .slots import shared_length
+from .spec import ModelSpec
+
+
+def speculate(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    draft: Draft,
+    *,
+    max_new_tokens: int,
+    mask: torch.Tensor | None = None,
+    adapters: tree.Tree = None,
+    sampling: Sampling = GREEDY,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    generator: torch.Generator | None = None,
+    adjust: Adjust | None = None,
+    on_token: OnToken | None = None,
+    stop: Stop | None = None,
+    on_scores: OnScores | None = None,
+) -> torch.Tensor:
+    """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, as `generate.generate` gives them.
+
+    At temperature 0 the ids are those of `generate`; sampled ones have the same distribution, from
+    other draws. The arguments and errors are those of `generate`; the hooks are called for every
+    token that is kept. A `draft` is verified in one pass over its tokens.
+
+    Raises ArgumentError too for models with recurrent layers, whose states cannot go back, and
+    where a rope scaling would change its frequencies on the way.
+    """
+    if sampling.temperature > 0 and generator is None:
+        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+    real = check(spec, tokens, mask, max_new_tokens)
+    longest = tokens.shape[1] if mask is None else int(mask.sum(-1).amax())
+    _check_model(spec, draft, longest + max_new_tokens)
+    device = tree.tensors(params["layers"][0])[0].device
+    with torch.inference_mode():
+        prompt, real = against_the_end(tokens.to(device), real)
+        new = _run(
+            params,
+            spec,
+            prompt,
+            real,
+            draft,
+            adapters=adapters,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos=torch.tensor(list(eos_ids), dtype=torch.int64, device=device),
+            pad_id=pad_id if pad_id is not None else next(iter(eos_ids), 0),
+            generator=generator,
+            adjust=adjust,
+            on_token=on_token,
+            stop=stop,
+            on_scores=on_scores,
+        )
+    # Outside of inference mode, so that training may use the result.
+    return torch.cat([tokens.to(device), new], 1)
+
+
+def _check_model(spec: ModelSpec, draft: Draft, longest: int) -> None:
+    specs = [("the model", spec)]
+    if isinstance(draft, DraftModel):
+        specs.append(("the draft model", draft.spec))
+    for name, one in specs:
+        if any(layer.recurrent is not None for layer in one.layers):
+            raise ArgumentError(
+                f"{name} has recurrent layers, whose states cannot go back to before a guess that "
+                "was wrong; generate without speculation"
+            )
+    most = shared_length(spec)
+    if longest > most:
+        raise ArgumentError(
+            f"{longest} tokens are more than the {most} up to which the model's rope scaling keeps "
+            "its frequencies; generate so long an answer without speculation"
+        )
+
+
+def _run(
+    params: tree.Tree,
+    spec: ModelSpec,
+    prompt: torch.Tensor,
+    real: torch.Tensor | None,
+    draft: Draft,
+    *,
+    adapters: tree.Tree,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: torch.Tensor,
+    pad_id: int,
+    generator: torch.Generator | None,
+    adjust: Adjust | None,
+    on_token: OnToken | None,
+    stop: Stop | None,
+    on_scores: OnScores | None,
+) -> torch.Tensor:
+    """The new tokens [b, n] after a prompt [b, s] whose padding stands in front."""
+    (batch, start), device = prompt.shape, prompt.device
+    end, limit = start, start + max_new_tokens
+    shown = prompt.new_full((batch, limit), pad_id, dtype=torch.int64)
+    shown[:, :start] = prompt
+    # Ended rows go on with what they drew: a pad id need not be one that the models know.
+    ids = shown.clone()
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    broken = torch.zeros_like(ended)
+    dtype, padded = params["embed"]["weight"].dtype, real is not None
+    room = min(limit, start + CHUNK)
+    cache = kv.empty(spec, batch, room, padded=padded, dtype=dtype, device=device)
+    where = layout_of(prompt, real)
+    logits, cache = prefill(params, spec, prompt, cache, layout=where, adapters=adapters)
+    ahead, drafted = logits[:, None], Drafted(ids[:, :0])
+    while True:
+        scores = torch.stack(
+            [
+                row_scores(
+                    ahead[:, i],
+                    ids[:, : end + i],
+                    sampling,
+                    start=start,
+                    real=real,
+                    eos=eos,
+                    adjust=adjust,
+                )
+                for i in range(ahead.shape[1])
+            ],
+            1,
+        )
+        kept = accepted(scores, drafted, sampling, generator, waiting=~ended)
+        for i in range(kept.shape[1]):
+            token = kept[:, i]
+            ids[:, end], shown[:, end] = token, torch.where(ended, pad_id, token)
+            broken |= ~(ended | scores[:, i].amax(-1).isfinite())
+            ended |= broken | (token[:, None] == eos).any(-1)
+            if on_scores is not None:
+                on_scores(ahead[:, i], scores[:, i])
+            if on_token is not None:
+                on_token(shown[:, end].clone())
+            end += 1
+            if stop is not None:
+                ended |= stop(shown[:, :end]).to(device)
+            if end == limit or bool(ended.all()):
+                raise_if_broken(broken)
+                return shown[:, start:end]
+        # What the last step saw after the tokens that were kept has not been.
+        cache = kv.cut(cache, end - 1)
+        rows = Rows(ids, end, start, real, eos)
+        most = limit - end - 1
+        if isinstance(draft, NGrams):
+            drafted = Drafted(by_ngrams(unpadded(ids[:, :end], real), draft, most))
+        else:
+            drafted, draft = by_model(
+                draft,
+                rows,
+                most,
+                sampling,
+                vocab=spec.vocab,
+                generator=generator,
+                adjust=adjust,
+            )
+        drafted = _narrowed(drafted, ~ended)
+        guesses = drafted.tokens.shape[1]
+        if cache.capacity < end + guesses:
+            cache = kv.grow(cache, min(limit, end + guesses + CHUNK))
+        last = ids[:, end - 1 : end]
+        if guesses == 0:
+            logits, cache = decode(params, spec, last[:, 0], cache, adapters=adapters)
+            ahead = logits[:, None]
+            continue
+        ids[:, end : end + guesses] = drafted.tokens
+        x, cache = decoder.extend(
+            params,
+            spec,
+            ids[:, end - 1 : end + guesses],
+            cache,
+            layout=layout_from(ids[:, : end + guesses], real, end - 1),
+            adapters=adapters,
+        )
+        ahead = decoder.logits(params, spec, x)
+
+
+def _narrowed(drafted: Drafted, waiting: torch.Tensor) -> Drafted:
+    """Without the columns that some waiting row has no guess for: no row would get past them.
+
+    What is left are ids in every row, of ended ones too.
+    """
+    some = (drafted.tokens >= 0) | ~waiting[:, None]
+    width = int(some.all(0).long().cumprod(0).sum())
+    chances = None if drafted.chances is None else drafted.chances[:, :width]
+    return Drafted(drafted.tokens[:, :width].clamp(min=0), chances)
+
+
+def accepted(
+    scores: torch.Tensor,
+    drafted: Drafted,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    *,
+    waiting: torch.Tensor,
+) -> torch.Tensor:
+    """The tokens [b, m + 1] that every row goes on by, of scores [b, c + 1, v] and c guesses a row.
+
+    Scores at column i are what the target draws from after i guesses. m: how many guesses the row
+    of `waiting` [b] bool keeps that keeps fewest. A guess x drawn from q is kept with probability
+    min(1, p(x) / q(x)); in place of the first that is not, one is drawn from max(0, p - q); where
+    all are kept, one more from p. At temperature 0 a guess is kept if it is the likeliest token.
+    """
+    guesses = drafted.tokens.shape[1]
+    if sampling.temperature == 0:
+        best = scores.argmax(-1)
+        kept = best[:, :guesses] == drafted.tokens
+        return best[:, : _fewest(kept, waiting) + 1]
+    if generator is None:
+        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+    batch, device = len(scores), scores.device
+    p, q = scores.double().softmax(-1), drafted.chances
+    if q is None:
+        # A guess that was not drawn was certain.
+        q = torch.zeros_like(p[:, :guesses])
+        q.scatter_(2, drafted.tokens[..., None], 1.0)
+    at = drafted.tokens[..., None]
+    draws = rules.uniforms(batch * (guesses + 1), generator).view(batch, -1)
+    draws = draws.to(device, non_blocking=True)
+    kept = draws[:, :guesses] * q.gather(2, at)[..., 0] < p[:, :guesses].gather(2, at)[..., 0]
+    m = _fewest(kept, waiting)
+    if m == guesses:
+        last = rules.look_up(p[:, m].log(), draws[:, -1])
+    else:
+        other = rules.look_up((p[:, m] - q[:, m]).clamp(min=0).log(), draws[:, -1])
+        last = torch.where(kept[:, : m + 1].all(-1), drafted.tokens[:, m], other)
+    return torch.cat([drafted.tokens[:, :m], last[:, None]], 1)
+
+
+def _fewest(kept: torch.Tensor, waiting: torch.Tensor) -> int:
+    """How many of kept [b, c] the waiting row keeps that keeps fewest, up to its first False."""
+    return int((kept | ~waiting[:, None]).long().cumprod(-1).sum(-1).amin())
