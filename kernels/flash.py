@@ -1,10 +1,12 @@
 """The kernels of FlashAttention-2 with what torch's fused backends lack: a soft cap, sinks, biases.
 
 Dao, "FlashAttention-2" (arXiv 2307.08691): scores are made tile by tile and never written; of the
-softmax the logarithm of its sum stays for the backward. Logits are kept in units of log 2. A
-program has one tile of queries of one head (forward, dq) or one tile of keys of one head of keys
-(dk and dv, over all queries and heads that see it), so that every gradient has one writer and one
-order of summation. `flash_launch` cuts and launches.
+softmax the logarithm of its sum stays for the backward. Logits are kept in units of log 2. As
+published, the backward's sums of dout * out take the output as it was rounded: where few keys make
+the gradients of scores cancel out, that is most of their error. A program has one tile of queries
+of one head (forward, dq) or one tile of keys of one head of keys (dk and dv, over all queries and
+heads that see it), so that every gradient has one writer and one order of summation. `flash_launch`
+cuts and launches.
 """
 
 # Kernels are written in Triton's language: they have no Python types.
