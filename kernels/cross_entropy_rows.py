@@ -39,6 +39,8 @@ def _row_kernel(
     i_label = tl.load(p_labels + i_row)
     counts = i_label != ignore_index
     m_label = (i_label >= 0) & (i_label < vocabulary)
+    # Read before any warp can write the gradient over it: the reductions below are between.
+    b_own = tl.load(p_row + i_label, mask=m_label, other=float("nan")).to(tl.float32)
     b_max = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     b_all = tl.zeros([BLOCK], dtype=tl.float32)
@@ -56,7 +58,6 @@ def _row_kernel(
         b_max = b_new
     b_top = tl.max(b_max, axis=0)
     b_total = tl.sum(b_sum * tl.exp(b_max - b_top), axis=0)
-    b_own = tl.load(p_row + i_label, mask=m_label, other=float("nan")).to(tl.float32)
     b_own, _ = _cap(b_own * SCALE, SOFTCAP)
     if SMOOTHING > 0.0:
         b_away = tl.sum(b_all, axis=0) / vocabulary - b_top
