@@ -18,14 +18,17 @@ from .cross_entropy_rows import row_step, row_step_reference
 from .launch import on_gpu, once, operator, ops
 
 CHUNK_BYTES = 1 << 29  # of logits in one chunk
+# Of hidden states in one chunk: as many fill a GPU with tiles of their gradient.
+CHUNK_STATES = 1 << 22
 
 
-def chunk_rows(vocabulary: int, element_size: int) -> int:
+def chunk_rows(vocabulary: int, features: int, element_size: int) -> int:
     """Rows of a chunk: a power of two, 16 to 4096, whose logits take at most half a GiB where
-    that is possible.
+    that is possible; no more than 1024 where their hidden states are `CHUNK_STATES` numbers then.
     """
     fits = max(1, CHUNK_BYTES // (vocabulary * element_size))
-    return min(4096, max(16, 1 << (fits.bit_length() - 1)))
+    enough = max(1024, CHUNK_STATES // features)
+    return max(16, 1 << (min(4096, fits, enough).bit_length() - 1))
 
 
 def linear_cross_entropy(
@@ -80,7 +83,7 @@ def linear_cross_entropy(
             f"expected {wide} [{labels.shape[0]}]"
         )
     launch = on_gpu(hidden, weight, labels, token_weights)
-    rows = chunk or chunk_rows(weight.shape[0], hidden.element_size())
+    rows = chunk or chunk_rows(weight.shape[0], weight.shape[1], hidden.element_size())
     wanted = hidden.requires_grad, weight.requires_grad
     if not torch.is_grad_enabled():
         wanted = False, False
@@ -166,8 +169,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             op = ops.linear_cross_entropy
             _, dhidden, dweight, _ = once(op, *kept, *ctx.options, *wanted)
         return (
-            _times(dhidden, dloss) if wanted[0] else None,
-            _times(dweight, dloss) if wanted[1] else None,
+            once(ops.wide_product, dhidden, dloss) if wanted[0] else None,
+            once(ops.wide_product, dweight, dloss) if wanted[1] else None,
             None,
             losses * dloss if ctx.needs_input_grad[3] else None,
             None,
@@ -175,9 +178,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The product, with a factor (often one over a count of tokens) that is not rounded first."""
-    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+@operator("wide_product(Tensor x, Tensor factor) -> Tensor", fake=lambda x, _: torch.empty_like(x))
+def _wide_product(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a factor [] of a wider dtype (often one over a count of tokens) that is not rounded
+    first; a GPU makes no wide copy of x.
+    """
+    return torch.mul(x, factor[None], out=torch.empty_like(x))
 
 
 def _fake(

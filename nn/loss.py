@@ -98,7 +98,7 @@ def token_logprobs(
         picked = scores.gather(-1, target.clamp(min=0)[:, None])[:, 0]
         return torch.where(target == IGNORE, 0.0, picked - scores.logsumexp(-1))
 
-    rows = chunk_rows(spec.vocab, 4)
+    rows = chunk_rows(spec.vocab, spec.dim, 4)
     flat = x.reshape(-1, x.shape[-1])
     parts = [
         remat(some)(flat[i : i + rows], target[i : i + rows], head)

@@ -276,7 +276,7 @@ def _head(spec: ModelSpec, shape: Shape) -> int:
     """Bytes beside the residuals while the loss is computed: a chunk of logits, the final hidden
     states before and after their norm, and their gradient.
     """
-    rows = min(shape.tokens, chunk_rows(spec.vocab, shape.itemsize))
+    rows = min(shape.tokens, chunk_rows(spec.vocab, spec.dim, shape.itemsize))
     return (rows * spec.vocab + 4 * shape.tokens * spec.dim) * shape.itemsize
 
 

@@ -36,7 +36,7 @@ def torch_itself(case: Case) -> Calls:
     if kernel.startswith("cross entropy"):
 
         def products(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-            rows = chunk_rows(len(weight), 2)
+            rows = chunk_rows(weight.shape[0], weight.shape[1], 2)
             logits = hidden.new_empty(min(rows, len(hidden)), len(weight))
             grad = torch.empty_like(hidden)
             for start in range(0, len(hidden), rows):
