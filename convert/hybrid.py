@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..nn.spec import Mamba2Spec, ModelSpec, RecurrentSpec
+from ..nn.spec import DeltaNetSpec, Mamba2Spec, ModelSpec, NormSpec, RecurrentSpec
 from .config_fields import Fields
 from .dense import ACTIVATIONS
 
@@ -66,6 +66,53 @@ def mamba2_spec(fields: Fields, dim: int, *, out_bias: bool, **others: Any) -> M
         limits=_limits(fields),
         **others,
     )
+
+
+def delta_net_names(**inputs: str) -> dict[str, str]:
+    """The names of a gated delta net; `inputs` are those of the projections of what goes in."""
+    module = "model.layers.*.linear_attn"
+    return {
+        "layers.*.recurrent": module,
+        "layers.*.recurrent.conv": f"{module}.conv1d",
+        "layers.*.recurrent.norm": f"{module}.norm",
+        "layers.*.recurrent.out": f"{module}.out_proj",
+        **{f"layers.*.recurrent.{ours}": f"{module}.{theirs}" for ours, theirs in inputs.items()},
+    }
+
+
+def delta_net_spec(fields: Fields, *, by_key_head: bool) -> DeltaNetSpec:
+    """A gated delta net out of the fields that begin with linear_.
+
+    Raises ConfigError where heads of values are no multiple of those of keys.
+    """
+    keys = fields.integer("linear_num_key_heads", 16)
+    values = fields.integer("linear_num_value_heads", 32)
+    if values % keys:
+        raise fields.error(
+            f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
+        )
+    return DeltaNetSpec(
+        key_heads=keys,
+        value_heads=values,
+        key_dim=fields.integer("linear_key_head_dim", 128),
+        value_dim=fields.integer("linear_value_head_dim", 128),
+        kernel=fields.integer("linear_conv_kernel_dim", 4),
+        norm=NormSpec(fields.number("rms_norm_eps", 1e-6)),
+        activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
+        by_key_head=by_key_head,
+    )
+
+
+def linear_layers(fields: Fields) -> list[bool]:
+    """Which layers have no attention: by `layer_types`, else all but each
+    `full_attention_interval`-th.
+    """
+    depth = fields.integer("num_hidden_layers")
+    every = fields.integer("full_attention_interval", 4)
+    types = fields.texts("layer_types", depth, ("linear_attention", "full_attention"))
+    if types is None:
+        return [(i + 1) % every != 0 for i in range(depth)]
+    return [kind == "linear_attention" for kind in types]
 
 
 def _limits(fields: Fields) -> tuple[float, float]:

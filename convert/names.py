@@ -53,8 +53,9 @@ class Names:
     first whose parts the model has is meant. `aliases`: other names of modules in checkpoints ->
     ours. `constants`: stored tensors that always have one value, which
     is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
-    `further_layers`: a checkpoint may have layers behind the last, which predict further tokens and
-    are left out. `peft_refuses`: last parts of modules on which peft takes no adapters.
+    `further_layers`: a checkpoint may have layers behind the last, or a module `mtp`, which predict
+    further tokens and are left out. `peft_refuses`: last parts of modules on which peft takes no
+    adapters.
     """
 
     table: tuple[tuple[str, str], ...]
@@ -139,9 +140,10 @@ class Names:
         return leaf == "weight" and _pattern(module) in self.transposed
 
     def is_further(self, name: str, layers: int) -> bool:
-        """Whether a tensor is of a layer behind the last of `layers`, and left out."""
+        """Whether a tensor is of what comes behind the last of `layers`, and left out."""
         found = _NUMBER.search(name)
-        return self.further_layers and found is not None and int(found.group()) >= layers
+        behind = found is not None and int(found.group()) >= layers
+        return self.further_layers and (behind or name.startswith("mtp."))
 
     def to_hf(self, path: str) -> str:
         """A tensor's path (`layers.3.attn.q.weight`) -> its name in a checkpoint."""

@@ -48,7 +48,10 @@ from .families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     stablelm,
@@ -126,6 +129,9 @@ FAMILIES = {
         Family("lfm2", lfm2, "Lfm2ForCausalLM"),
         Family("falcon_h1", falcon_h1, "FalconH1ForCausalLM"),
         Family("granitemoehybrid", granitemoehybrid, "GraniteMoeHybridForCausalLM"),
+        Family("qwen3_next", qwen3_next, "Qwen3NextForCausalLM"),
+        Family("qwen3_5_text", qwen3_5_text, "Qwen3_5ForCausalLM"),
+        Family("qwen3_5_moe_text", qwen3_5_moe_text, "Qwen3_5MoeForCausalLM"),
     )
 }
 

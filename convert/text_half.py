@@ -18,6 +18,7 @@ from .shards import Checkpoint
 _WRAPPERS = frozenset(
     """
     gemma3 gemma4 llama4 llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe
+    qwen3_5 qwen3_5_moe
     """.split()
 )
 # Text halves that are called otherwise when they stand alone; and of configs without one of
@@ -47,6 +48,8 @@ DEFAULTS = {
     "ministral3": (131072, 4096, 14336, 34, 32, 8),
     "qwen2_vl_text": (152064, 8192, 29568, 80, 64, 8),
     "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64, 8),
+    "qwen3_5_text": (248320, 4096, 12288, 32, 16, 4),
+    "qwen3_5_moe_text": (248320, 2048, None, 40, 16, 2),
     "qwen3_vl_text": (151936, 4096, 22016, 32, 32, 32),
     "qwen3_vl_moe_text": (151936, 2048, 5632, 24, 16, 16),
 }

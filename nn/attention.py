@@ -25,6 +25,14 @@ class Span(NamedTuple):
 Visible = torch.Tensor | Documents | Span | None
 
 
+def gates(q: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What q's projection makes [b, s, h, d or 2d]: queries, and gates if there are any."""
+    if not spec.gated:
+        return q, None
+    q, gate = q.chunk(2, -1)
+    return q.contiguous(), gate
+
+
 def prepared(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -48,7 +48,7 @@ def _plain(spec: LayerSpec) -> bool:
 def _plain_attention(spec: AttentionSpec) -> bool:
     if spec.rope is None or not spec.rope.dim or spec.latent is not None or spec.clip is not None:
         return False
-    if (spec.in_scale, spec.out_scale) != (1.0, 1.0):
+    if (spec.in_scale, spec.out_scale) != (1.0, 1.0) or spec.gated:
         return False
     how = spec.qk_norm
     if how is None:

@@ -13,7 +13,7 @@ from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import host_table, recurrent, rope, tree
-from .attention import Visible, attend, prepared, terms, visible
+from .attention import Visible, attend, gates, prepared, terms, visible
 from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
@@ -45,7 +45,7 @@ def attention(
     get = (adapters or {}).get
     x = x if spec.in_scale == 1.0 else x * spec.in_scale
     q, k, v = project(x, [p["q"], p["k"], p["v"]], [get("q"), get("k"), get("v")], seed)
-    q = q.view(b, s, spec.heads, spec.head_dim)
+    q, gate = gates(q.view(b, s, spec.heads, -1), spec)
     k = k.view(b, s, spec.kv_heads, spec.head_dim)
     v = v.view(b, s, spec.kv_heads, spec.head_dim)
     q, k, v = prepared(q, k, v, p, spec, table)
@@ -53,7 +53,8 @@ def attention(
         state, at = buffers
         k, v = kv.write(state["keys"], k, at), kv.write(state["values"], v, at)
     how = terms(spec, p, k.shape[1], k.device)
-    out = attend(q, k, v, seen=seen, window=spec.window, **how).reshape(b, s, -1)
+    out = attend(q, k, v, seen=seen, window=spec.window, **how)
+    out = (out if gate is None else out * gate.sigmoid()).reshape(b, s, -1)
     out = linear(out, p["o"], get("o"), seed_after(seed, 3))
     return out if spec.out_scale == 1.0 else out * spec.out_scale
 
@@ -234,6 +235,8 @@ def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
         return "mixers other than attention"
     if spec.attention.latent is not None:
         return "latent attention"
+    if spec.attention.gated:
+        return "gated attention"
     if isinstance(spec.mlp, MoESpec):
         return "mixtures of experts"
     scales = spec.attention.in_scale, spec.attention.out_scale

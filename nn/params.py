@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from . import tree
 from .spec import (
     AttentionSpec,
+    DeltaNetSpec,
     LatentSpec,
     LayerSpec,
     Mamba2Spec,
@@ -81,7 +82,7 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
 def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
     q, kv = a.widths
     made: dict[str, Any] = {
-        "q": _linear(q, e, "qe", a.qkv_bias),
+        "q": _linear(q * (1 + a.gated), e, "qe", a.qkv_bias),
         "k": _linear(kv, e, "ke", a.qkv_bias),
         "v": _linear(kv, e, "ke", a.qkv_bias),
         "o": _linear(e, q, "eq", a.out_bias),
@@ -116,6 +117,8 @@ def _latent(a: AttentionSpec, latent: LatentSpec, e: int) -> dict[str, Any]:
 
 
 def _recurrent(r: RecurrentSpec, e: int) -> dict[str, Any]:
+    if isinstance(r, DeltaNetSpec):
+        return _delta_net(r, e)
     return _mamba2(r, e) if isinstance(r, Mamba2Spec) else _short_conv(r, e)
 
 
@@ -131,6 +134,17 @@ def _mamba2(r: Mamba2Spec, e: int) -> dict[str, Any]:
         made["norm"] = _norm(r.norm, (r.dim,), "c")
     made["out"] = _linear(e, r.dim, "ec", r.out_bias)
     return made
+
+
+def _delta_net(r: DeltaNetSpec, e: int) -> dict[str, Any]:
+    return {
+        **{name: _linear(width, e, "ce", False) for name, width in r.inputs.items()},
+        "conv": _conv(r.channels, r.kernel, False),
+        "dt_bias": ParamSpec((r.value_heads,), "h", init="ones"),
+        "A_log": ParamSpec((r.value_heads,), "h", init="log_range"),
+        "norm": _norm(r.norm, (r.value_dim,), "d"),
+        "out": _linear(e, r.widths[1], "ec", False),
+    }
 
 
 def _short_conv(r: ShortConvSpec, e: int) -> dict[str, Any]:

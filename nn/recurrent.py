@@ -4,12 +4,16 @@ from typing import Any
 
 import torch
 
-from . import mamba2, short_conv, tree
+from . import delta_net, mamba2, short_conv, tree
 from .linear import seed_after
-from .spec import Mamba2Spec, RecurrentSpec, ShortConvSpec
+from .spec import DeltaNetSpec, Mamba2Spec, RecurrentSpec, ShortConvSpec
 
 # Each a module with `mix`, `empty` and `working_bytes`.
-_MIXERS: dict[type, Any] = {ShortConvSpec: short_conv, Mamba2Spec: mamba2}
+_MIXERS: dict[type, Any] = {
+    ShortConvSpec: short_conv,
+    Mamba2Spec: mamba2,
+    DeltaNetSpec: delta_net,
+}
 
 # Dropout seeds of these projections lie so far from those of attention, which may be beside them.
 _SEED_STEP = 700_001

@@ -101,6 +101,8 @@ class AttentionSpec:
     `in_scale` and `out_scale` multiply what goes in and what comes out.
     `sinks`: the softmax's denominator has exp of a trained logit per head as another term.
     `alibi`: scores get `alibi.bias` times this factor.
+    `gated`: q's projection makes a gate of each head too, behind its query; what a head gives is
+    multiplied with the gate's sigmoid.
     """
 
     heads: int
@@ -122,6 +124,7 @@ class AttentionSpec:
     out_scale: float = 1.0
     sinks: bool = False
     alibi: float | None = None
+    gated: bool = False
 
     @property
     def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -193,8 +196,48 @@ class Mamba2Spec:
         return self.dim + 2 * self.groups * self.state
 
 
+@dataclass(frozen=True, slots=True)
+class DeltaNetSpec:
+    """A gated delta net (arXiv 2412.06464): `value_heads`, each with a state of `key_dim` times
+    `value_dim` features, of which equal groups share the query and the key of one of `key_heads`.
+
+    A convolution over the last `kernel` tokens with `activation` comes before, of queries, keys
+    and values. What is read out is normalised in each head and gated. `by_key_head`: one projection
+    makes query, key, values and gates of each key head in turn, another rates and decays; else
+    there are four, of queries, keys and values, of gates, of rates, and of decays.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    norm: NormSpec
+    activation: Activation = "silu"
+    by_key_head: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features of all keys, and of all values."""
+        return self.key_heads * self.key_dim, self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Features that the convolution mixes: queries, keys and values."""
+        keys, values = self.widths
+        return 2 * keys + values
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The projections of the mixer's input, and what they make."""
+        values, heads = self.widths[1], self.value_heads
+        if self.by_key_head:
+            return {"qkv_gate": self.channels + values, "beta_decay": 2 * heads}
+        return {"qkv": self.channels, "gate": values, "beta": heads, "decay": heads}
+
+
 # Mixers that carry a state of fixed size from token to token, in place of keys and values.
-RecurrentSpec = ShortConvSpec | Mamba2Spec
+RecurrentSpec = ShortConvSpec | Mamba2Spec | DeltaNetSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ in fp32 (or wider): decay_t = dt_t A is at most 0, and dt_t is a factor of x_t a
 import torch
 import torch.nn.functional as F
 
+from . import decays
+
 # Of the chunk's length the math does not depend. Memory grows with it in the chunks and with its
 # inverse between them; the two are even at sqrt(p n), about 90 to 128 for what is published.
 CHUNK = 128
@@ -39,7 +41,7 @@ def scan(
     decay = F.pad(decay, (0, 0, 0, pad))
     x = x.view(rows, -1, chunk, groups, heads // groups, p)
     b, c = (t.view(rows, -1, chunk, groups, n) for t in (b, c))
-    high, low = _sums(decay.view(rows, -1, chunk, groups, heads // groups), 2)
+    high, low = decays.sums(decay.view(rows, -1, chunk, groups, heads // groups), 2)
     within = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     between = within.new_ones(x.shape[1] + 1, x.shape[1] + 1).tril()
     live = ends = None
@@ -52,7 +54,7 @@ def scan(
         live = segment
     # Inside of a chunk, as attention: [b, c, g, r, l, l].
     high_, low_ = (t.permute(0, 1, 3, 4, 2) for t in (high, low))
-    weights = _decays(high_, low_, within if starts is None else within[:, :, None, None])
+    weights = decays.between(high_, low_, within if starts is None else within[:, :, None, None])
     weights = weights * torch.einsum("bclgn,bcmgn->bcglm", c, b)[:, :, :, None]
     y = torch.einsum("bcgrlm,bcmgrp->bclgrp", weights, x)
     # What each chunk adds to the state at its end, behind what was there before the first.
@@ -65,8 +67,8 @@ def scan(
         first = before.to(added.dtype).view(first.shape)
     added = torch.cat([first, added], 1)
     totals = F.pad((high + low)[:, :, -1], (0, 0, 0, 0, 1, 0))
-    high_, low_ = (t.permute(0, 2, 3, 1) for t in _sums(totals, 1))
-    weights = _decays(high_, low_, between if starts is None else between[:, None, None])
+    high_, low_ = (t.permute(0, 2, 3, 1) for t in decays.sums(totals, 1))
+    weights = decays.between(high_, low_, between if starts is None else between[:, None, None])
     states = torch.einsum("bgrcz,bzgrpn->bcgrpn", weights, added)
     # What the state before a chunk gives its tokens.
     seen = torch.exp(high + low)
@@ -93,18 +95,3 @@ def step(
     b, c = (t[:, 0].repeat_interleave(x.shape[2] // groups, 1) for t in (b, c))
     state = before * factor[..., None, None] + x[:, 0, :, :, None] * b[:, :, None, :]
     return torch.einsum("bhpn,bhn->bhp", state, c)[:, None], state
-
-
-def _sums(decay: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cumulative sums along `dim` as two numbers that add up: their differences are exact to the
-    rounding of the difference, where those of single sums carry that of the sums.
-    """
-    sums = decay.double().cumsum(dim)
-    high = sums.to(decay.dtype)
-    return high, (sums - high.double()).to(decay.dtype)
-
-
-def _decays(high: torch.Tensor, low: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """exp(sum_i - sum_j) [..., i, j] of sums [..., i] where `mask` is true, else 0."""
-    between = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
-    return between.masked_fill(~mask, -torch.inf).exp()

@@ -9,6 +9,7 @@ from purelm.nn import params
 from purelm.nn import tree as trees
 from purelm.nn.spec import (
     AttentionSpec,
+    DeltaNetSpec,
     LatentSpec,
     LayerSpec,
     Mamba2Spec,
@@ -27,6 +28,8 @@ MIXERS: dict[str, tuple[dict[str, Any], RecurrentSpec | None]] = {
     "chunk": ({"chunk": 3}, None),
     "latent": ({"latent": LatentSpec(16, 24, 10, NormSpec(1e-6)), "rope": RopeSpec(4, 1e4)}, None),
     "conv": ({}, ShortConvSpec(32, 3, bias=True)),
+    "delta": ({"gated": True}, DeltaNetSpec(2, 4, 6, 5, 3, NormSpec(1e-5))),
+    "delta by head": ({}, DeltaNetSpec(2, 6, 5, 4, 3, NormSpec(1e-5), by_key_head=True)),
     "mamba2": ({"window": 4}, Mamba2Spec(4, 8, 2, 5, 3, norm=NormSpec(1e-5))),
 }
 

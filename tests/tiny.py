@@ -20,6 +20,17 @@ SIZES: dict[str, Any] = {
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = {"num_experts": 6, "moe_intermediate_size": 64}
+DELTA_NET = {
+    "pad_token_id": None,
+    "head_dim": 16,
+    # With a usual one a token whose state says nearly nothing has its rounding blown up.
+    "rms_norm_eps": 1e-3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
 # Family: the name of its classes in transformers, and what its tiny model needs beside SIZES.
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -142,6 +153,25 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 96,
             "block_multiple_of": 64,
             "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **DELTA_NET,
+            **EXPERTS,
+            "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 128,
+        },
+    ),
+    "qwen3_5_text": ("Qwen3_5", DELTA_NET),
+    "qwen3_5_moe_text": (
+        "Qwen3_5Moe",
+        {
+            **DELTA_NET,
+            **EXPERTS,
+            "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 128,
         },
     ),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),

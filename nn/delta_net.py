@@ -1,0 +1,105 @@
+"""The gated delta net: a short convolution, then a state that each token decays and corrects."""
+
+import torch
+import torch.nn.functional as F
+
+from . import delta_rule, tree
+from .activation import act
+from .linear import linear, project, seed_after
+from .short_conv import causal_conv, conv_state
+from .spec import DeltaNetSpec
+
+State = dict[str, torch.Tensor]
+# Beside the squares of a query's or a key's features, as in flash-linear-attention.
+_EPS = 1e-6
+
+
+def mix(
+    x: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    spec: DeltaNetSpec,
+    starts: torch.Tensor | None,
+    state: State | None,
+    seed: int | None,
+) -> torch.Tensor:
+    """Yang, Kautz and Hatamizadeh, arXiv 2412.06464, sec. 3.3, as in transformers'
+    `Qwen3NextGatedDeltaNet` and `Qwen3_5GatedDeltaNet`; see `recurrent.mix`. The rule, its rates
+    and decays and the norm after it are fp32.
+    """
+    get = (adapters or {}).get
+    names = spec.inputs
+    made = project(x, [p[name] for name in names], [get(name) for name in names], seed)
+    qkv, gate, beta, decay = _taken_apart(*made, spec) if spec.by_key_head else made
+    mixed = act(causal_conv(qkv, p["conv"], starts, state), spec.activation)
+    y = _ruled(mixed, beta, decay, p, spec, starts, state)
+    y = F.rms_norm(y, y.shape[-1:], eps=spec.norm.eps) * p["norm"]["weight"].to(y.dtype)
+    y = y.flatten(-2) * F.silu(gate.to(y.dtype))
+    return linear(y.to(x.dtype), p["out"], get("out"), seed_after(seed, len(names)))
+
+
+def empty(spec: DeltaNetSpec, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+    """The state before the first token."""
+    shape = (batch, spec.value_heads, spec.key_dim, spec.value_dim)
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        "conv": conv_state(spec.channels, spec.kernel, batch, dtype, device),
+        "delta": torch.zeros(shape, dtype=wide, device=device),
+    }
+
+
+def working_bytes(spec: DeltaNetSpec, itemsize: int) -> int:
+    """Bytes a token: the projections and their gradients, the convolution's taps, in fp32 the
+    rule's inputs and outputs, a head's keys with and without their decays, what is solved and its
+    two sides, the chunks' pairs and states, with gradients.
+    """
+    keys, values = spec.widths
+    projected = 3 * (spec.channels + values + 2 * spec.value_heads) * itemsize
+    wide = (spec.kernel + 3) * spec.channels + 4 * keys + 8 * values
+    solved = 6 * spec.value_heads * (spec.key_dim + spec.value_dim)
+    inside = 8 * spec.value_heads * delta_rule.CHUNK
+    states = 4 * values * spec.key_dim // delta_rule.CHUNK
+    return projected + 4 * (wide + solved + inside + states)
+
+
+def _taken_apart(
+    qkv_gate: torch.Tensor, beta_decay: torch.Tensor, spec: DeltaNetSpec
+) -> tuple[torch.Tensor, ...]:
+    """What two projections make for each key head in turn, all of a kind side by side."""
+    keys, values = spec.widths
+    each = values // spec.key_heads
+    parts = qkv_gate.unflatten(-1, (spec.key_heads, -1))
+    q, k, v, gate = parts.split_with_sizes([spec.key_dim, spec.key_dim, each, each], -1)
+    beta, decay = beta_decay.unflatten(-1, (spec.key_heads, -1)).chunk(2, -1)
+    qkv = torch.cat([t.flatten(-2) for t in (q, k, v)], -1)
+    return qkv, gate.flatten(-2), beta.flatten(-2), decay.flatten(-2)
+
+
+def _ruled(
+    mixed: torch.Tensor,
+    beta: torch.Tensor,
+    decay: torch.Tensor,
+    p: tree.Tree,
+    spec: DeltaNetSpec,
+    starts: torch.Tensor | None,
+    state: State | None,
+) -> torch.Tensor:
+    """q, k and v [b, s, c], raw rates and decays [b, s, h] -> [b, s, h, p] in fp32."""
+    wide = torch.promote_types(mixed.dtype, torch.float32)
+    mixed, beta = mixed.to(wide), beta.to(wide).sigmoid()
+    decay = F.softplus(decay.to(wide) + p["dt_bias"].to(wide)) * -p["A_log"].to(wide).exp()
+    keys, values = spec.widths
+    q, k, v = mixed.split_with_sizes([keys, keys, values], -1)
+    q, k = (_unit(t.unflatten(-1, (spec.key_heads, spec.key_dim))) for t in (q, k))
+    v = v.unflatten(-1, (spec.value_heads, spec.value_dim))
+    taken = q * spec.key_dim**-0.5, k, v, beta, decay, starts
+    if state is None:
+        return delta_rule.scan(*taken, None)[0]
+    rule = delta_rule.step if mixed.shape[1] == 1 else delta_rule.scan
+    y, last = rule(*taken, state["delta"])
+    state["delta"].copy_(last)
+    return y
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS)
