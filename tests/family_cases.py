@@ -49,6 +49,8 @@ NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor":
 
 TEMPERED = {**YARN, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.3}
 
+LINEAR = ["linear_attention", "full_attention", "linear_attention"]
+
 MHA = {"multi_query": False, "num_key_value_heads": 4}
 
 # With a small epsilon a token whose state says nearly nothing has its rounding blown up.
@@ -278,20 +280,21 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_next", {}),
     ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "linear_num_key_heads": 4}),
     ("qwen3_next", {"decoder_sparse_step": 2, "linear_conv_kernel_dim": 3, "hidden_act": "gelu"}),
-    ("qwen3_next", {"mlp_only_layers": [0], "num_experts_per_tok": 3, "head_dim": 24}),
+    ("qwen3_next", {"mlp_only_layers": [0], "num_experts_per_tok": 3, "num_key_value_heads": 4}),
     ("qwen3_next", {"rope_parameters": HALF, "tie_word_embeddings": True}),
-    ("qwen3_next", {"layer_types": None, "linear_num_value_heads": 2, "use_cache": False}),
+    ("qwen3_next", {"layer_types": LINEAR, "linear_num_value_heads": 2, "use_cache": False}),
     ("qwen3_5_text", {}),
     ("qwen3_5_text", {"attention_bias": True, "linear_num_key_heads": 4, "hidden_act": "gelu"}),
     ("qwen3_5_text", {"rope_parameters": HALF, "linear_conv_kernel_dim": 2, "head_dim": 24}),
-    ("qwen3_5_text", {"layer_types": None, "tie_word_embeddings": True}),
+    ("qwen3_5_text", {"layer_types": LINEAR, "tie_word_embeddings": True}),
     ("qwen3_5_moe_text", {}),
     ("qwen3_5_moe_text", {"attention_bias": True, "num_experts_per_tok": 3, "head_dim": 24}),
     (
         "qwen3_5_moe_text",
         {"rope_parameters": HALF, "tie_word_embeddings": True, "hidden_act": "gelu"},
     ),
-    ("qwen3_5_moe_text", {"layer_types": None, "linear_conv_kernel_dim": 3}),
+    ("qwen3_5_moe_text", {"linear_key_head_dim": 8, "linear_conv_kernel_dim": 3}),
+    ("qwen3_5_moe_text", {"num_key_value_heads": 4, "linear_num_key_heads": 4}),
     ("apertus", {}),
     ("apertus", {"rope_parameters": LLAMA3, "attention_bias": True, "num_key_value_heads": 4}),
     ("apertus", {"hidden_act": "silu", "tie_word_embeddings": True}),

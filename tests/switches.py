@@ -71,7 +71,6 @@ NOT_THROWN = {
     "granitemoehybrid.mlp_bias": _UNREAD,
     "lfm2.block_ff_dim": _OLD,
     "full_attention_interval": "transformers writes layer_types in its place",
-    "attn_output_gate": "there is always one",
     "mamba_ssm_dtype": _UNREAD,
     "mtp_num_hidden_layers": "of layers behind the last, which are left out",
     "mtp_use_dedicated_embeddings": "of layers behind the last, which are left out",

@@ -24,8 +24,8 @@ DELTA_NET = {
     "pad_token_id": None,
     "head_dim": 16,
     # With a usual one a token whose state says nearly nothing has its rounding blown up.
-    "rms_norm_eps": 1e-3,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "rms_norm_eps": 1e-2,
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -176,6 +176,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),
 }
+# Families whose other norms store the difference from 1, where 1 more would quadruple the scores.
+_FROM_ONE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Families that call a size otherwise, or (None) compute it.
 _SIZES: dict[str, dict[str, str | None]] = {
     "deepseek_v3": {"head_dim": None},
@@ -216,6 +218,8 @@ def spread(model: Any, seed: int = 0) -> None:
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
                 is_norm = "norm" in name or ".ln_" in name or name.endswith("mamba.D")
+                if model.config.model_type in _FROM_ONE:
+                    is_norm = name.endswith("linear_attn.norm.weight")
                 p.copy_(drawn * 0.3 + (1.0 if is_norm else 0.0))
             else:
                 # Behind a convolution products of three of its features follow, which blow up.

@@ -1,4 +1,4 @@
-"""Models with Mamba 2 or short convolutions: adapters in peft, generation, plans, bad configs."""
+"""Models with Mamba 2, delta nets or short convolutions: adapters, generation, plans, configs."""
 
 import copy
 import json
@@ -10,11 +10,13 @@ import peft
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch.func import grad, vmap
 
 from purelm.convert import peft_config
+from purelm.convert.load import load_folder
 from purelm.convert.registry import family_of
-from purelm.errors import ConfigError
+from purelm.errors import CheckpointError, ConfigError
 from purelm.nn import decode, decoder, lora, loss, plan, tree
 from purelm.quant.nf4 import NF4
 
@@ -24,6 +26,22 @@ TARGETS = {
     "lfm2": ["q_proj", "out_proj", "in_proj", "w1", "w2", "w3"],
     "falcon_h1": "all-linear",
     "granitemoehybrid": ["q_proj", "o_proj", "in_proj", "out_proj"],
+    "qwen3_next": ["q_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"],
+    "qwen3_5_text": "all-linear",
+    "qwen3_5_moe_text": [
+        "q_proj",
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_a",
+        "in_proj_b",
+        "out_proj",
+    ],
+}
+# Names of the projections of a recurrent mixer's input.
+INPUTS = {
+    "qwen3_next": {"qkv_gate", "beta_decay"},
+    "qwen3_5_text": {"qkv", "gate", "beta", "decay"},
+    "qwen3_5_moe_text": {"qkv", "gate", "beta", "decay"},
 }
 families = pytest.mark.parametrize("family", TARGETS)
 
@@ -36,12 +54,14 @@ def test_adapters_in_peft(family: str, tmp_path: Path) -> None:
     model = bridged.bridge(folder)
     peft_config.apply(model, r=4, lora_alpha=12, target_modules=TARGETS[family]).eval()
     bridged.spread_trained(model)
-    assert any(".recurrent.in" in path for path, _ in tree.items(model.adapters))
+    for name in INPUTS.get(family, {"in"}):
+        assert any(f".recurrent.{name}" in path for path, _ in tree.items(model.adapters))
     model.save_pretrained(tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path / "adapter").eval()
     with torch.no_grad():
         bridged.same_logits(model(bridged.ids()).logits, theirs(bridged.ids()).logits)
-    for name in ("in_proj", "out_proj"):
+    own = {name.rpartition(".")[2] for name, _ in hf.named_modules()}
+    for name in {"in_proj", "out_proj"} & own:
         config = peft.LoraConfig(target_modules=[name])
         try:
             peft.get_peft_model(copy.deepcopy(hf), config)
@@ -85,7 +105,7 @@ def test_only_projections_are_quantized(family: str, tmp_path: Path) -> None:
     model = bridged.bridge(folder, quantize="nf4")
     mixers = [(path, leaf) for path, leaf in tree.items(model.params) if ".recurrent." in path]
     packed = {path.split(".")[-2] for path, leaf in mixers if isinstance(leaf, NF4)}
-    assert packed == {"in", "out"} and len(mixers) > 2 * sum(
+    assert packed == INPUTS.get(family, {"in"}) | {"out"} and len(mixers) > 2 * sum(
         layer.recurrent is not None for layer in model.spec.layers
     )
 
@@ -138,6 +158,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function"),
     ("granitemoehybrid", {"layer_types": ["conv"] * 3}, "layer_types has .*conv"),
     ("granitemoehybrid", {"num_experts_per_tok": 6}, "num_experts_per_tok is 6"),
+    ("qwen3_next", {"linear_num_key_heads": 3}, "no multiple of linear_num_key_heads 3"),
+    ("qwen3_next", {"layer_types": ["full_attention", "mamba", "conv"]}, "layer_types has .*conv"),
+    ("qwen3_next", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate is False"),
+    ("qwen3_5_text", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0"),
+    ("qwen3_5_moe_text", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7"),
 ]
 
 
@@ -166,6 +192,12 @@ PUBLISHED = {
         **{"layer_types": ["mamba", "attention", "mamba"], "init_method": "mup"},
         **{"normalization_function": "rmsnorm", "position_embedding_type": "nope"},
     },
+    "qwen3_next": {"use_sliding_window": False, "full_attention_interval": 4},
+    "qwen3_5_text": {
+        **{"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
+        **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False},
+    },
+    "qwen3_5_moe_text": {"attn_output_gate": True, "mtp_num_hidden_layers": 1},
 }
 
 
@@ -175,3 +207,33 @@ def test_fields_that_published_files_have_beside(family: str) -> None:
     good = json.loads(tiny.config(family).to_json_string())
     more = good | PUBLISHED[family]
     assert family_of(more).spec(more) == family_of(good).spec(good)
+
+
+DELTA_NETS = pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+
+
+@DELTA_NETS
+def test_attention_at_an_interval(family: str) -> None:
+    """Where no layer_types say so, each fourth layer, or that of full_attention_interval."""
+    given = json.loads(tiny.config(family, num_hidden_layers=9, layer_types=None).to_json_string())
+    types = given.pop("layer_types")
+    for interval, want in ((None, types), (3, (["linear_attention"] * 2 + ["full_attention"]) * 3)):
+        found = family_of(given).spec({**given, "full_attention_interval": interval})
+        assert found == family_of(given).spec({**given, "layer_types": want})
+    assert [layer.attention is None for layer in found.layers] == [True, True, False] * 3
+
+
+@DELTA_NETS
+def test_layers_that_predict_further_tokens_are_left_out(family: str, tmp_path: Path) -> None:
+    """Published checkpoints have a module `mtp` beside the model."""
+    folder = tiny.save(tiny.hf_model(family), tmp_path / "model")
+    want = bridged.bridge(folder)(bridged.ids()).logits
+    tensors = load_file(folder / "model.safetensors")
+    more = {name: torch.ones(4, 4) for name in ("mtp.fc.weight", "mtp.layers.0.mlp.gate.weight")}
+    save_file({**tensors, **more}, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(bridged.bridge(folder)(bridged.ids()).logits, want)
+    loaded = load_folder(folder, quantize=None, dtype=None, device=torch.device("cpu"))
+    assert set(loaded.left_out) == set(more)
+    save_file({**tensors, "mtq.fc.weight": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"mtq\.fc"):
+        bridged.bridge(folder)
