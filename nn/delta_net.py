@@ -30,7 +30,7 @@ def mix(
     get = (adapters or {}).get
     names = spec.inputs
     made = project(x, [p[name] for name in names], [get(name) for name in names], seed)
-    qkv, gate, beta, decay = _taken_apart(*made, spec) if spec.by_key_head else made
+    qkv, gate, beta, decay = _taken_apart(made, spec) if spec.by_key_head else made
     mixed = act(causal_conv(qkv, p["conv"], starts, state), spec.activation)
     y = _ruled(mixed, beta, decay, p, spec, starts, state)
     y = F.rms_norm(y, y.shape[-1:], eps=spec.norm.eps) * p["norm"]["weight"].to(y.dtype)
@@ -62,15 +62,13 @@ def working_bytes(spec: DeltaNetSpec, itemsize: int) -> int:
     return projected + 4 * (wide + solved + inside + states)
 
 
-def _taken_apart(
-    qkv_gate: torch.Tensor, beta_decay: torch.Tensor, spec: DeltaNetSpec
-) -> tuple[torch.Tensor, ...]:
+def _taken_apart(made: tuple[torch.Tensor, ...], spec: DeltaNetSpec) -> tuple[torch.Tensor, ...]:
     """What two projections make for each key head in turn, all of a kind side by side."""
     keys, values = spec.widths
     each = values // spec.key_heads
-    parts = qkv_gate.unflatten(-1, (spec.key_heads, -1))
-    q, k, v, gate = parts.split_with_sizes([spec.key_dim, spec.key_dim, each, each], -1)
-    beta, decay = beta_decay.unflatten(-1, (spec.key_heads, -1)).chunk(2, -1)
+    qkv_gate, beta_decay = (t.view(*t.shape[:2], spec.key_heads, -1) for t in made)
+    q, k, v, gate = qkv_gate.split_with_sizes([spec.key_dim, spec.key_dim, each, each], -1)
+    beta, decay = beta_decay.chunk(2, -1)
     qkv = torch.cat([t.flatten(-2) for t in (q, k, v)], -1)
     return qkv, gate.flatten(-2), beta.flatten(-2), decay.flatten(-2)
 
@@ -90,8 +88,9 @@ def _ruled(
     decay = F.softplus(decay.to(wide) + p["dt_bias"].to(wide)) * -p["A_log"].to(wide).exp()
     keys, values = spec.widths
     q, k, v = mixed.split_with_sizes([keys, keys, values], -1)
-    q, k = (_unit(t.unflatten(-1, (spec.key_heads, spec.key_dim))) for t in (q, k))
-    v = v.unflatten(-1, (spec.value_heads, spec.value_dim))
+    lead = mixed.shape[:2]
+    q, k = (_unit(t.reshape(*lead, spec.key_heads, spec.key_dim)) for t in (q, k))
+    v = v.reshape(*lead, spec.value_heads, spec.value_dim)
     taken = q * spec.key_dim**-0.5, k, v, beta, decay, starts
     if state is None:
         return delta_rule.scan(*taken, None)[0]
