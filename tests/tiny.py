@@ -218,7 +218,7 @@ def spread(model: Any, seed: int = 0) -> None:
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
                 is_norm = "norm" in name or ".ln_" in name or name.endswith("mamba.D")
-                if model.config.model_type in _FROM_ONE:
+                if model.config.get_text_config().model_type in _FROM_ONE:
                     is_norm = name.endswith("linear_attn.norm.weight")
                 p.copy_(drawn * 0.3 + (1.0 if is_norm else 0.0))
             else:

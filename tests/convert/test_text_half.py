@@ -32,6 +32,14 @@ VISION = {
 }
 QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+QWEN35 = {
+    **tiny.DELTA_NET,
+    "head_dim": 32,
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        **{"mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    },
+}
 # Class: its config's class, the config of the text half, that of the vision half.
 WHOLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Gemma3": ("Gemma3Config", {**TEXT, "head_dim": 12, "sliding_window": 8}, VISION),
@@ -51,6 +59,15 @@ WHOLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "Qwen3VLConfig",
         {**TEXT, "head_dim": 12, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         {**QWEN, "out_hidden_size": 48, "deepstack_visual_indexes": [0]},
+    ),
+    "Qwen3_5": ("Qwen3_5Config", {**TEXT, **QWEN35}, {**QWEN, "out_hidden_size": 48}),
+    "Qwen3_5Moe": (
+        "Qwen3_5MoeConfig",
+        {
+            **{**TEXT, **QWEN35, "num_experts": 6, "num_experts_per_tok": 2},
+            **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        },
+        {**QWEN, "out_hidden_size": 48},
     ),
 }
 
