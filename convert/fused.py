@@ -1,5 +1,5 @@
-"""Stored matrices that are several of our projections, one above the other (Phi-3's qkv_proj), or
-their rows for each kv head in turn (GPT-NeoX's query_key_value).
+"""Stored matrices that are several of our projections, one above the other (Phi-3's qkv_proj),
+their rows for each kv head in turn (GPT-NeoX's query_key_value), or row by row in turn (gpt-oss).
 
 They are taken apart when a checkpoint is read and put together again when it is merged.
 """
@@ -51,10 +51,13 @@ class Turned:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of each of the `groups` of equal size that a stored tensor consists of."""
+    """Some rows of each of the `groups` of equal size that a stored tensor consists of, rows of
+    shape `row`: [in], or single numbers of a bias.
+    """
 
     whole: TensorInfo | Turned
     rows: slice
+    row: tuple[int, ...]
     groups: int = 1
 
     @property
@@ -71,12 +74,12 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        tail = self.whole.shape[-1:] if len(self.whole.shape) > 1 else ()
-        return (self.groups * (self.rows.stop - self.rows.start), *tail)
+        count = len(range(self.rows.start, self.rows.stop, self.rows.step or 1))
+        return (self.groups * count, *self.row)
 
     @property
     def nbytes(self) -> int:
-        return self.whole.nbytes * self.shape[0] // _count(self.whole.shape)
+        return self.whole.nbytes * math.prod(self.shape) // math.prod(self.whole.shape)
 
 
 def parts(names: Names, name: str, known: Mapping[str, Any]) -> tuple[str, ...]:
@@ -99,11 +102,6 @@ def _of_experts(paths: tuple[str, ...], known: Mapping[str, Any]) -> tuple[str, 
         ([path.replace("*", str(i)) for path in paths] for i in itertools.count()),
     )
     return tuple(path for expert in every for path in expert)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    """The rows of a matrix, a stack of them, or a vector."""
-    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 def turned(info: Entry) -> Turned:
@@ -139,9 +137,17 @@ def turned_change(change: Change, stack: int = 1) -> Change:
 
 
 def split(
-    info: Entry | Turned, paths: Sequence[str], want: Mapping[str, ParamSpec], groups: int = 1
+    info: Entry | Turned,
+    paths: Sequence[str],
+    want: Mapping[str, ParamSpec],
+    groups: int = 1,
+    turns: int = 1,
 ) -> dict[str, Part]:
-    """Our paths -> their rows of `info`; raises CheckpointError for another number of rows."""
+    """Our paths -> their rows of `info`: one after the other, in each of `groups`; or each
+    `turns` of them, of equal size, row by row in turn.
+
+    Raises CheckpointError for another number of rows.
+    """
     if isinstance(info, Packed):
         raise CheckpointError(
             "a weight that several projections share is stored in 4 bits, which is not read yet; "
@@ -149,11 +155,15 @@ def split(
             tensor=info.name,
             file=info.file,
         )
-    made, begin = {}, 0
-    for path in paths:
+    made, begin, row = {}, 0, want[paths[0]].shape[1:]
+    for i, path in enumerate(paths):
         end = begin + want[path].shape[0] // groups
-        made[path], begin = Part(info, slice(begin, end), groups), end
-    if _count(info.shape) != groups * begin:
+        rows = slice(begin, end)
+        if turns > 1:
+            first = begin - i % turns * (end - begin)
+            rows = slice(first + i % turns, first + turns * (end - begin), turns)
+        made[path], begin = Part(info, rows, row, groups), end
+    if math.prod(info.shape) != groups * begin * math.prod(row):
         raise CheckpointError(
             f"found shape {list(info.shape)}, config.json makes it {groups * begin} rows: "
             + ", ".join(f"{want[path].shape[0]} for {path}" for path in paths[:6]),
@@ -178,22 +188,24 @@ def reader(
             return read(info.whole).mT.contiguous()
         if last[0] != info.whole:
             whole = of(info.whole)
-            last[:] = [info.whole, whole.flatten(0, -2) if whole.ndim > 2 else whole]
+            last[:] = [info.whole, whole.reshape(-1, *info.row)]
         rows: torch.Tensor = last[1]
         return rows.view(info.groups, -1, *rows.shape[1:])[:, info.rows].flatten(0, 1).clone()
 
     return of
 
 
-def joined(name: str, changes: Sequence[Change], rows: Sequence[int], groups: int = 1) -> Change:
-    """The parts' changes as one change of the whole, of which they have `rows`, in `groups`.
+def joined(
+    name: str, changes: Sequence[Change], rows: Sequence[int], groups: int = 1, turns: int = 1
+) -> Change:
+    """The parts' changes as one change of the whole, of which they have `rows`; see `split`.
 
     Adapters become one of the summed rank: A's above each other, B's along the diagonal. Raises
     SaveError where only some parts were trained whole.
     """
     if all(isinstance(change, torch.Tensor) for change in changes):
         above = torch.cat([change for change in changes if isinstance(change, torch.Tensor)])
-        return above[_order(rows, groups).to(above.device)]
+        return above[_order(rows, groups, turns).to(above.device)]
     if any(isinstance(change, torch.Tensor) for change in changes):
         raise SaveError(
             f"{name} holds several projections, of which some were trained whole; train all of "
@@ -217,11 +229,13 @@ def joined(name: str, changes: Sequence[Change], rows: Sequence[int], groups: in
             b[row : row + count, at] = change.b * change.scale
             column += change.rank
         row += count
-    order = _order(rows, groups).to(b.device)
+    order = _order(rows, groups, turns).to(b.device)
     return LoRA(a, b[order], 1.0, 0.0, torch.cat(magnitudes)[order] if magnitudes else None)
 
 
-def _order(rows: Sequence[int], groups: int) -> torch.Tensor:
+def _order(rows: Sequence[int], groups: int, turns: int) -> torch.Tensor:
     """Where each stored row lies when the parts are one above the other."""
+    if turns > 1:
+        return torch.arange(sum(rows)).view(-1, turns, rows[0]).mT.flatten()
     parts = torch.split(torch.arange(sum(rows)), list(rows))
     return torch.cat([part.view(groups, -1) for part in parts], 1).flatten()

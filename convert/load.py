@@ -209,7 +209,8 @@ def _match(
     for entry in found:
         info = turned(entry) if family.names.is_transposed(entry.name) else entry
         if paths := parts(family.names, info.name, want):
-            chosen.update(split(info, paths, want, groups))
+            turns = family.names.turns(info.name)
+            chosen.update(split(info, paths, want, groups, turns))
             continue
         try:
             path = family.names.to_ours(info.name)

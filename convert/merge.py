@@ -160,7 +160,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
                 raise SaveError(f"{info.name} holds several projections, which 4 bits keep apart")
             rows = [params[path].shape[0] for path in parts]
             changes = [trained.get(path, adapters.get(path)) for path in parts]
-            whole = fused.joined(info.name, changes, rows, groups)
+            whole = fused.joined(info.name, changes, rows, groups, names.turns(info.name))
             if names.is_transposed(info.name):
                 whole = fused.turned_change(whole, info.shape[0] if len(info.shape) > 2 else 1)
             if isinstance(whole, torch.Tensor):

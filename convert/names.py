@@ -49,7 +49,8 @@ class Names:
 
     A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
-    once for each kv head, its own rows of each (GPT-NeoX, Falcon). A module may be there twice: the
+    once for each kv head, its own rows of each (GPT-NeoX, Falcon); `in_turn`: of such a stack of
+    experts, row by row (gpt-oss). A path among them may be of a bias. A module may be there twice: the
     first whose parts the model has is meant. `aliases`: other names of modules in checkpoints ->
     ours. `constants`: stored tensors that always have one value, which
     is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
@@ -61,6 +62,7 @@ class Names:
     table: tuple[tuple[str, str], ...]
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     by_head: bool = False
+    in_turn: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
     constants: tuple[tuple[str, float], ...] = ()
     transposed: frozenset[str] = frozenset()
@@ -119,7 +121,7 @@ class Names:
         found = []
         for fused, paths in self.fused:
             if fused == _pattern(name):  # a parameter that no module's `weight` holds
-                found.append(tuple(f"{_fill(path, name)}.weight" for path in paths))
+                found.append(tuple(_tensor(_fill(path, name)) for path in paths))
             elif fused == _pattern(module):
                 found.append(tuple(f"{_fill(path, module)}.{leaf}" for path in paths))
         return found
@@ -127,6 +129,10 @@ class Names:
     def groups(self, spec: ModelSpec) -> int:
         """How often the parts of a fused tensor follow each other."""
         return next(spec.attentions()).kv_heads if self.by_head else 1
+
+    def turns(self, name: str) -> int:
+        """How many parts of the fused tensor `name` follow each other row by row; else 1."""
+        return max((len(paths) for paths in self.parts(name)), default=1) if self.in_turn else 1
 
     def constant(self, name: str) -> float | None:
         """The value that a stored tensor always has, or None for one that is read."""
@@ -165,6 +171,7 @@ def names(
     fused: Mapping[str, tuple[str, ...]] | None = None,
     or_fused: Mapping[str, tuple[str, ...]] | None = None,
     by_head: bool = False,
+    in_turn: bool = False,
     aliases: Mapping[str, str] | None = None,
     constants: Mapping[str, float] | None = None,
     transposed: Iterable[str] = (),
@@ -179,12 +186,18 @@ def names(
         tuple(rows.items()),
         parts,
         by_head,
+        in_turn,
         others,
         tuple((constants or {}).items()),
         frozenset(transposed),
         further_layers,
         frozenset(peft_refuses),
     )
+
+
+def _tensor(path: str) -> str:
+    """The path of a module's weight, or of a bias as it is."""
+    return path if path.endswith(".bias") else f"{path}.weight"
 
 
 def _pattern(path: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..kernels.clamped import clamped
 from ..kernels.gated import gated, gated_pull
 from . import tree
 from .spec import XIELU_BETA, XIELU_EPS, Activation, MLPSpec
@@ -19,6 +20,8 @@ def activated(parts: Sequence[torch.Tensor], spec: MLPSpec, p: tree.Tree) -> tor
     """The outputs of `inputs`, each [..., f] -> the input [..., f] of `down`; `p` is the MLP's."""
     if spec.gated:
         gate, up = parts
+        if spec.activation == "clamped":
+            return clamped(gate, up, spec.alpha, spec.limit)
         return gated(gate, up, spec.activation)
     (up,) = parts
     if spec.activation == "xielu":
@@ -47,7 +50,7 @@ def pull(
 
     dhidden's memory is used up; with `spend` that of the parts too, where a kernel can.
     """
-    if spec.gated:
+    if spec.gated and spec.activation != "clamped":
         gate, up = parts
         hidden, *grads = gated_pull(dhidden, gate, up, spec.activation, spend=spend)
         return hidden, grads

@@ -56,7 +56,9 @@ def route(
     """x [t, e] -> each token's weights [t, active] (fp32 or wider) and experts [t, active]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     source = x.to(wide) if spec.router == "sigmoid" else x
-    logits = linear(source, {"weight": router["weight"]}).to(wide)
+    # What "sigmoid" calls a bias chooses alone.
+    own = router if spec.router_bias else {"weight": router["weight"]}
+    logits = linear(source, own).to(wide)
     if spec.router in ("top_softmax", "top_sigmoid"):
         top, chosen = logits.topk(spec.active, dim=-1)
         weights = top.softmax(-1) if spec.router == "top_softmax" else top.sigmoid()

@@ -175,6 +175,8 @@ def _mlp(mlp: MLPSpec, e: int) -> dict[str, Any]:
 def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
     # The experts' weights of one projection are one leaf, in which each is quantized for itself.
     router = {"weight": ParamSpec((moe.experts, e), "xe")}
+    if moe.router_bias:
+        router["bias"] = ParamSpec((moe.experts,), "x", init="zeros")
     if moe.router == "sigmoid":
         router["bias"] = ParamSpec((moe.experts,), "x", init="zeros", wide=True)
     made: dict[str, Any] = {"router": router}

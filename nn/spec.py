@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu", "clamped"]
 Router = Literal["softmax", "top_softmax", "sigmoid", "sparse_mixer", "top_sigmoid"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -243,8 +243,9 @@ RecurrentSpec = ShortConvSpec | Mamba2Spec | DeltaNetSpec
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
     """down(activation(gate(x)) * up(x)) with hidden width `dim` (f); without a gate,
-    down(activation(up(x))). "xielu" has two scalars of its own and no gate. What gate and down make
-    is multiplied with `gate_scale` and `down_scale`.
+    down(activation(up(x))). "xielu" has two scalars of its own and no gate. "clamped" (gpt-oss)
+    joins g = min(gate(x), `limit`) and u = up(x), clamped to +-`limit`, to g sigmoid(`alpha` g)
+    (u + 1). What gate and down make is multiplied with `gate_scale` and `down_scale`.
     """
 
     dim: int
@@ -253,14 +254,16 @@ class MLPSpec:
     gated: bool = True
     gate_scale: float = 1.0
     down_scale: float = 1.0
+    alpha: float = 1.0
+    limit: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
     """A mixture: of `experts` MLPs each token passes `active`, chosen and weighed by a router.
 
-    The router's logits are x W^T [x] in x's dtype (in fp32 for "sigmoid"), all that follows is
-    fp32. By `router`,
+    The router's logits are x W^T [x], plus a bias where `router_bias`, in x's dtype (in fp32 for
+    "sigmoid"), all that follows is fp32. By `router`,
     "softmax": the largest of softmax(logits) are taken, and are the weights; "top_softmax": the
     largest logits are taken, the weights are their softmax; "top_sigmoid": are their sigmoids;
     "sigmoid": the weights are sigmoids,
@@ -278,6 +281,7 @@ class MoESpec:
     active: int
     expert: MLPSpec
     router: Router = "softmax"
+    router_bias: bool = False
     normalise: bool = True
     scale: float = 1.0
     groups: int = 1

@@ -296,6 +296,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_5_moe_text", {"linear_key_head_dim": 8, "linear_conv_kernel_dim": 3}),
     ("qwen3_5_moe_text", {"num_key_value_heads": 4, "linear_num_key_heads": 4}),
     ("apertus", {}),
+    ("gpt_oss", {}),
+    ("gpt_oss", {"swiglu_alpha": 0.9, "layer_types": LAYERS, "num_experts_per_tok": 2}),
+    ("gpt_oss", {"rope_parameters": YARN, "attention_bias": False, "num_key_value_heads": 4}),
     ("apertus", {"rope_parameters": LLAMA3, "attention_bias": True, "num_key_value_heads": 4}),
     ("apertus", {"hidden_act": "silu", "tie_word_embeddings": True}),
 ]
@@ -549,5 +552,6 @@ CASES += [
     ("granitemoehybrid", {"position_embedding_type": "rope", "rope_parameters": THETA}),
     ("apertus", {"head_dim": 16}),
     ("apertus", {"rms_norm_eps": 1e-3}),
+    ("gpt_oss", {"rms_norm_eps": 1e-3, "rope_parameters": THETA, "tie_word_embeddings": True}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))

@@ -174,6 +174,17 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 128,
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "head_dim": 12,
+            "sliding_window": 8,
+            # Nearly half of what the experts make is cut.
+            "swiglu_limit": 1.1,
+        },
+    ),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 64, "num_key_value_heads": 4}),
 }
 # Families whose other norms store the difference from 1, where 1 more would quadruple the scores.

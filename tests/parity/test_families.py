@@ -47,11 +47,13 @@ def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch
         value = p.grad if grad else p.data
         value = value.mT if names.is_transposed(name) else value
         if paths := parts(names, name, shapes):
-            if value.ndim > 2:  # a stack, whose experts' parts follow each other
-                each = len(paths) // len(value)
+            if ".experts." in paths[0]:  # a stack, whose experts' parts follow each other
+                each, turns = len(paths) // len(value), names.turns(name)
                 for i, one in enumerate(value):
                     some = paths[i * each : (i + 1) * each]
-                    found.update(zip(some, one.split([shapes[x][0] for x in some]), strict=True))
+                    rows = [shapes[x][0] for x in some]
+                    views = one.split(rows) if turns == 1 else [one[j::turns] for j in range(turns)]
+                    found.update(zip(some, views, strict=True))
                 continue
             value = value.view(groups, -1, *value.shape[1:]) if groups > 1 else value
             rows = [shapes[x][0] // groups for x in paths]
