@@ -22,12 +22,14 @@ class Encoded(TensorInfo):
     Name, shape and dtype are those of the 16-bit weight that it stands for; place and `nbytes` are
     the first part's and all parts'. `leaf(*parts, dtype)` makes the quantized leaf that holds the
     same codes, where there is one: it is taken if the quantization asked for is one of `kept_as`.
+    `by_matrix`: of a stack, `decode` makes some matrices of their share of each part.
     """
 
     parts: tuple[TensorInfo, ...]
     decode: Callable[..., torch.Tensor]
     kept_as: tuple[str, ...] = ()
     leaf: Callable[..., Any] | None = None
+    by_matrix: bool = False
 
     def kept(self, quantize: str | None) -> Callable[..., Any] | None:
         """What makes the leaf where that is of the quantization asked for, else None."""

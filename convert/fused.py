@@ -17,6 +17,7 @@ from ..errors import CheckpointError, SaveError
 from ..nn.lora import LoRA
 from ..nn.params import ParamSpec
 from .bnb_file import Entry, Packed
+from .encoded import Encoded
 from .merge_tensor import Change
 from .names import Names
 from .shards import TensorInfo
@@ -177,20 +178,35 @@ def reader(
     read: Callable[[TensorInfo], torch.Tensor],
 ) -> Callable[[TensorInfo | Turned | Part], torch.Tensor]:
     """`read` for what is turned and for parts too; the last whole is remembered, so that parts in a
-    row read it once.
+    row read it once. Of a quantized stack that is what is stored, and one matrix of it.
     """
     last: list[Any] = [None, None]
+    codes: list[Any] = [None, []]
+
+    def matrix(whole: Encoded, at: int) -> torch.Tensor:
+        if codes[0] != whole:
+            codes[:] = [whole, [read(part) for part in whole.parts]]
+        return whole.decode(*(part[at : at + 1] for part in codes[1]))[0]
 
     def of(info: TensorInfo | Turned | Part) -> torch.Tensor:
         if isinstance(info, TensorInfo):
             return read(info)
         if isinstance(info, Turned):
             return read(info.whole).mT.contiguous()
-        if last[0] != info.whole:
-            whole = of(info.whole)
-            last[:] = [info.whole, whole.reshape(-1, *info.row)]
+        part, key = info.rows, (info.whole, 0)
+        stored = info.whole.whole if isinstance(info.whole, Turned) else info.whole
+        encoded = stored if isinstance(stored, Encoded) and stored.by_matrix else None
+        if encoded is not None:
+            each = info.whole.shape[-2]
+            at = part.start // each
+            part, key = _moved(part, -at * each), (info.whole, at)
+        if last[0] != key:
+            whole = of(info.whole) if encoded is None else matrix(encoded, key[1])
+            if encoded is not None and isinstance(info.whole, Turned):
+                whole = whole.mT
+            last[:] = [key, whole.reshape(-1, *info.row)]
         rows: torch.Tensor = last[1]
-        return rows.view(info.groups, -1, *rows.shape[1:])[:, info.rows].flatten(0, 1).clone()
+        return rows.view(info.groups, -1, *rows.shape[1:])[:, part].flatten(0, 1).clone()
 
     return of
 
@@ -231,6 +247,10 @@ def joined(
         row += count
     order = _order(rows, groups, turns).to(b.device)
     return LoRA(a, b[order], 1.0, 0.0, torch.cat(magnitudes)[order] if magnitudes else None)
+
+
+def _moved(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by, rows.step)
 
 
 def _order(rows: Sequence[int], groups: int, turns: int) -> torch.Tensor:

@@ -35,7 +35,8 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         expect(blocks, (count, rows, groups, _BLOCK // 2), torch.uint8)
         expect(scales, (count, rows, groups), torch.uint8)
         shape = (count, groups * _BLOCK, rows)
-        made.append(encoded(whole, shape, torch.bfloat16, [blocks, scales], dequantize))
+        parts = [blocks, scales]
+        made.append(encoded(whole, shape, torch.bfloat16, parts, dequantize, by_matrix=True))
         taken |= {name, scales.name}
     return made, taken
 

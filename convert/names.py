@@ -49,9 +49,9 @@ class Names:
 
     A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
-    once for each kv head, its own rows of each (GPT-NeoX, Falcon); `in_turn`: of such a stack of
-    experts, row by row (gpt-oss). A path among them may be of a bias. A module may be there twice: the
-    first whose parts the model has is meant. `aliases`: other names of modules in checkpoints ->
+    once for each kv head, its own rows of each (GPT-NeoX, Falcon); `in_turn`: of each expert row by
+    row (gpt-oss). A path among them may be of a bias. A module may be there twice: the first whose
+    parts the model has is meant. `aliases`: other names of modules in checkpoints ->
     ours. `constants`: stored tensors that always have one value, which
     is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, or a module `mtp`, which predict

@@ -75,9 +75,7 @@ def _forward_kernel(p_gate, p_up, p_h, count, alpha, limit, BLOCK: tl.constexpr)
 
 
 @jit
-def _backward_kernel(
-    p_dh, p_gate, p_up, p_dgate, p_dup, count, alpha, limit, BLOCK: tl.constexpr
-):
+def _backward_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, count, alpha, limit, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < count
     b_dh = tl.load(p_dh + o, mask=mask, other=0.0).to(tl.float32)

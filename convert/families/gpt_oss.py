@@ -1,8 +1,6 @@
 """gpt-oss: attention sinks, alternating windows, clamped experts with biases, stored as stacks."""
 
-from dataclasses import replace
-
-from ...nn.spec import ModelSpec, NormSpec
+from ...nn.spec import MLPSpec, ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import dense_spec, head_width, layer_types, typed_windows, with_attention
 from ..mixture import moe_spec, stacked, with_experts
@@ -60,8 +58,9 @@ def spec(fields: Fields) -> ModelSpec:
         activation="clamped",
     )
     fields.expect("hidden_act", "silu")
-    mlp = replace(
-        made.layers[0].mlp,
+    mlp = MLPSpec(
+        dim=fields.integer("intermediate_size"),
+        activation="clamped",
         bias=True,
         alpha=fields.number("swiglu_alpha", 1.702),
         limit=fields.number("swiglu_limit", 7.0),

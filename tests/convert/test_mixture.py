@@ -21,6 +21,7 @@ TARGETS = {
     "mixtral": ["q_proj", "w1", "w2"],
     "qwen2_moe": ["v_proj", "gate_proj", "down_proj"],
     "granitemoe": ["q_proj", "up_proj", "down_proj"],
+    "gpt_oss": ["q_proj", "up_proj", "down_proj"],
 }
 
 

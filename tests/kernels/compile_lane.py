@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from purelm.kernels import (
+    clamped,
     cross_entropy_rows,
     decode_attention,
     flash,
@@ -443,6 +444,14 @@ def other_cases(every: bool) -> Iterator[Case]:
             (dtype,) * 5 + (count,),
             options,
         )
+    for dtype in (F32, F16, BF16):
+        options = {"BLOCK": gated.BLOCK, "num_warps": gated.WARPS}
+        for name, kernel, tensors in (
+            ("clamped", clamped._forward_kernel, 3),
+            ("clamped_backward", clamped._backward_kernel, 5),
+        ):
+            args = (dtype,) * tensors + (count, 1.702, 7.0)
+            yield Case(f"{name} {dtype}", kernel, args, options)
     plain, options = (None, 0.0, 0.0), (F32, 0.1, 1e-4)
     for dtype, softcap, gradient, (weights, smoothing, z_loss) in itertools.product(
         (F32, BF16), (0.0, 30.0), (False, True), (plain, options)

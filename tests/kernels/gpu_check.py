@@ -32,6 +32,7 @@ from oracles import assert_elementwise, assert_rows  # noqa: E402
 
 from purelm.bench._kernel_time import timed  # noqa: E402
 from purelm.kernels import (  # noqa: E402
+    clamped,
     cross_entropy,
     fp8,
     gated,
@@ -157,6 +158,18 @@ def check_gated(r: random.Random) -> None:
     )
 
 
+def check_clamped(r: random.Random) -> None:
+    dtype, shape = r.choice(FLOATS), (r.randrange(1, 6), r.randrange(1, 300 if TINY else 5000))
+    alpha, limit = r.choice([1.702, 0.5]), r.choice([7.0, 1.0])
+    compare(
+        "clamped",
+        lambda g, u: clamped.clamped(g, u, alpha, limit),
+        lambda g, u: clamped.clamped_reference(g, u, alpha, limit),
+        (randn(*shape, dtype=dtype) * 2, randn(*shape, dtype=dtype) * 2),
+        flat=True,
+    )
+
+
 def check_cross_entropy(r: random.Random) -> None:
     n, v, e = r.randrange(2, 30), r.randrange(2, 300 if TINY else 20_000), r.choice([32, 64, 128])
     dtype = r.choice(FLOATS)
@@ -219,6 +232,7 @@ CHECKS = {
     "rms_norm": check_rms_norm,
     "rope": check_rope,
     "gated": check_gated,
+    "clamped": check_clamped,
     "cross_entropy": check_cross_entropy,
     "fp8": check_fp8,
     "low_rank": check_low_rank,

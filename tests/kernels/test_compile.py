@@ -59,7 +59,7 @@ def check(rows: list[list[str]], arch: int) -> None:
         assert int(shared) <= most, f"{name} wants {shared} bytes of shared memory"
         assert fused == "0", f"{name} fuses a product and a sum that must be rounded apart"
         assert int(widest) >= 4, name
-        if name.startswith(("gated", "rms_norm e=4096", "rms_norm_backward e=4096")):
+        if name.startswith(("gated", "clamped", "rms_norm e=4096", "rms_norm_backward e=4096")):
             assert widest == "16", f"{name}: accesses of {widest} bytes"
         if name.startswith(("nf4_quantize block=64", "nf4_dequantize block=64")):
             assert widest == "16", f"{name}: accesses of {widest} bytes"

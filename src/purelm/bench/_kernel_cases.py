@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import attention as attention_kernel
-from ..kernels import cross_entropy, decode_attention, gated, nf4, nf4_matvec, rms_norm, rope
+from ..kernels import (
+    clamped,
+    cross_entropy,
+    decode_attention,
+    gated,
+    nf4,
+    nf4_matvec,
+    rms_norm,
+    rope,
+)
 from ..quant import nf4 as leaf
 from ._kernel_check import Function, against, close, same
 
@@ -255,6 +264,32 @@ def gating(shape: Shape, device: torch.device) -> Iterator[Case]:
         )
 
 
+def clamping(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """The clamped SwiGLU of gpt-oss, with its numbers."""
+    values = shape.tokens * shape.mlp
+
+    def ours(gate: Tensor, up: Tensor) -> Tensor:
+        return clamped.clamped(gate, up, 1.702, 7.0)
+
+    def reference(gate: Tensor, up: Tensor) -> Tensor:
+        return clamped.clamped_reference(gate, up, 1.702, 7.0)
+
+    def inputs() -> Any:
+        gate, up, dh = (normal(device, shape.tokens, shape.mlp) for _ in range(3))
+        return (gate, up), (dh,)
+
+    for name, wanted, of in (("", (), 6), (" backward", (0, 1), 10)):
+        yield Case(
+            f"clamped{name}",
+            f"{shape.tokens}x{shape.mlp}",
+            of * values,
+            (8.0 if not wanted else 16.0) * values,
+            inputs,
+            backward(ours, wanted) if wanted else forward(ours),
+            against(ours, reference, wanted),
+        )
+
+
 def rotating(shape: Shape, device: torch.device) -> Iterator[Case]:
     b, s, d = shape.batch, shape.tokens // shape.batch, shape.head_dim
     values = shape.tokens * (shape.heads + shape.kv_heads) * d
@@ -401,6 +436,7 @@ KERNELS: dict[str, Callable[[Shape, torch.device], Iterator[Case]]] = {
     "nf4-product": multiplying,
     "rms-norm": norming,
     "gated": gating,
+    "clamped": clamping,
     "rope": rotating,
     "cross-entropy": losing,
     "decode-attention": decoding,
