@@ -214,6 +214,7 @@ def read_adapter(
                 {kind: read(info) for kind, info in pair.items()},
                 *rank_and_scale(config, known[path]),
                 spec,
+                names,
                 place,
             )
             for path, pair in whole.items()

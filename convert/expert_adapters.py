@@ -63,8 +63,16 @@ def named(whole: Mapping[str, LoRA], spec: ModelSpec, names: Names) -> dict[str,
         for depth, path in enumerate(reversed(paths)):
             leaf, name = whole[path], module + depth * _INNER
             found[f"{name}.lora_A.weight"] = leaf.a.flatten(0, 1)
-            found[f"{name}.lora_B.weight"] = leaf.b.permute(1, 2, 0).flatten(1)
+            b = leaf.b
+            if _in_turn(path, names):
+                b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+            found[f"{name}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
     return found
+
+
+def _in_turn(path: str, names: Names) -> bool:
+    """Whether the parameter holds rows of gate and up in turn, where ours are one half each."""
+    return names.in_turn and path.rpartition(".")[2] == stacks.BOTH
 
 
 def _modules(paths: Iterable[str], spec: ModelSpec, names: Names) -> dict[str, list[str]]:
@@ -105,6 +113,7 @@ def read(
     rank: int,
     scale: float,
     spec: ModelSpec,
+    names: Names,
     file: Path,
 ) -> LoRA:
     """The adapter of a parameter, from peft's layout; AdapterError for another rank's shapes."""
@@ -116,11 +125,10 @@ def read(
             f"them {[x * rank, inp]} and {[out, rank * x]}",
             file=file,
         )
-    return LoRA(
-        a.float().view(x, rank, inp),
-        b.float().view(out, rank, x).permute(2, 0, 1).contiguous(),
-        scale,
-    )
+    b = b.float().view(out, rank, x).permute(2, 0, 1)
+    if _in_turn(path, names):
+        b = b.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return LoRA(a.float().view(x, rank, inp), b.contiguous(), scale)
 
 
 def fitted(

@@ -48,7 +48,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "gate up", "down"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_peft_loads_ours(family: str, targets: list[str], tmp_path: Path) -> None:
     """As parameters: peft's logits over transformers are ours, merged by either side too."""
     folder, model = base(family, tmp_path)
@@ -73,8 +73,9 @@ def test_peft_loads_ours(family: str, targets: list[str], tmp_path: Path) -> Non
     )
 
 
-def test_ours_loads_peft(tmp_path: Path) -> None:
-    folder, model = base("qwen3_moe", tmp_path)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_ours_loads_peft(family: str, tmp_path: Path) -> None:
+    folder, model = base(family, tmp_path)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "target_parameters": BOTH}
     theirs = peft.get_peft_model(hf(folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(2)
