@@ -65,7 +65,7 @@ def named(whole: Mapping[str, LoRA], spec: ModelSpec, names: Names) -> dict[str,
             found[f"{name}.lora_A.weight"] = leaf.a.flatten(0, 1)
             b = leaf.b
             if _in_turn(path, names):
-                b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+                b = torch.stack(b.chunk(2, 1), 2).flatten(1, 2)
             found[f"{name}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
     return found
 
@@ -127,7 +127,7 @@ def read(
         )
     b = b.float().view(out, rank, x).permute(2, 0, 1)
     if _in_turn(path, names):
-        b = b.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        b = torch.cat([b[:, ::2], b[:, 1::2]], 1)
     return LoRA(a.float().view(x, rank, inp), b.contiguous(), scale)
 
 
