@@ -30,7 +30,14 @@ from .shards import TensorInfo, open_checkpoint, read
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
-__all__ = ["read_adapter", "read_config", "read_rope_scaling", "save_adapter", "write_adapter"]
+__all__ = [
+    "read_adapter",
+    "read_config",
+    "read_trained",
+    "Trained",
+    "save_adapter",
+    "write_adapter",
+]
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
@@ -239,14 +246,35 @@ def _stacked(leaves: Mapping[str, Any], file: Path) -> tree.Tree:
         raise AdapterError(str(problem), file=file) from problem
 
 
-def read_rope_scaling(folder: Path) -> dict[str, Any] | None:
-    """The `rope_scaling` that the adapter's base was loaded with, if purelm wrote one down."""
+@dataclass(frozen=True)
+class Trained:
+    """What the files say of the base that the adapter was trained on, without reading a tensor.
+
+    rope_scaling: what the base was loaded with, and stored_as: what its weights were kept in
+    ("nf4", "int8"..., "16bit"), None where purelm did not write it down. vocab: the rows of the
+    embedding or head that came with the adapter, 0 without.
+    """
+
+    rope_scaling: dict[str, Any] | None
+    stored_as: str | None
+    vocab: int
+
+
+def read_trained(folder: Path, names: Names) -> Trained:
+    """What the folder's tensors and their header say; AdapterError where they cannot be read."""
     try:
-        text = open_checkpoint(folder, stem=STEM).metadata.get("purelm.rope_scaling")
+        stored = open_checkpoint(folder, stem=STEM)
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
+    text = stored.metadata.get("purelm.rope_scaling")
     file = folder / f"{STEM}.safetensors"
-    return None if text is None else rope_override.from_text(text, file)
+    copies = [_PREFIX + names.to_hf(f"{module}.weight") for module in ("embed", "head")]
+    rows = [stored.tensors[name].shape[:1] for name in copies if name in stored.tensors]
+    return Trained(
+        None if text is None else rope_override.from_text(text, file),
+        stored.metadata.get("purelm.stored_as"),
+        max((row[0] for row in rows if row), default=0),
+    )
 
 
 def _sorted_out(
@@ -274,8 +302,10 @@ def _sorted_out(
         if path not in shapes:
             unknown.append(name)
         elif tuple(tensor.shape) != shapes[path]:
+            grown = path in ("embed.weight", "head.weight") and tensor.shape[0] > spec.vocab
+            hint = f"; load the base with resize_model_vocab={tensor.shape[0]}" if grown else ""
             raise AdapterError(
-                f"found shape {list(tensor.shape)}, expected {list(shapes[path])}",
+                f"found shape {list(tensor.shape)}, expected {list(shapes[path])}{hint}",
                 tensor=name,
                 file=file,
             )

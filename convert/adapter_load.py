@@ -1,6 +1,7 @@
 """An adapter of a folder or repository, for a model that is there already."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,14 +41,30 @@ def load(
     adapters, trained, config = adapter_file.read_adapter(
         source.folder, model.spec, names, params=model.base_params
     )
-    scaling = adapter_file.read_rope_scaling(source.folder)
+    told = adapter_file.read_trained(source.folder, names)
+    scaling = told.rope_scaling
     if scaling is not None and scaling != model.origin.rope_scaling:
         raise AdapterError(
             f"the adapter was trained with rope_scaling={scaling}, the model was loaded with "
             f"{model.origin.rope_scaling}; load the model with the adapter's",
             file=source.folder,
         )
+    warn_of_precision(told.stored_as, model.origin.quantize)
     return placed(Adapter(adapters, trained, config=config), model)
+
+
+def warn_of_precision(trained_on: str | None, quantize: str | None) -> str | None:
+    """Warn, and return what was said, where an adapter meets a base in another precision than the
+    one it was trained on.
+    """
+    if trained_on is None or trained_on == (quantize or "16bit"):
+        return None
+    text = (
+        f"the adapter was trained on a base stored in {trained_on}, this one is stored in "
+        f"{quantize or '16bit'}: the same adapter gives other logits here"
+    )
+    warnings.warn(text, stacklevel=3)
+    return text
 
 
 def placed(adapter: Adapter, model: "CausalLM") -> Adapter:

@@ -10,6 +10,7 @@ import torch
 from ..errors import ArgumentError, ConfigError
 from ..nn import tree
 from . import adapter_file, adapter_start, peft_config, rope_override
+from .adapter_load import warn_of_precision
 from .arguments import (
     DEFAULT_4BIT,
     check_budget,
@@ -175,10 +176,13 @@ class FastLanguageModel:
         config_file = base.folder / "config.json"
         family = family_of(config.fields, config_file)
         notes = []
-        if adapter is not None and rope_scaling is None:
-            rope_scaling = adapter_file.read_rope_scaling(source.folder)
-            if rope_scaling is not None:
+        told = None if adapter is None else adapter_file.read_trained(source.folder, family.names)
+        if told is not None:
+            if rope_scaling is None and told.rope_scaling is not None:
+                rope_scaling = told.rope_scaling
                 notes.append(f"rope_scaling: {rope_scaling}, with which the adapter was trained")
+            if (said := warn_of_precision(told.stored_as, quantize)) is not None:
+                notes.append(said)
         has_tokenizer = any((source.folder / file).exists() for file in TOKENIZERS)
         tokenizer = _tokenizer(source.folder if has_tokenizer else base.folder)
         generation_config = _generation_config(base.folder, config)
@@ -203,6 +207,9 @@ class FastLanguageModel:
         spec, params = loaded.spec, loaded.params
         if resize_model_vocab is not None:
             spec, params = resized(spec, params, loaded.config, resize_model_vocab)
+        if told is not None and told.vocab > spec.vocab:
+            notes.append(f"the adapter's vocabulary: embedding and head grew to {told.vocab} rows")
+            spec, params = resized(spec, params, loaded.config, told.vocab)
         if max_seq_length is not None and max_seq_length > spec.max_positions:
             notes.append(
                 f"max_seq_length {max_seq_length} is more than the model's context of "

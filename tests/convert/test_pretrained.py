@@ -10,6 +10,7 @@ from typing import Any
 import corpus
 import folders
 import numpy
+import peft
 import pytest
 import torch
 import transformers
@@ -463,6 +464,43 @@ def test_an_adapter_folder_finds_its_base(folder: Path, tmp_path: Path) -> None:
     model.eval()
     assert torch.equal(model(ids()).logits, again(ids()).logits)
     assert len(tokenizer) == len(model.tokenizer) and len(again.state_dict()) == 42
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_adapters_vocabulary_is_grown_to(folder: Path, hf: Any, tmp_path: Path) -> None:
+    """The base has fewer rows than the adapter's copies; peft needs it resized by hand."""
+    rows = hf.config.vocab_size + 5
+    model, _ = load(folder, resize_model_vocab=rows)
+    assert rows > hf.config.vocab_size
+    model = FastLanguageModel.get_peft_model(
+        model, r=4, modules_to_save=["embed_tokens", "lm_head"]
+    )
+    spread_trained(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again, _ = load(tmp_path / "adapter")
+    assert again.spec.vocab == again.config.vocab_size == rows
+    assert f"grew to {rows} rows" in again.report()
+    tokens = torch.tensor([[3, rows - 1, 5]])
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs.resize_token_embeddings(rows, mean_resizing=False)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        same_logits(again(tokens).logits, theirs(tokens).logits)
+    plain, _ = load(folder)
+    with pytest.raises(AdapterError, match=f"resize_model_vocab={rows}"):
+        plain.load_adapter(tmp_path / "adapter", "grown")
+
+
+def test_another_precision_than_the_adapters_is_said(folder: Path, tmp_path: Path) -> None:
+    adapters(folder, 1).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="trained on a base stored in 16bit, this one .* in nf4"):
+        model, _ = load(tmp_path / "adapter", load_in_4bit=True)
+    assert "trained on a base stored in 16bit" in model.report()
+    with pytest.warns(UserWarning, match="stored in 16bit"):
+        model.load_adapter(tmp_path / "adapter", "next")
 
 
 def test_an_adapter_without_a_base(folder: Path, tmp_path: Path) -> None:
