@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..kernels.attention import backend_for
-from ..nn import tree
+from ..nn import experts, tree
 from ..nn.layout import Layout
-from ..nn.plan import GIB, Shape, plan
+from ..nn.plan import GIB, plan
 from ..nn.residuals import Policy, Residuals
+from ..nn.spec import MoESpec
+from ..nn.step_memory import Shape
+from ..quant.fp8_product import computes
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -56,6 +59,9 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
             masked=masked,
             dora=any(leaf.magnitude is not None for leaf in tree.leaves(model.adapters)),
             trained=_trains_layers(model),
+            fp8=any(computes(leaf) for leaf in tree.leaves(model.params["layers"])),
+            one_by_one=_experts_wait(model),
+            gradients=_gradients(model),
         )
         fixed = max(_lasting(model), _allocated(device))
         fixed += _WORKSPACE if device.type == "cuda" else 0
@@ -131,10 +137,38 @@ def _trains_layers(model: "CausalLM") -> bool:
     return model.train_all or bool(tree.tensors((model.trained or {}).get("layers", {})))
 
 
+def _experts_wait(model: "CausalLM") -> bool:
+    """Whether the experts of some layer run one after the other in training."""
+    if model.device.type != "cuda" or model.qat_scheme is not None:
+        return True
+    layers = zip(model.spec.layers, model.params["layers"], _worn(model), strict=True)
+    return any(
+        experts.waits_for(p["mlp"]["experts"], tree.get(own, "mlp", "experts"), layer.mlp, seed=0)
+        is not None
+        for layer, p, own in layers
+        if isinstance(layer.mlp, MoESpec)
+    )
+
+
+def _gradients(model: "CausalLM") -> int:
+    """Bytes of the gradients of the layer that has most trained."""
+    most = 0
+    for both in zip(model.params["layers"], _worn(model), strict=True):
+        count: int = sum(t.nbytes for t in tree.tensors(list(both)) if t.requires_grad)
+        most = max(most, count)
+    return most
+
+
+def _worn(model: "CausalLM") -> list[tree.Tree]:
+    """The adapters that act on every layer."""
+    adapters = model.adapters
+    return [tree.get(adapters, "layers", i) for i in range(len(model.spec.layers))]
+
+
 def _ranks(model: "CausalLM") -> int:
     """The ranks of one layer's adapters, summed; of the layer with the most."""
-    layers: list[tree.Tree] = (model.adapters or {}).get("layers", [])
-    return max((sum(leaf.rank for leaf in tree.leaves(layer)) for layer in layers), default=0)
+    ranks: list[int] = [sum(leaf.rank for leaf in tree.leaves(own)) for own in _worn(model)]
+    return max(ranks)
 
 
 def _allocated(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels.grouped import offsets_of
 
 # Rows whose weighed sums are in fp32 at a time.
-_CHUNK = 1 << 14
+CHUNK = 1 << 14
 
 
 class Places(NamedTuple):
@@ -94,8 +94,8 @@ class _Combine(torch.autograd.Function):
             active = weights.shape[1]
             weight = weights.flatten().index_select(0, order)[:, None]
             drows = torch.empty_like(rows)
-            for i in range(0, len(rows), _CHUNK):
-                own = slice(i, i + _CHUNK)
+            for i in range(0, len(rows), CHUNK):
+                own = slice(i, i + CHUNK)
                 drows[own] = grad.index_select(0, order[own] // active) * weight[own]
         if ctx.needs_input_grad[1]:
             found = [
@@ -112,5 +112,5 @@ def _rows(rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(back: torch.Tensor, other: torch.Tensor) -> Any:
-    step = max(1, _CHUNK // back.shape[1])
+    step = max(1, CHUNK // back.shape[1])
     return zip(torch.split(back, step), torch.split(other, step), strict=True)

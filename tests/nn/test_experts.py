@@ -177,7 +177,7 @@ def test_all_in_one_launch(interpreted: None, four_bits: bool, both: bool, spec:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_dispatch_and_back(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spread and combined, in chunks or not, against the sum over the choices; gradients too."""
-    monkeypatch.setattr(dispatch, "_CHUNK", 16)
+    monkeypatch.setattr(dispatch, "CHUNK", 16)
     g = torch.Generator().manual_seed(0)
     chosen = torch.rand(rows, 7, generator=g).topk(3, -1).indices
     x, weights = torch.randn(rows, 4, generator=g, dtype=F64), torch.rand(rows, 3, dtype=F64)
