@@ -127,14 +127,17 @@ class CausalLM(Saving, Wearing):
         cu_seqlens: torch.Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> CausalLMOutput:
         """input_ids [b, s] -> loss (with labels [b, s], -100 ignored) and logits [b, s, v].
 
         Positions come from `attention_mask` (ones for real tokens, padding on either side), from
         `cu_seqlens` [documents + 1] (one packed row), or from `position_ids` (a document begins
         where they are 0), beside which a mask still says what is padding. num_items_in_batch:
-        what the summed loss is divided by (default: the labels that count). use_cache and
-        return_dict are accepted and change nothing.
+        what the summed loss is divided by (default: the labels that count). smoothing (of
+        labels; trainers take what is called label for a column of the data) and z_loss: those of
+        `nn.loss.next_token`. use_cache and return_dict are accepted and change nothing.
 
         Raises InputError for ids outside of the vocabulary, rows longer than the context, and
         labels of which none counts.
@@ -173,7 +176,16 @@ class CausalLM(Saving, Wearing):
                 seed=self._next_seed(),
             )
             if labels is not None:
-                total = loss.next_token(params, self.spec, x, labels, layout=layout, count=count)
+                total = loss.next_token(
+                    params,
+                    self.spec,
+                    x,
+                    labels,
+                    layout=layout,
+                    count=count,
+                    label_smoothing=smoothing,
+                    z_loss=z_loss,
+                )
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             with self._own_dtypes():

@@ -42,6 +42,12 @@ class Trainee(nn.Module):
             node = node._modules[key]  # type: ignore[assignment]
         return node
 
+    def _get_name(self) -> str:
+        # The class that transformers has for it: a trainer that smooths labels itself shifts them
+        # for the causal language models it knows by this name, and for no others.
+        name: str = self.origin.family.hf_class
+        return name
+
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Keep a trainer's tags in `model_tags`; no file of ours carries them."""
         found = [tags] if isinstance(tags, str) else list(tags)

@@ -130,6 +130,8 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
     group("--warmup", type=float, help="steps, or below 1 a share of them (default: 0.03)")
     group("--weight-decay", type=float, help="AdamW's (default: 0.01)")
     group("--max-grad-norm", type=float, help="clip the gradient; 0 does not (default: 1)")
+    group("--label-smoothing", type=float, help="of the target, spread evenly (default: 0)")
+    group("--z-loss", type=float, help="weight of log-sum-exp squared, as 1e-4 (default: 0)")
     group("--seed", type=int, help="of adapters, dropout and order of rows (default: 3407)")
     group(
         "--recompute",

@@ -16,7 +16,6 @@ from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
 from .nn.layout import Layout
 from .nn.residuals import Residuals, per_layer
-from .nn.spec import MoESpec
 
 # Shapes whose graphs are held at a time; the one that was not used for longest goes.
 _MOST_SHAPES = 32
@@ -45,9 +44,7 @@ def uncapturable(model: CausalLM) -> str | None:
         return "the adapters have dropout, drawn anew in each step"
     if model.trained or model.train_all or not model.adapters:
         return "only adapters can be trained by it"
-    if any(isinstance(layer.mlp, MoESpec) for layer in model.spec.layers):
-        return "its experts ask the device how many tokens each has"
-    found = waits_for(model.params, model.spec)
+    found = waits_for(model.computed_params(), model.spec, model.adapters)
     return None if found is None else f"it asks the device in between: {found}"
 
 
@@ -76,8 +73,12 @@ class GraphedStep:
     sends residuals to the host: none of these can be replayed.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(
+        self, model: CausalLM, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> None:
         self.model = model
+        # Of the loss, captured with it: as keywords of the model's own.
+        self.terms = {"smoothing": label_smoothing, "z_loss": z_loss}
         reason = uncapturable(model)
         if reason is not None:
             raise ArgumentError(f"a step of this model cannot be captured: {reason}")
@@ -181,7 +182,14 @@ class GraphedStep:
             ]
             adapters = named_adapters.acting(worn, training=True)
             value = value_of(
-                self.model, ids, targets, rows, adapters=adapters, count=held, residuals=policies
+                self.model,
+                ids,
+                targets,
+                rows,
+                adapters=adapters,
+                count=held,
+                residuals=policies,
+                **self.terms,
             )
             return value.detach(), torch.autograd.grad(value, list(fresh.values()))
 
@@ -208,8 +216,19 @@ def value_of(
     adapters: tree.Tree,
     count: torch.Tensor | None,
     residuals: Residuals,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """The loss that is captured: `model(ids, labels=labels).loss`, of what is on the device."""
     params, spec = model.computed_params(), model.spec
     x = decoder.hidden(params, spec, ids, layout=rows, adapters=adapters, residuals=residuals)
-    return loss.next_token(params, spec, x, labels, layout=rows, count=count)
+    return loss.next_token(
+        params,
+        spec,
+        x,
+        labels,
+        layout=rows,
+        count=count,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+    )

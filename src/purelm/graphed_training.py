@@ -26,10 +26,12 @@ class Graphs:
         optimizer: torch.optim.AdamW,
         max_grad_norm: float,
         *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self._say = model, say
-        self.step = GraphedStep(model)
+        self.step = GraphedStep(model, label_smoothing=label_smoothing, z_loss=z_loss)
         self.update = GraphedUpdate(optimizer, max_grad_norm)
 
     def loss(self, rows: Sequence[Row], count: int) -> torch.Tensor:
@@ -48,7 +50,9 @@ class Graphs:
         if self._say is not _quiet:
             self._say(f"a batch of {bucket.tokens} tokens runs without a graph: {reason}")
             self._say = _quiet
-        loss: torch.Tensor | None = self.model(**batch, num_items_in_batch=count).loss
+        loss: torch.Tensor | None = self.model(
+            **batch, num_items_in_batch=count, **self.step.terms
+        ).loss
         assert loss is not None
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -66,6 +70,8 @@ def graphs_for(
     packing: bool,
     asked: bool | None,
     say: Callable[[str], None],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Graphs | None:
     """Graphs where `asked` for (True: or ArgumentError, None: where possible, False: never); says
     why there are none on a GPU.
@@ -76,7 +82,14 @@ def graphs_for(
     if reason is None and not packing:
         reason = "padded batches have a shape of their own nearly every time; use packing"
     if reason is None:
-        return Graphs(model, optimizer, max_grad_norm, say=None if asked else say)
+        return Graphs(
+            model,
+            optimizer,
+            max_grad_norm,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            say=None if asked else say,
+        )
     if asked:
         raise ArgumentError(f"graphs were asked for, and cannot be: {reason}")
     if model.device.type == "cuda":

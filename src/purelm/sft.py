@@ -129,6 +129,8 @@ def _train(
         options.max_grad_norm,
         packing=job.packing,
         asked=options.graph,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
         say=say,
     )
     with (
@@ -188,6 +190,8 @@ def _step(job: Job, step: int, rate: float, graphs: Graphs | None) -> training.S
             max_grad_norm=job.options.max_grad_norm,
             pad_id=job.pad_id,
             packing=job.packing,
+            label_smoothing=job.options.label_smoothing,
+            z_loss=job.options.z_loss,
             graphs=graphs,
         )
     except torch.OutOfMemoryError as problem:

@@ -22,6 +22,7 @@ class Options:
     the rows is held out. precision: adapters on a base in 4 bits, fp8 or 16 bits, or all weights.
     compute: "fp8" for the products of a 4-bit or fp8 base in fp8. alpha: None is rank. dtype: what
     is computed in; None is float32 on a CPU and for "full", else bfloat16.
+    label_smoothing, z_loss: see `nn.loss.next_token`; losses of held-out rows are without them.
     learning_rate: None is 2e-4, for "full" 2e-5. warmup: steps if at least 1, else a share of them.
     max_steps: None trains for `epochs`. *_every: in steps, 0 is never; a run evaluates before its
     first step and after its last one anyway. packing: a batch's rows run as one row without
@@ -56,6 +57,8 @@ class Options:
     warmup: float = 0.03
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     max_steps: int | None = None
     epochs: float = 1.0
     eval_every: int = 0
@@ -106,11 +109,19 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ArgumentError(f"{name} is {value!r}, expected more than 0")
-    for name in ("warmup", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
+    for name in (
+        "warmup",
+        "weight_decay",
+        "max_grad_norm",
+        "z_loss",
+        "eval_every",
+        "save_every",
+        "seed",
+    ):
         value = getattr(options, name)
         if not 0 <= value < math.inf:
             raise ArgumentError(f"{name} is {value!r}, expected 0 or more")
-    for name in ("dropout", "eval_fraction"):
+    for name in ("dropout", "eval_fraction", "label_smoothing"):
         value = getattr(options, name)
         if not 0 <= value < 1:
             raise ArgumentError(f"{name} is {value!r}, expected at least 0 and less than 1")

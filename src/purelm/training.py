@@ -130,12 +130,16 @@ def train_step(
     max_grad_norm: float,
     pad_id: int,
     packing: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     graphs: Graphs | None = None,
 ) -> StepResult:
     """One update from all batches of `window`, each token of it weighing the same.
 
     packing: the rows of a batch run as one packed row instead of a padded batch; see `packs`.
-    graphs: replay the step from these, of this model and optimizer, whose rows are packed.
+    label_smoothing, z_loss: as in `nn.loss.next_token`.
+    graphs: replay the step from these, of this model and optimizer, whose rows are packed; they
+    were made with the loss's terms.
     Raises TrainingError, with the parameters as they were, for a loss or gradient that is not
     finite.
     """
@@ -146,7 +150,9 @@ def train_step(
             total = total + graphs.loss(rows, count)
             continue
         batch = pack(rows) if packing else collate(rows, pad_id)
-        loss = model(**batch, num_items_in_batch=count).loss
+        loss = model(
+            **batch, num_items_in_batch=count, smoothing=label_smoothing, z_loss=z_loss
+        ).loss
         assert loss is not None
         loss.backward()
         total = total + loss.detach()

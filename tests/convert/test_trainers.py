@@ -61,7 +61,9 @@ def padded(tokenizer: Any, batch: list[dict[str, list[int]]]) -> dict[str, torch
     }
 
 
-def own_losses(model: Any, tokenizer: Any, steps: int = STEPS, accumulate: int = 1) -> list[float]:
+def own_losses(
+    model: Any, tokenizer: Any, steps: int = STEPS, accumulate: int = 1, **terms: float
+) -> list[float]:
     """The loop that every trainer here must agree with: AdamW, a constant rate, clipping at 1."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
@@ -73,7 +75,7 @@ def own_losses(model: Any, tokenizer: Any, steps: int = STEPS, accumulate: int =
         count = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
         total = 0.0
         for part in parts:
-            loss = model(**part, num_items_in_batch=count).loss
+            loss = model(**part, num_items_in_batch=count, **terms).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -161,6 +163,23 @@ def test_trainer(folder: Path, tmp_path: Path, accumulate: int, options: Any) ->
         written = load_file(tmp_path / "out/model.safetensors")
         name = "model.layers.0.mlp.up_proj.weight"
         assert torch.equal(written[name], model.params["layers"][0]["mlp"]["up"]["weight"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trainer_smooths_labels(folder: Path, tmp_path: Path, accumulate: int) -> None:
+    """Its own smoother, which shifts labels for models that it knows by name, agrees with ours."""
+    want = own_losses(*adapted(folder), accumulate=accumulate, smoothing=0.1)
+    model, tokenizer = adapted(folder)
+    trainer = hf_trainer(
+        model,
+        tokenizer,
+        tmp_path,
+        per_device_train_batch_size=ROWS // accumulate,
+        gradient_accumulation_steps=accumulate,
+        label_smoothing_factor=0.1,
+    )
+    trainer.train()
+    same(logged(trainer), want)
 
 
 def test_trainer_resumes(folder: Path, tmp_path: Path) -> None:

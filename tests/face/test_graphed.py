@@ -3,15 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import bridged
 import folders
 import pytest
+import tiny
 import torch
 from bridged import ids
 
 from purelm import FastLanguageModel, training
+from purelm.convert import peft_config
 from purelm.errors import ArgumentError, InputError, TrainingError
-from purelm.graphed import GraphedStep
+from purelm.graphed import GraphedStep, uncapturable, value_of
 from purelm.graphed_training import Graphs
+from purelm.nn import layout
+from purelm.nn.residuals import KEEP
 from purelm.rows import Row, pack
 
 
@@ -33,6 +38,37 @@ def load(folder: Path, device: str, **options: Any) -> Any:
 def test_a_model_on_the_cpu(folder: Path) -> None:
     with pytest.raises(ArgumentError, match="on cpu"):
         GraphedStep(load(folder, "cpu"))
+
+
+def test_what_is_captured_has_the_loss_s_terms(folder: Path) -> None:
+    model, batch = load(folder, "cpu").train(), ids()
+    terms = {"smoothing": 0.2, "z_loss": 1e-2}
+    rows = layout.dense(*batch.shape, device=batch.device)
+    given: Any = {"adapters": model.adapters, "count": None, "residuals": KEEP}
+    plain, found = (value_of(model, batch, batch, rows, **given, **t) for t in ({}, terms))
+    assert found == model(batch, labels=batch, **terms).loss != plain
+
+
+def test_experts_are_captured_where_nothing_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides is asked of the model's own leaves, on whichever device they are."""
+    folder = tiny.save(tiny.hf_model("glm4_moe"), tmp_path / "moe")
+    reasons = {}
+    kinds: Any = {
+        "4 bits": ("nf4", {}),
+        "DoRA": ("nf4", {"use_dora": True}),
+        "8 bits": ("int8", {}),
+    }
+    for name, (quantize, worn) in kinds.items():
+        model = bridged.bridge(folder, quantize=quantize)
+        targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+        peft_config.apply(model, r=2, target_modules=targets, **worn)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+            reasons[name] = uncapturable(model)
+    assert reasons["4 bits"] is None
+    assert all("how many tokens each expert has" in str(reasons[n]) for n in ("DoRA", "8 bits"))
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,6 +92,36 @@ def step_once(model: Any, window: list[list[Row]], rate: float = 1e-2) -> traini
     return training.train_step(
         model, optimizer, window, step=0, rate=rate, max_grad_norm=1.0, pad_id=3
     )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_smoothed_labels_and_z_loss(folder: Path, packing: bool) -> None:
+    """The step's loss and gradients are those of torch's cross entropy over whole logits."""
+    rows, smoothing, z_loss = drawn(5), 0.2, 1e-2
+    model = load(folder, init_lora_weights="gaussian").train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    total = torch.zeros(())
+    for row in rows:
+        scores = model(torch.tensor([row.ids])).logits[0, :-1]
+        labels = torch.tensor(row.labels[1:])
+        total = total + F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
+        total = total + z_loss * scores[labels != -100].logsumexp(-1).square().sum()
+    total = total / sum(row.learned for row in rows)
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(total, params)]).norm()
+    found = training.train_step(
+        model,
+        training.adamw(model, 0.0),
+        [rows[:3], rows[3:]],
+        step=0,
+        rate=1e-3,
+        max_grad_norm=1.0,
+        pad_id=3,
+        packing=packing,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+    )
+    assert found.loss == pytest.approx(total.item(), rel=1e-5)
+    assert found.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_accumulation_equals_one_large_batch(folder: Path) -> None:
