@@ -155,6 +155,8 @@ def _attention(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> int:
     # Last the expanded heads' gradients of k and v, which some backends make before they sum
     # groups.
     each = (3 * (q + 2 * kv) + 2 * q + 2 * q) * shape.itemsize + q * 4
+    if a.gated:  # the gates, their sigmoids, what they leave, and a gradient
+        each += 4 * q * shape.itemsize
     if shape.fp8:
         each += max(q + 2 * kv, spec.dim)
     return total + shape.tokens * each
