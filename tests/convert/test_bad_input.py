@@ -118,7 +118,7 @@ LISTED: dict[str, tuple[Callable[[Path], object], type[LoadError], list[str]]] =
     "stored quantized": (
         lambda f: change(f, quantization_config={"quant_method": "gptq"}),
         ConfigError,
-        ["gptq", "16-bit original", "config.json"],
+        ["gptq", "bits", "config.json"],
     ),
     "quantized by nobody knows what": (
         lambda f: change(f, quantization_config=["gptq"]),
@@ -165,7 +165,7 @@ LISTED: dict[str, tuple[Callable[[Path], object], type[LoadError], list[str]]] =
     "a tokenizer in another format": (
         lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
         TokenizerError,
-        ["tokenizer.model", "AutoTokenizer"],
+        ["tokenizer.model", "SentencePiece"],
     ),
     "generation_config a list": (
         lambda f: (f / "generation_config.json").write_text("[]"),
