@@ -50,11 +50,13 @@ class GGUFTensor(TensorInfo):
     """A weight in blocks of the ggml type `kind`; `dtype` is what reading gives.
 
     heads: of how many heads the rows are, each stored with its halves interleaved as llama.cpp's
-    rope needs them; 0 for rows that are as they should be.
+    rope needs them; 0 for rows that are as they should be. offset_by: what was added to each value
+    (norms around 1, whose weights are kept as the difference).
     """
 
     kind: str
     heads: int = 0
+    offset_by: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,8 @@ def read_tensor(info: GGUFTensor) -> torch.Tensor:
                 # Scales that are not finite show in what comes out.
                 with np.errstate(all="ignore"):
                     part.copy_(torch.from_numpy(dequantize(buffer.numpy(), kind)))
+    if info.offset_by:
+        out = out - info.offset_by
     if info.heads:
         out = out.view(info.heads, -1, 2, *info.shape[1:]).transpose(1, 2).reshape(info.shape)
     return out

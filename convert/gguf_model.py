@@ -11,28 +11,20 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..nn.rope import inverse_frequencies
 from ..nn.spec import RopeSpec
+from .gguf_architectures import (
+    EXPERTS,
+    INTEGERS,
+    NAMES,
+    Architecture,
+    of_file,
+)
 from .gguf_file import GGUF, GGUFTensor, read_tensor
+from .gguf_names import ROPE_FREQS, VECTORS, to_hf
+from .registry import FAMILIES
 from .shards import Checkpoint
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-ROPE_FREQS = "rope_freqs.weight"
 _INTEGERS = {
     "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
     "context_length": "max_position_embeddings",
@@ -41,8 +33,9 @@ _KNOWN = {
     *_INTEGERS,
     "attention.head_count_kv",
     "attention.key_length",
-    "attention.layer_norm_rms_epsilon",
     "attention.value_length",
+    "expert_feed_forward_length",
+    "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scaling.factor",
@@ -51,6 +44,20 @@ _KNOWN = {
     "rope.scaling.type",
     "vocab_size",
 }
+# Experts that a stack may have; a file can announce any number.
+_MAX_EXPERTS = 1 << 12
+
+
+def architecture_of(gguf: GGUF) -> Architecture:
+    """What the file says it is; raises ConfigError for an architecture that is not known."""
+    name = gguf.fields.get("general.architecture")
+    found = of_file(name, _own(gguf))
+    if found is None:
+        raise ConfigError(
+            f"the GGUF architecture {name!r:.60} is not read; known are {', '.join(NAMES)}",
+            file=gguf.file,
+        )
+    return found
 
 
 def config_fields(gguf: GGUF) -> dict[str, Any]:
@@ -58,34 +65,44 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
 
     Raises ConfigError for an architecture or a field that would change the math and is not known.
     """
-    architecture = gguf.fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(
-            f"the GGUF architecture {architecture!r:.60} is not read; known are "
-            f"{', '.join(ARCHITECTURES)}",
-            file=gguf.file,
-        )
-    prefix = f"{architecture}."
-    own = {n.removeprefix(prefix): v for n, v in gguf.fields.items() if n.startswith(prefix)}
-    unknown = {n: v for n, v in own.items() if n not in _KNOWN and v not in (0, None)}
+    architecture, own = architecture_of(gguf), _own(gguf)
+    eps, hf_eps = architecture.eps
+    known = {*_KNOWN, eps, *(field.key for field in architecture.fields)}
+    unknown = {n: v for n, v in own.items() if n not in known and v not in (0, None)}
     if unknown:
         shown = ", ".join(f"{name:.60}={value!r:.40}" for name, value in unknown.items())
         raise ConfigError(f"no part of the model covers the fields {shown:.500}", file=gguf.file)
     fields: dict[str, Any] = {
-        "architectures": [f"{architecture.capitalize()}ForCausalLM"],
-        "model_type": architecture,
+        "architectures": [FAMILIES[architecture.family].hf_class],
+        "model_type": architecture.family,
+        **architecture.constants,
     }
     for name, hf in _INTEGERS.items():
         fields[hf] = _integer(own, name, gguf)
+    # A model of nothing but experts needs not say how wide another MLP were.
+    inner = own.get("expert_feed_forward_length")
+    fields["intermediate_size"] = _integer(own, "feed_forward_length", gguf, inner)
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = _integer(own, "attention.head_count_kv", gguf, heads)
     width = _integer(own, "attention.key_length", gguf, fields["hidden_size"] // heads)
     fields["head_dim"] = width
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if _integer(own, name, gguf, width) != width:
+    rotated = _integer(own, "rope.dimension_count", gguf, width)
+    if architecture.partial:
+        fields["partial_rotary_factor"] = rotated / width
+        rotated = width
+    for name, found in (("rope.dimension_count", rotated), ("attention.value_length", None)):
+        if (found or _integer(own, name, gguf, width)) != width:
             raise ConfigError(f"{name} differs from the head width {width}", file=gguf.file)
-    fields["rms_norm_eps"] = _number(own, "attention.layer_norm_rms_epsilon", gguf)
+    fields[hf_eps] = _number(own, eps, gguf)
     fields["rope_theta"] = _number(own, "rope.freq_base", gguf, 10000.0)
+    for field in architecture.fields:
+        if field.key in own or field.default is not None or field.required:
+            read = _integer if field.key in INTEGERS else _number
+            fields[field.hf] = read(own, field.key, gguf, field.default)  # type: ignore[arg-type]
+    if architecture.query_scale is not None:
+        wide = fields["num_hidden_layers"] == architecture.query_scale
+        scalar = fields["hidden_size"] // heads if wide else width
+        fields["query_pre_attn_scalar"] = scalar
     scaling = _scaling(own, gguf) or _llama3(gguf, fields)
     if scaling:
         fields["rope_scaling"] = scaling
@@ -93,11 +110,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     if embed is None:
         raise CheckpointError("the tensor is missing", tensor="token_embd.weight", file=gguf.file)
     fields["vocab_size"] = embed.shape[0]
-    fields["tie_word_embeddings"] = "output.weight" not in gguf.tensors
-    if architecture != "qwen2":
-        fields["attention_bias"] = "blk.0.attn_output.bias" in gguf.tensors
-    if architecture == "llama":
-        fields["mlp_bias"] = "blk.0.ffn_down.bias" in gguf.tensors
+    fields["tie_word_embeddings"] = architecture.tied or "output.weight" not in gguf.tensors
+    for hf, tensor in architecture.flags.items():
+        fields[hf] = tensor in gguf.tensors
     for name, hf in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         value = gguf.fields.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None:
@@ -106,51 +121,62 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
 
 
 def checkpoint(gguf: GGUF) -> Checkpoint:
-    """The file's tensors under the names of a Hugging Face checkpoint.
+    """The file's tensors under the names of a Hugging Face checkpoint, experts one by one.
 
     Raises CheckpointError for names that no such model has.
     """
-    architecture = gguf.fields["general.architecture"]
-    tensors: dict[str, GGUFTensor] = {}
+    architecture, own = architecture_of(gguf), _own(gguf)
+    made: dict[str, GGUFTensor] = {}
     for name, info in gguf.tensors.items():
         if name == ROPE_FREQS:
             continue
-        heads = 0
-        if architecture == "llama" and ".attn_q." in name:
-            heads = gguf.fields["llama.attention.head_count"]
-        elif architecture == "llama" and ".attn_k." in name:
-            key = "llama.attention.head_count"
-            heads = gguf.fields.get(f"{key}_kv", gguf.fields[key])
-        if heads and info.shape[0] % (2 * heads):
+        hf = to_hf(name, architecture)
+        if hf is None or hf in made:
             raise CheckpointError(
-                f"{info.shape[0]} rows are not those of {heads} heads", tensor=name, file=info.file
+                "no part of the model has this tensor", tensor=name[:200], file=gguf.file
             )
-        tensors[_hf_name(name, gguf)] = replace(info, heads=heads)
-    made = {hf: replace(info, name=hf) for hf, info in tensors.items()}
+        if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
+            heads = own["attention.head_count"]
+            if ".attn_k." in name:
+                heads = own.get("attention.head_count_kv", heads)
+            if info.shape[0] % (2 * heads):
+                raise CheckpointError(
+                    f"{info.shape[0]} rows are not those of {heads} heads",
+                    tensor=name,
+                    file=info.file,
+                )
+            info = replace(info, heads=heads)
+        if hf.endswith("norm.weight"):
+            info = replace(info, offset_by=architecture.offset)
+        if name.split(".")[-2] in VECTORS and len(info.shape) == 1:
+            info = replace(info, shape=(1, *info.shape))
+        for part in _experts(info, own) if "*" in hf else (info,):
+            number = 0 if part is info else (part.offset - info.offset) // part.nbytes
+            named = hf.replace("*", str(number))
+            made[named] = replace(part, name=named)
     return Checkpoint(gguf.file.parent, (gguf.file,), MappingProxyType(made), MappingProxyType({}))
 
 
-def ggml_name(name: str) -> str | None:
-    """The name there of a tensor that Hugging Face calls `name`; None for one that has none."""
-    module, _, leaf = name.rpartition(".")
-    found = {hf: ours for ours, hf in _TOP.items()}.get(module)
-    if found is None and module.startswith("model.layers."):
-        number, _, part = module.removeprefix("model.layers.").partition(".")
-        inner = {hf: ours for ours, hf in _LAYER.items()}.get(part)
-        found = f"blk.{number}.{inner}" if inner else None
-    return f"{found}.{leaf}" if found else None
+def _experts(info: GGUFTensor, own: Mapping[str, Any]) -> list[GGUFTensor]:
+    """The matrices that a stack consists of."""
+    count = own.get(EXPERTS)
+    if type(count) is not int or not 0 < count <= _MAX_EXPERTS or info.shape[:1] != (count,):
+        raise CheckpointError(
+            f"found shape {list(info.shape)}, expected a matrix for each of {count!r:.40} experts",
+            tensor=info.name,
+            file=info.file,
+        )
+    size = info.nbytes // count
+    return [
+        replace(info, shape=info.shape[1:], offset=info.offset + i * size, nbytes=size)
+        for i in range(count)
+    ]
 
 
-def _hf_name(name: str, gguf: GGUF) -> str:
-    module, _, leaf = name.rpartition(".")
-    if leaf in ("weight", "bias"):
-        if module in _TOP:
-            return f"{_TOP[module]}.{leaf}"
-        begin, _, rest = module.partition(".")
-        number, _, part = rest.partition(".")
-        if begin == "blk" and number.isdecimal() and number == str(int(number)) and part in _LAYER:
-            return f"model.layers.{number}.{_LAYER[part]}.{leaf}"
-    raise CheckpointError("no part of the model has this tensor", tensor=name[:200], file=gguf.file)
+def _own(gguf: GGUF) -> dict[str, Any]:
+    """The fields of the file's architecture, without its name."""
+    prefix = f"{gguf.fields.get('general.architecture')!s:.60}."
+    return {n.removeprefix(prefix): v for n, v in gguf.fields.items() if n.startswith(prefix)}
 
 
 def _integer(own: Mapping[str, Any], name: str, gguf: GGUF, default: int | None = None) -> int:

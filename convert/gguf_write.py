@@ -17,12 +17,14 @@ import torch
 
 from ..errors import ArgumentError, ConfigError, LoadError, SaveError
 from ..nn.rope import inverse_frequencies
-from ..nn.spec import MLPSpec, ModelSpec
+from ..nn.spec import AttentionSpec, ModelSpec, MoESpec
 from . import atomic, merge
 from .bnb_file import read_dense
-from .dense import with_attention
+from .gguf_architectures import Architecture, main_rope
+from .gguf_fields import architecture_of, check_same, expressed, model_fields
 from .gguf_file import GGUFTensor, open_gguf
-from .gguf_model import ROPE_FREQS, config_fields, ggml_name
+from .gguf_model import config_fields
+from .gguf_names import ROPE_FREQS, VECTORS, to_ggml
 from .gguf_tokenizer_write import check_tokenizer, tokenizer_fields
 from .merge_tensor import digest, merged
 from .registry import FAMILIES
@@ -44,8 +46,6 @@ METHODS = {
     "q4_1": ("Q4_1", "Q8_0", 3),
     "q4_0": ("Q4_0", "Q8_0", 2),
 }
-# Hugging Face's model_type -> what llama.cpp calls such a model.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _MAX_HALF = 65504.0
 # Weights that are quantized at a time.
 _CHUNK = 1 << 22
@@ -141,30 +141,30 @@ def _stem(name: str) -> str:
 
 def _plan(model: "CausalLM", method: str) -> list[_Tensor]:
     """The tensors in the order of the file; raises for widths that are not whole blocks."""
-    import gguf
-
     matrix, outer, _ = METHODS[method]
-    architecture = _architecture(model)
+    family = model.origin.family
+    architecture = architecture_of(family.model_type)
     first = next(model.spec.attentions())
-    made = []
+    made: list[_Tensor] = []
+    experts: dict[str, list[merge.Tensor]] = {}
     for tensor in merge.tensors(model):
-        name = ggml_name(tensor.name)
-        if name is None:
-            continue
-        heads = 0
-        if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-            heads = first.heads if ".attn_q." in name else first.kv_heads
-        kind = "F32"
-        if len(tensor.shape) > 1:
-            kind = outer if name in ("token_embd.weight", "output.weight") else matrix
-        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
-        if tensor.shape[-1] % block:
-            raise ArgumentError(
-                f"{tensor.name} is {tensor.shape[-1]} wide, and {kind} stores blocks of {block}; "
-                "take quantization_method 'bf16', 'f16' or 'f32'"
-            )
-        made.append(_Tensor(name, tensor.shape, kind, _maker(tensor, heads)))
-    rope = first.rope
+        found = to_ggml(tensor.name, architecture, family.names)
+        for index, name in enumerate(found):
+            shape, make = tensor.shape, _maker(tensor, architecture, name, first)
+            if "_exps." in name and len(shape) == 2:
+                experts.setdefault(name, []).append(tensor)
+                if len(experts[name]) > 1:
+                    continue
+                mixture = next(x.mlp for x in model.spec.layers if isinstance(x.mlp, MoESpec))
+                shape, make = (mixture.experts, *shape), _stacker(experts[name])
+            elif "_exps." in name:
+                shape = (shape[0], shape[1] // len(found), shape[2])
+                make = _slicer(make, index, len(found))
+            elif name.split(".")[-2] in VECTORS:
+                shape = shape[1:]
+            made.append(_Tensor(name, shape, _kind(name, shape, matrix, outer), make))
+            _check_width(made[-1], tensor.name)
+    rope = main_rope(model.spec)
     if rope is not None and rope.kind == "llama3":
         at = torch.zeros(1, 1, dtype=torch.long)
         plain = inverse_frequencies(replace(rope, kind="default"), at)
@@ -174,17 +174,72 @@ def _plan(model: "CausalLM", method: str) -> list[_Tensor]:
     return made
 
 
-def _maker(tensor: merge.Tensor, heads: int) -> Callable[[], torch.Tensor]:
+def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:
+    """The ggml type of a tensor: norms, biases and routers are always F32."""
+    if len(shape) == 1 or name.endswith("norm.weight") or "ffn_gate_inp" in name:
+        return "F32"
+    return outer if name in ("token_embd.weight", "output.weight") else matrix
+
+
+def _check_width(tensor: _Tensor, name: str) -> None:
+    import gguf
+
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]][0]
+    if tensor.shape[-1] % block:
+        raise ArgumentError(
+            f"{name} is {tensor.shape[-1]} wide, and {tensor.kind} stores blocks of {block}; "
+            "take quantization_method 'bf16', 'f16' or 'f32'"
+        )
+
+
+def _stacker(experts: list[merge.Tensor]) -> Callable[[], torch.Tensor]:
+    """The matrices of all experts, in the order of their numbers."""
+
     def make() -> torch.Tensor:
-        if isinstance(tensor.change, torch.Tensor):
-            made = tensor.change.detach().to("cpu", torch.float32)
-        else:
-            assert tensor.info is not None
-            made = read_dense(tensor.info).to(tensor.dtype).float()
-            if tensor.change is not None:
-                made = merged(made, tensor.change, tensor.name)
-        if not bool(made.isfinite().all()):
-            raise SaveError(f"{tensor.name} has values that are not finite")
+        def number(tensor: merge.Tensor) -> int:
+            return int(re.findall(r"\.experts\.(\d+)\.", tensor.name)[0])
+
+        return torch.stack([_dense(tensor) for tensor in sorted(experts, key=number)])
+
+    return make
+
+
+def _slicer(make: Callable[[], torch.Tensor], index: int, count: int) -> Callable[[], torch.Tensor]:
+    """The `index`-th of `count` matrices that each expert's rows hold."""
+
+    def one() -> torch.Tensor:
+        made = make()
+        return made.view(len(made), count, -1, made.shape[-1])[:, index]
+
+    return one
+
+
+def _dense(tensor: merge.Tensor) -> torch.Tensor:
+    """The tensor with its change, fp32; raises SaveError for values that are not finite."""
+    if isinstance(tensor.change, torch.Tensor):
+        made = tensor.change.detach().to("cpu", torch.float32)
+    else:
+        assert tensor.info is not None
+        made = read_dense(tensor.info).to(tensor.dtype).float()
+        if tensor.change is not None:
+            made = merged(made, tensor.change, tensor.name)
+    if not bool(made.isfinite().all()):
+        raise SaveError(f"{tensor.name} has values that are not finite")
+    return made
+
+
+def _maker(
+    tensor: merge.Tensor, architecture: Architecture, name: str, attention: AttentionSpec
+) -> Callable[[], torch.Tensor]:
+    """What makes the tensor as llama.cpp wants it."""
+    heads = 0
+    if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
+        heads = attention.heads if ".attn_q." in name else attention.kv_heads
+
+    def make() -> torch.Tensor:
+        made = _dense(tensor)
+        if name.endswith("norm.weight"):
+            made = made + architecture.offset
         if heads:
             # llama.cpp turns neighbouring features: the halves of each head are interleaved.
             made = made.view(heads, 2, -1, *made.shape[1:]).transpose(1, 2).reshape(made.shape)
@@ -193,57 +248,14 @@ def _maker(tensor: merge.Tensor, heads: int) -> Callable[[], torch.Tensor]:
     return make
 
 
-def _architecture(model: "CausalLM") -> str:
-    family = model.origin.family.model_type
-    if family not in _ARCHITECTURES:
-        raise ConfigError(
-            f"models of the family {family!r} are not written as GGUF; those that are: "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
-    return _ARCHITECTURES[family]
-
-
 def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
     """The spec that the file will stand for, and its fields."""
-    architecture, spec = _architecture(model), model.spec
-    windows = [a.window for a in spec.attentions() if a.window is not None]
-    context = min(spec.max_positions, *windows) if windows else spec.max_positions
+    family = model.origin.family
+    architecture = architecture_of(family.model_type)
     written = {tensor.name for tensor in merge.tensors(model)}
-    tied = model.origin.family.names.to_hf("head.weight") not in written
-    spec = replace(with_attention(spec, window=None), max_positions=context, tied=tied)
-    first, mlp = next(spec.attentions()), spec.layers[0].mlp
-    assert isinstance(mlp, MLPSpec)  # no architecture of `_ARCHITECTURES` has experts
-    rope = first.rope
-    if rope is None:
-        raise ConfigError("a layer has no rotary embedding, which a GGUF file cannot say")
-    own: dict[str, Any] = {
-        "vocab_size": spec.vocab,
-        "context_length": context,
-        "embedding_length": spec.dim,
-        "block_count": len(spec.layers),
-        "feed_forward_length": mlp.dim,
-        "attention.head_count": first.heads,
-        "attention.head_count_kv": first.kv_heads,
-        "attention.key_length": first.head_dim,
-        "attention.value_length": first.head_dim,
-        "attention.layer_norm_rms_epsilon": float(spec.norm.eps),
-        "rope.dimension_count": rope.dim,
-        "rope.freq_base": float(rope.theta),
-    }
-    if rope.kind in ("linear", "yarn"):
-        own["rope.scaling.type"] = rope.kind
-        own["rope.scaling.factor"] = float(rope.factor)
-        if rope.kind == "yarn":
-            own["rope.scaling.original_context_length"] = rope.original_positions
-    elif rope.kind not in ("default", "llama3"):
-        raise ConfigError(f"the rope scaling {rope.kind!r} cannot be put into a GGUF file")
-    fields: dict[str, Any] = {
-        "general.architecture": architecture,
-        "general.type": "model",
-        "general.name": _stem(model.origin.name),
-        "general.quantization_version": 2,
-    }
-    return spec, fields | {f"{architecture}.{name}": value for name, value in own.items()}
+    tied = family.names.to_hf("head.weight") not in written
+    spec = expressed(model.spec, architecture, tied)
+    return spec, model_fields(spec, architecture, _stem(model.origin.name))
 
 
 def _write(
@@ -336,10 +348,7 @@ def _check_header(
     try:
         written = open_gguf(path)
         found = config_fields(written)
-        family = FAMILIES[written.fields["general.architecture"]]
-        read = family.spec(found, path)
-        if replace(read, init_std=spec.init_std) != spec:
-            raise ConfigError(f"it would be read as {read!r:.900} and is {spec!r:.900}")
+        check_same(FAMILIES[found["model_type"]].spec(found, path), spec)
         check_tokenizer(written, tokenizer)
     finally:
         os.truncate(path, at)

@@ -9,9 +9,9 @@ from typing import Any
 import assets
 import bridged
 import gguf
+import gguf_models
 import numpy as np
 import pytest
-import tiny
 import tiny_tokenizers
 import tokenizers
 import torch
@@ -19,22 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import purelm
-from purelm.convert.bridge import CausalLM
 from purelm.convert.gguf_file import open_gguf
 from purelm.convert.gguf_tokenizer import read_tokenizer
 from purelm.convert.gguf_tokenizer_write import check_tokenizer, tokenizer_fields
 from purelm.convert.tokenizer import Tokenizer
 from purelm.errors import ArgumentError, ConfigError, SaveError, TokenizerError
-from purelm.nn import decoder, lora, tree
+from purelm.nn import decoder, tree
 from purelm.quant.nf4 import NF4
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 1600,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -71,22 +63,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def embedded_tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(Path(purelm.__file__).parent / "data" / "tiny")
-
-
-def model_of(folder: Path, family: str, adapt: bool = True, **fields: Any) -> CausalLM:
-    """A bridge with adapters that change it."""
-    hf = tiny.hf_model(family, **{**SIZES, **fields})
-    tiny.save(hf, folder / "source")
-    model = bridged.bridge(folder / "source")
-    if adapt:
-        adapters = lora.init(model.spec, rank=4, generator=torch.Generator().manual_seed(0))
-        model.set_adapters(adapters)
-        bridged.spread_trained(model)
-    return model
-
-
 def dequantized(path: Path) -> dict[str, np.ndarray]:
     """What the gguf library's own reader finds, under ggml's names."""
     found = {}
@@ -99,9 +75,9 @@ def dequantized(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_merged_model_has_its_logits(case: str, tmp_path: Path) -> None:
     family, fields = CASES[case]
-    model = model_of(tmp_path, family, **fields)
+    model = gguf_models.model_of(tmp_path, family, **fields)
     want = model(bridged.ids()).logits.detach()
-    (path,) = model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), "f32")
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
     assert path.name == "source.F32.gguf" and [p.name for p in path.parent.iterdir()] == [path.name]
     spec, params = purelm.load(path, device="cpu", dtype=torch.float32)
     bridged.same_logits(decoder.forward(params, spec, bridged.ids()), want)
@@ -111,9 +87,9 @@ def test_a_merged_model_has_its_logits(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_quantized_weights_are_those_of_the_gguf_library(method: str, tmp_path: Path) -> None:
-    model = model_of(tmp_path, "qwen2")
-    (plain,) = model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), "f32")
-    (path,) = model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), method.upper())
+    model = gguf_models.model_of(tmp_path, "qwen2")
+    (plain,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), method.upper())
     dense, found = dequantized(plain), dequantized(path)
     assert dense.keys() == found.keys()
     for name, values in dense.items():
@@ -129,13 +105,13 @@ def test_quantized_weights_are_those_of_the_gguf_library(method: str, tmp_path: 
 
 
 def test_four_bit_model_into_its_original_several_files_at_once(tmp_path: Path) -> None:
-    model = model_of(tmp_path, "llama", adapt=False)
+    model = gguf_models.model_of(tmp_path, "llama", adapt=False)
     four = bridged.bridge(tmp_path / "source", quantize="nf4")
     assert any(isinstance(leaf, NF4) for leaf in tree.leaves(four.params))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("kept")
     paths = four.save_pretrained_gguf(
-        tmp_path / "out", embedded_tokenizer(), ["q8_0", "f32", "Q8_0", "fast_quantized"]
+        tmp_path / "out", gguf_models.tokenizer(), ["q8_0", "f32", "Q8_0", "fast_quantized"]
     )
     assert [path.name for path in paths] == ["source.Q8_0.gguf", "source.F32.gguf"]
     assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
@@ -145,8 +121,8 @@ def test_four_bit_model_into_its_original_several_files_at_once(tmp_path: Path) 
 
 
 def test_from_pretrained_reads_what_was_written(tmp_path: Path) -> None:
-    model = model_of(tmp_path, "llama")
-    tokenizer = embedded_tokenizer()
+    model = gguf_models.model_of(tmp_path, "llama")
+    tokenizer = gguf_models.tokenizer()
     (path,) = model.save_pretrained_gguf(tmp_path / "out", tokenizer.to_transformers())
     again, found = purelm.FastLanguageModel.from_pretrained(
         path, device_map="cpu", max_seq_length=None, load_in_4bit=False, dtype=torch.float32
@@ -222,7 +198,7 @@ def sentencepiece(folder: Path) -> Tokenizer:
 def rounds(tmp_path_factory: Any) -> list[tuple[Tokenizer, Tokenizer]]:
     """Tokenizers of both kinds and what comes back of them."""
     root = tmp_path_factory.mktemp("rounds")
-    made = [embedded_tokenizer(), sentencepiece(root / "spm")]
+    made = [gguf_models.tokenizer(), sentencepiece(root / "spm")]
     result = []
     for index, tokenizer in enumerate(made):
         (root / str(index)).mkdir()
@@ -279,8 +255,8 @@ def test_llama_cpp_tells_the_same_story(tmp_path: Path) -> None:
 
 
 def test_what_is_not_offered(tmp_path: Path) -> None:
-    model = model_of(tmp_path, "llama", intermediate_size=80)
-    tokenizer = embedded_tokenizer()
+    model = gguf_models.model_of(tmp_path, "llama", intermediate_size=80)
+    tokenizer = gguf_models.tokenizer()
     for method in ("q4_k_m", "q6_k", "iq4_xs", [], ["q8_0", "nf4"], 4):
         with pytest.raises(ArgumentError, match="expected of f32, f16, bf16, q8_0"):
             model.save_pretrained_gguf(tmp_path / "out", tokenizer, method)
@@ -296,7 +272,9 @@ def test_what_is_not_offered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("gemma2", {}, "family 'gemma2' are not written"),
+        ("falcon", {"hidden_size": 64}, "family 'falcon' are not written"),
+        ("gemma2", {"head_dim": 16}, "attention.scale would be 0.25 and is 0.0625"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "normalise would be True and is False"),
         ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}, "rope"),
         (
             "llama",
@@ -309,37 +287,37 @@ def test_what_is_not_offered(tmp_path: Path) -> None:
 def test_models_that_the_format_cannot_express(
     family: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    model = model_of(tmp_path, family, **fields)
+    model = gguf_models.model_of(tmp_path, family, **fields)
     with pytest.raises(ConfigError, match=message):
-        model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), "f32")
+        model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
     assert not (tmp_path / "out").exists()
 
 
 def test_values_that_a_type_cannot_hold(tmp_path: Path) -> None:
-    model = model_of(tmp_path, "llama")
+    model = gguf_models.model_of(tmp_path, "llama")
     first = next(p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         first *= 1e9
     for method in ("f16", "q8_0"):
         with pytest.raises(SaveError, match="beyond 65504"):
-            model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), method)
-    model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), "bf16")
+            model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), method)
+    model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "bf16")
     with torch.no_grad():
         first.fill_(float("nan"))
     with pytest.raises(SaveError, match="not finite"):
-        model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer(), "bf16")
+        model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "bf16")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["source.BF16.gguf"]
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(tmp_path, "llama")
+    model = gguf_models.model_of(tmp_path, "llama")
 
     class Usage:
         free = 100_000
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(SaveError, match="bytes, 100,000 are free"):
-        model.save_pretrained_gguf(tmp_path / "out", embedded_tokenizer())
+        model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer())
 
 
 def other_digits(made: dict[str, Any]) -> None:
@@ -383,7 +361,7 @@ def test_byte_level_tokenizers_that_the_format_cannot_express(
     change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     with pytest.raises(TokenizerError, match=message):
-        tokenizer_fields(retold(embedded_tokenizer(), change), 1600)
+        tokenizer_fields(retold(gguf_models.tokenizer(), change), 1600)
 
 
 def test_other_tokenizers_that_the_format_cannot_express(tmp_path: Path) -> None:

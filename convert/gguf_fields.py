@@ -1,0 +1,113 @@
+"""What a model is, as the fields of a GGUF file, and the check that they say it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from ..errors import ConfigError
+from ..nn.spec import ModelSpec
+from .dense import with_attention
+from .gguf_architectures import (
+    INTEGERS,
+    VALUES,
+    Architecture,
+    families,
+    main_rope,
+    of_family,
+    width,
+)
+
+# Fields of a file are fp32.
+_FP32 = 1e-6
+
+
+def architecture_of(family: str) -> Architecture:
+    """How models of this model_type are written; raises ConfigError where they are not."""
+    found = of_family(family)
+    if found is None:
+        raise ConfigError(
+            f"models of the family {family!r} are not written as GGUF; those that are: "
+            f"{', '.join(families())}"
+        )
+    return found
+
+
+def expressed(spec: ModelSpec, architecture: Architecture, tied: bool) -> ModelSpec:
+    """The spec that the file will stand for: without windows that llama.cpp does not have for such
+    models, whose context ends with the window then.
+    """
+    spec = replace(spec, tied=tied)
+    windows = [a.window for a in spec.attentions() if a.window is not None]
+    if architecture.windows or not windows:
+        return spec
+    context = min(spec.max_positions, *windows)
+    return replace(with_attention(spec, window=None), max_positions=context)
+
+
+def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict[str, Any]:
+    """The fields of a file of the model `spec`, called `name`; raises ConfigError for a rotation
+    that they cannot say.
+    """
+    first, rope = next(spec.attentions()), main_rope(spec)
+    if rope is None:
+        raise ConfigError("no layer has a rotary embedding, which a GGUF file cannot say")
+    own: dict[str, Any] = {
+        "vocab_size": spec.vocab,
+        "context_length": spec.max_positions,
+        "embedding_length": spec.dim,
+        "block_count": len(spec.layers),
+        "feed_forward_length": width(spec),
+        "attention.head_count": first.heads,
+        "attention.head_count_kv": first.kv_heads,
+        "attention.key_length": first.head_dim,
+        "attention.value_length": first.head_dim,
+        architecture.eps[0]: float(spec.norm.eps),
+        "rope.dimension_count": rope.dim,
+        "rope.freq_base": float(rope.theta),
+    }
+    for field in architecture.fields:
+        value = VALUES[field.key](spec)
+        if value is not None:
+            if field.key == "logit_scale" and architecture.divided:
+                value = 1.0 / value
+            own[field.key] = int(value) if field.key in INTEGERS else float(value)
+    if rope.kind in ("linear", "yarn"):
+        own["rope.scaling.type"] = rope.kind
+        own["rope.scaling.factor"] = float(rope.factor)
+        if rope.kind == "yarn":
+            own["rope.scaling.original_context_length"] = rope.original_positions
+    elif rope.kind not in ("default", "llama3"):
+        raise ConfigError(f"the rope scaling {rope.kind!r} cannot be put into a GGUF file")
+    general: dict[str, Any] = {
+        "general.architecture": architecture.name,
+        "general.type": "model",
+        "general.name": name,
+        "general.quantization_version": 2,
+    }
+    return general | {f"{architecture.name}.{key}": value for key, value in own.items()}
+
+
+def check_same(read: ModelSpec, spec: ModelSpec) -> None:
+    """Raise ConfigError unless both are the same model, but for how it is initialised and for
+    numbers rounded to fp32.
+    """
+    differences = list(_differences("", replace(read, init_std=spec.init_std), spec))
+    if differences:
+        raise ConfigError(f"read back, {'; '.join(differences[:4]):.600}")
+
+
+def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
+    if isinstance(one, float) and isinstance(other, float):
+        if not math.isclose(one, other, rel_tol=_FP32):
+            yield f"{path} would be {one} and is {other}"
+    elif isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            yield from _differences(f"{path}.{i}", *pair)
+    elif is_dataclass(one) and type(one) is type(other):
+        for field in dataclass_fields(one):
+            name = f"{path}.{field.name}".lstrip(".")
+            yield from _differences(name, getattr(one, field.name), getattr(other, field.name))
+    elif one != other:
+        yield f"{path} would be {one!r:.120} and is {other!r:.120}"

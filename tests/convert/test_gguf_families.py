@@ -1,0 +1,55 @@
+"""GGUF files of every architecture: the same logits in our reader and in llama.cpp."""
+
+from pathlib import Path
+
+import bridged
+import gguf_models
+import pytest
+import torch
+
+import purelm
+from purelm.convert.gguf_architectures import families
+from purelm.nn import decoder
+
+# One of each kind of thing that differs: these are checked in the quick lane too.
+_QUICK = ("gemma3_text", "granitemoe", "qwen2_moe", "phi3", "cohere2", "starcoder2", "olmo3")
+EVERY = [
+    pytest.param(family, marks=[] if family in _QUICK else [pytest.mark.full])
+    for family in gguf_models.FAMILIES
+]
+
+
+def test_no_family_is_left_out() -> None:
+    assert set(families()) == set(gguf_models.FAMILIES)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_merged_model_has_its_logits(family: str, tmp_path: Path) -> None:
+    model = gguf_models.model_of(tmp_path, family, **gguf_models.FAMILIES[family])
+    want = model(bridged.ids()).logits.detach()
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    spec, params = purelm.load(path, device="cpu", dtype=torch.float32)
+    # Norms around 1 are stored as 1 + w in fp32, which rounds w.
+    offset = 4 if model.spec.norm.offset else 1
+    bridged.same_logits(decoder.forward(params, spec, bridged.ids()), want, limit=5e-6 * offset)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", gguf_models.FAMILIES)
+def test_llama_cpp_has_the_same_logits(family: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = gguf_models.model_of(tmp_path, family, **gguf_models.FAMILIES[family])
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    wide = llama_cpp.GGML_TYPE_F32
+    theirs = llama_cpp.Llama(
+        str(path), n_ctx=64, logits_all=True, type_k=wide, type_v=wide, verbose=False, n_threads=1
+    )
+    ids = bridged.ids(rows=1, length=23)
+    theirs.eval(ids[0].tolist())
+    found = torch.from_numpy(theirs.scores[: ids.shape[1]].copy())
+    want = model(ids).logits.detach()[0]
+    off = float((found - want).abs().max() / want.abs().max())
+    # llama.cpp looks its GELU up in a table of half precision, layer after layer.
+    gelu = any(mlp.activation.startswith("gelu") for x in model.spec.layers for mlp in x.mlps)
+    assert off < (2**-9 if gelu else 5e-6)
+    assert torch.equal(found.argmax(-1), want.argmax(-1))

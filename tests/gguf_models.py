@@ -1,0 +1,68 @@
+"""Tiny models of every architecture that GGUF files are written for, and their files."""
+
+from pathlib import Path
+from typing import Any
+
+import bridged
+import tiny
+import torch
+
+import purelm
+from purelm.convert.bridge import CausalLM
+from purelm.convert.tokenizer import Tokenizer
+from purelm.nn import lora
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1600,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+}
+# A layer of each kind that the family has.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {"head_dim": 16, "norm_topk_prob": True},
+    # llama.cpp has as many heads of k as of q there.
+    "olmoe": {"num_key_value_heads": 4},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.4},
+    "granitemoe": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4, "layer_types": None},
+    "phi3": {},
+    "starcoder2": {},
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {"num_hidden_layers": 4, "layer_types": None, "tie_word_embeddings": True},
+    "stablelm": {},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "arcee": {},
+    "seed_oss": {"head_dim": 16},
+    "ernie4_5": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "nemotron": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+}
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(Path(purelm.__file__).parent / "data" / "tiny")
+
+
+def model_of(folder: Path, family: str, adapt: bool = True, **fields: Any) -> CausalLM:
+    """A bridge with adapters that change it."""
+    hf = tiny.hf_model(family, **{**SIZES, **fields})
+    tiny.save(hf, folder / "source")
+    model = bridged.bridge(folder / "source")
+    if adapt:
+        adapters = lora.init(model.spec, rank=4, generator=torch.Generator().manual_seed(0))
+        model.set_adapters(adapters)
+        bridged.spread_trained(model)
+    return model
