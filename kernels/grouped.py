@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..errors import KernelError
 from . import codebook, nf4
+from .codebook import GROUP
 from .grouped_launch import takes
 from .launch import ceil_div, on_gpu, ops
-from .nf4_launch import GROUP, UNIT
+from .nf4_launch import UNIT
 
 # With more rows than this for each matrix, 4-bit ones are dequantized in PARTS parts instead
 # (examples/measurements/grouped_h100.md).

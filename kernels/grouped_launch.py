@@ -18,9 +18,8 @@ from torch import Tensor
 from . import codebook, nf4_decode
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
-from .nf4_decode import _codes, _levels
+from .nf4_decode import _weights
 from .nf4_launch import UNIT
-from .nf4_matvec_launch import WORD, _absmax
 from .nf4_products import _aligned
 
 # Multiprocessors and compute capability where there is no GPU, under the interpreter.
@@ -186,44 +185,6 @@ def _dense_kernel(
             b_y = _add_term(b_y, p_low, p_own, o_m, m_m, o_n, m_n, rank, s_bn, s_br, RANK)
         o_y = o_m[:, None] * outputs + o_n[None, :]
         tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
-@jit
-def _weights(
-    p_words,
-    p_absmax,
-    p_scale,
-    p_offset,
-    p_levels,
-    p_map,
-    o_run,
-    mask,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    DECODE: tl.constexpr,
-    UNSCALE: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """The weights [N, K] of a matrix at the runs o_run [N, K / WIDTH], in `dtype`."""
-    WORDS: tl.constexpr = WIDTH // WORD
-    o_block = o_run // (BLOCK // WIDTH)
-    b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
-    b_absmax = (b_absmax * UNSCALE)[:, :, None]
-    o_w = o_run[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
-    b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
-    if DECODE is None:
-        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
-    else:
-        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
-    b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
-    b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
-    b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
-    b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
-    b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
-    return tl.reshape(b_w, (N, K))
 
 
 @jit
