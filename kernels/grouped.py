@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from . import codebook, nf4
+from . import (
+    codebook,
+    grouped_dense_launch,  # noqa: F401 (its launches are called by name)
+    nf4,
+)
 from .codebook import GROUP
-from .grouped_launch import takes
+from .grouped_nf4_launch import takes
 from .launch import ceil_div, on_gpu, ops
 from .nf4_launch import UNIT
 
