@@ -74,10 +74,10 @@ def test_rows_of_documents_are_one_row(interpreted):
     drawn.how["documents"] = Documents(ends, 8)
     whole = drawn.gradients(attention)
     exact = drawn.gradients(reference, torch.float64)
-    for a, x in zip(whole, exact, strict=True):
-        torch.testing.assert_close(a.double(), x, rtol=1e-5, atol=1e-5)
+    ratios = excess(whole, drawn.gradients(reference), exact, 8)
+    assert all(ratio <= 2 for ratio in ratios), ratios
     alone = attention(*(t[1:] for t in (drawn.q, drawn.k, drawn.v)), scale=0.25, softcap=3.0)
-    torch.testing.assert_close(whole[0][1:], alone)
+    assert torch.equal(whole[0][1:], alone)
 
 
 def test_a_sink_takes_its_share():
