@@ -545,13 +545,30 @@ CASES += [
         "falcon_h1",
         {"head_dim": 16, "rope_parameters": THETA, "tie_word_embeddings": True},
     ),
+    ("falcon_h1", {"mamba_rms_norm": True}),
+    ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True}),
     ("granitemoehybrid", {"num_experts_per_tok": 3}),
     ("granitemoehybrid", {"tie_word_embeddings": True, "head_dim": 16}),
+    ("granitemoehybrid", {"tie_word_embeddings": True}),
+    ("granitemoehybrid", {"head_dim": 16}),
+    ("granitemoehybrid", {"hidden_act": "gelu"}),
     ("granitemoehybrid", {"hidden_act": "gelu_pytorch_tanh"}),
     ("granitemoehybrid", {"rms_norm_eps": 1e-3}),
     ("granitemoehybrid", {"position_embedding_type": "rope", "rope_parameters": THETA}),
     ("apertus", {"head_dim": 16}),
     ("apertus", {"rms_norm_eps": 1e-3}),
+    ("apertus", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+    # As published; the other cases of these families have a larger one (tiny.DELTA_NET).
+    ("qwen3_next", {"rms_norm_eps": 1e-6}),
+    ("qwen3_5_text", {"rms_norm_eps": 1e-6}),
+    ("qwen3_5_moe_text", {"rms_norm_eps": 1e-3}),
     ("gpt_oss", {"rms_norm_eps": 1e-3, "rope_parameters": THETA, "tie_word_embeddings": True}),
 ]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))
+
+
+def name_of(case: tuple[str, dict[str, Any]]) -> str:
+    """Of a case: its family, its switches and its kind of rotary embedding."""
+    family, switches = case
+    rope = switches.get("rope_parameters", {}).get("rope_type", "")
+    return "-".join([family, *switches, rope]).rstrip("-")

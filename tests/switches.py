@@ -10,7 +10,7 @@ from typing import Any
 
 import tiny
 import transformers
-from family_cases import CASES, FAMILIES
+from family_cases import CASES, FAMILIES, name_of
 
 from purelm.convert.config_fields import Fields
 from purelm.convert.registry import FAMILIES as KNOWN
@@ -88,12 +88,6 @@ def why_not(family: str, field: str) -> str | None:
     return NOT_THROWN.get(f"{family}.{field}", NOT_THROWN.get(field))
 
 
-def name(case: tuple[str, dict[str, Any]]) -> str:
-    family, switches = case
-    rope = switches.get("rope_parameters", {}).get("rope_type", "")
-    return "-".join([family, *switches, rope]).rstrip("-")
-
-
 def table(family: str) -> dict[str, str | None]:
     """Every field that the family reads -> the first case that throws it."""
     cases = [case for case in CASES if case[0] == family]
@@ -105,7 +99,7 @@ def table(family: str) -> dict[str, str | None]:
         for case, config in zip(cases, configs, strict=True):
             value = config.raw.get(field)
             if value != default.get(field) or value != configs[0].raw.get(field):
-                thrown[field] = name(case)
+                thrown[field] = name_of(case)
                 break
     return thrown
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED
+from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED, name_of
 
 from purelm.convert.fused import parts
 from purelm.convert.load import Loaded, load_folder
@@ -16,14 +16,7 @@ from purelm.nn import decoder, layout, lora, loss, stacks, tree
 from purelm.nn.residuals import RECOMPUTE
 from purelm.quant.nf4 import NF4, dequantize
 
-
-def name(case: tuple[str, dict[str, Any]]) -> str:
-    family, switches = case
-    rope = switches.get("rope_parameters", {}).get("rope_type", "")
-    return "-".join([family, *switches, rope]).rstrip("-")
-
-
-cases = pytest.mark.parametrize(("family", "switches"), CASES, ids=[name(c) for c in CASES])
+cases = pytest.mark.parametrize(("family", "switches"), CASES, ids=[name_of(c) for c in CASES])
 
 
 def load_both(
@@ -72,15 +65,71 @@ def tokens(seed: int = 1, rows: int = 2, length: int = 31) -> torch.Tensor:
     return torch.randint(0, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# Cases whose gradients differ by more than 1e-5 from transformers', as far as was measured.
-AMPLIFIED = {
-    # Scores scaled up sharpen the softmax, which amplifies the order of its sums: 1.3e-5.
-    "gemma2-attn_logit_softcapping-query_pre_attn_scalar": 3e-5,
+# Cases with gradients that may be farther than 1e-5 from transformers': which tensors, by the ends
+# of their paths, and how far. The figures beside are the largest measured with AVX-512, AVX2 and
+# neither (ATEN_CPU_CAPABILITY), since all of it is the order in which sums are added up.
+FARTHER: dict[str, dict[str, float]] = {
+    # Scores scaled up sharpen the softmax, which amplifies that order: 1.5e-5, in every tensor.
+    "gemma2-attn_logit_softcapping-query_pre_attn_scalar": {"": 1.8e-5},
+    # A delta net normalizes what it reads from its state, and a token whose state says nearly
+    # nothing has its rounding blown up: 1.4e-5, in what lies before it.
+    "qwen3_next-rms_norm_eps": {"": 1.8e-5},
+    # What follows are single numbers, of a layer or of a head, whose gradient is a sum over all
+    # tokens that nearly cancels. xIELU's, over all features too: 3.6e-5, its terms adding up to 970
+    # times their sum.
+    "apertus-head_dim-rms_norm_eps": {"act.alpha_p": 4.5e-5},
+    # Of a mixer: the terms of its heads add up to 3 to 17 times their sum, of single ones to 600.
+    "falcon_h1-mamba_rms_norm-rms_norm_eps-mamba_norm_before_gate-mamba_d_conv": {
+        "recurrent.D": 1.4e-5,  # 1.1e-5
+    },
+    "falcon_h1-mamba_rms_norm-rms_norm_eps-mamba_norm_before_gate-mlp_bias": {
+        "recurrent.dt_bias": 1.8e-5,  # 1.5e-5
+        "recurrent.D": 2.8e-5,  # 2.3e-5
+    },
+    "falcon_h1-mamba_proj_bias-projectors_bias-attention_bias": {
+        "recurrent.A_log": 2.2e-5,  # 1.8e-5
+    },
+    "granitemoehybrid-layer_types-mamba_d_conv-use_cache": {
+        "recurrent.dt_bias": 1.5e-5,  # 1.2e-5
+    },
+    "granitemoehybrid-num_experts_per_tok": {"recurrent.dt_bias": 1.5e-5},  # 1.2e-5
+    "granitemoehybrid-position_embedding_type-rope_parameters-default": {
+        "recurrent.dt_bias": 3e-5,  # 2.9e-5
+    },
+    "granitemoehybrid-tie_word_embeddings": {"recurrent.A_log": 2.9e-5},  # 2.3e-5
+    "qwen3_next-mlp_only_layers-num_experts_per_tok-num_key_value_heads": {
+        "recurrent.A_log": 1.3e-5,  # 1.0e-5
+    },
+    "qwen3_5_text": {
+        "recurrent.A_log": 1.6e-5,  # 1.3e-5
+        "recurrent.dt_bias": 1.4e-5,  # 1.1e-5
+    },
+    "qwen3_5_text-layer_types-tie_word_embeddings": {
+        "recurrent.A_log": 1.6e-5,  # 1.3e-5
+        "recurrent.dt_bias": 1.4e-5,  # 1.1e-5
+    },
+    "qwen3_5_text-rms_norm_eps": {
+        "recurrent.A_log": 2.8e-5,  # 2.2e-5
+        "recurrent.dt_bias": 2e-5,  # 1.6e-5
+    },
+    "qwen3_5_moe_text-linear_key_head_dim-linear_conv_kernel_dim": {
+        "recurrent.A_log": 3e-5,  # 2.3e-5; with AVX2 3.6e-5, which this refuses
+        "recurrent.dt_bias": 3e-5,  # 2.8e-5
+    },
 }
-# Each is one number a head of a Mamba 2 mixer, whose gradient is a sum over all tokens and features
-# that may nearly cancel (falcon_h1's A_log 1.7e-5, dt_bias and D 1.1e-5; granitemoehybrid's dt_bias
-# 8.7e-6; from fp64 transformers' are as far).
-CANCELLING = ("recurrent.A_log", "recurrent.dt_bias", "recurrent.D")
+
+
+def farthest(case: tuple[str, dict[str, Any]], path: str) -> float:
+    """How far the gradient of a tensor may be from transformers', relative to its norm."""
+    listed = FARTHER.get(name_of(case), {})
+    return next((limit for end, limit in listed.items() if path.endswith(end)), 1e-5)
+
+
+def test_what_is_farther_is_of_cases() -> None:
+    names = [name_of(case) for case in CASES]
+    for case, listed in FARTHER.items():
+        assert names.count(case) == 1, case
+        assert all(1e-5 < limit <= 1e-4 for limit in listed.values())
 
 
 @cases
@@ -106,10 +155,7 @@ def test_logits_and_gradients(family: str, switches: dict[str, Any], tmp_path: P
             # What a bias on k shifts alike in all scores cancels (without positions, all of it):
             # what is left carries the rounding of the same sums as the weight's gradient.
             size = max(size, want[path.replace("bias", "weight")].norm())
-        limit = AMPLIFIED.get(name((family, switches)), 1e-5)
-        if path.endswith(CANCELLING):
-            limit = 3e-5
-        assert (found - grad).norm() <= limit * size, path
+        assert (found - grad).norm() <= farthest((family, switches), path) * size, path
 
 
 @cases
@@ -132,7 +178,8 @@ def test_left_padding(family: str, switches: dict[str, Any], tmp_path: Path) -> 
 def test_packed_rows(family: str, switches: dict[str, Any], tmp_path: Path) -> None:
     """Documents packed into one row have the logits and the loss of each alone."""
     model, loaded = load_both(family, switches, tmp_path)
-    lengths = (20, 20) if name((family, switches)).endswith(("dynamic", "longrope")) else (5, 17, 9)
+    of_length = name_of((family, switches)).endswith(("dynamic", "longrope"))
+    lengths = (20, 20) if of_length else (5, 17, 9)
     documents = [tokens(i, 1, n) for i, n in enumerate(lengths)]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     row = torch.cat(documents, 1)
