@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from bridged import bridge
+from bridged import bridge, left_padded
 from family_cases import LONGROPE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,13 +43,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 
 
 def prompts(lengths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.full((len(lengths), max(lengths)), PAD)
-    mask = torch.zeros_like(ids)
-    for i, n in enumerate(lengths):
-        ids[i, -n:] = torch.randint(4, 99, (n,), generator=g)
-        mask[i, -n:] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return left_padded(lengths, seed, PAD)
 
 
 def assert_same(pair: Pair, batch: dict[str, torch.Tensor], **keywords: Any) -> Any:
@@ -171,7 +165,7 @@ def test_a_batch_equals_one_prompt_at_a_time(pairs: dict[str, Pair], early: bool
 def test_the_cache_grows_and_beams_move_in_it(
     pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("purelm.nn.cache.CHUNK", 3)
+    monkeypatch.setattr("purelm.nn.beam.CHUNK", 3)
     assert_same(
         pairs["llama"], prompts((3, 8)), num_beams=4, eos_token_id=EOS[:2], max_new_tokens=20
     )

@@ -17,7 +17,6 @@ import purelm
 from purelm.errors import ArgumentError, CheckpointError, KernelError
 from purelm.kernels import fp8 as kernel
 from purelm.nn import decoder, lora, loss, tree
-from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE
 from purelm.quant.fp8 import Fp8
 from purelm.quant.fp8_product import computes
 from purelm.quant.linear import weight_of
@@ -77,23 +76,7 @@ def test_a_stored_nan_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", EVERY, ids=str)
 def test_it_trains_the_same_whatever_is_kept(folder: Path, options: Any) -> None:
     model = adapted(folder, **options)
-    found = []
-    for policy in (KEEP, RECOMPUTE, OFFLOAD):
-        model.residuals = policy
-        model.zero_grad()
-        model(bridged.ids(), labels=bridged.ids()).loss.backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-    for name, grad in found[0].items():
-        assert grad.abs().max() > 0 and all(torch.equal(grad, other[name]) for other in found)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        total = model(bridged.ids(), labels=bridged.ids()).loss
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    assert losses[-1] < 0.8 * losses[0]
+    bridged.assert_trains(model)
 
 
 def gradients(spec: Any, params: Any, adapters: Any) -> list[torch.Tensor]:
@@ -127,17 +110,9 @@ def test_gradients_stray_as_e4m3_does(folder: Path) -> None:
 def test_per_sample_gradients(folder: Path) -> None:
     spec, params = purelm.load(folder, quantize="nf4", compute="fp8", device="cpu")
     adapters = lora.init(spec, rank=2, generator=torch.Generator().manual_seed(0), start="random")
-    ids = bridged.ids(rows=3, length=9)[:, None]
-
-    def value(adapters: Any, row: torch.Tensor) -> torch.Tensor:
-        return loss.loss(params, spec, row, labels=row, adapters=adapters)
-
-    every = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))(adapters, ids)
-    for i, row in enumerate(ids):
-        one = tree.tensors(torch.func.grad(value)(adapters, row))
-        for a, b in zip(tree.tensors(every), one, strict=True):
-            # Two orders of a sum may round a value of the next product apart.
-            assert torch.cosine_similarity(a[i].ravel(), b.ravel(), 0) > 0.99
+    for a, b in bridged.per_sample(spec, params, adapters):
+        # Two orders of a sum may round a value of the next product apart.
+        assert torch.cosine_similarity(a.ravel(), b.ravel(), 0) > 0.99
 
 
 @pytest.mark.parametrize("options", EVERY, ids=str)

@@ -12,6 +12,7 @@ import tiny_tokenizers
 import tokenizers
 import torch
 import transformers
+from bridged import left_padded
 
 from purelm.convert.bridge import CausalLM, Origin
 from purelm.convert.config import Config
@@ -79,13 +80,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = (3, 9, 6)) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.full((len(lengths), max(lengths)), PAD)
-    mask = torch.zeros_like(ids)
-    for i, n in enumerate(lengths):
-        ids[i, -n:] = torch.randint(4, 99, (n,), generator=g)
-        mask[i, -n:] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return left_padded(lengths, seed, PAD)
 
 
 KEYWORDS: list[dict[str, Any]] = [

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 import purelm
 from purelm.errors import ArgumentError, ConfigError
-from purelm.nn import decoder, lora, loss, tree
-from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE
+from purelm.nn import decoder, lora, tree
 from purelm.quant.int8 import Int8
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -61,38 +60,14 @@ def test_bytes_and_logits_of_transformers(folder: Path) -> None:
 def test_it_trains_the_same_whatever_is_kept(folder: Path) -> None:
     model = purelm.FastLanguageModel.get_peft_model(load(folder), r=4, lora_dropout=0.1)
     bridged.spread_trained(model)
-    found = []
-    for policy in (KEEP, RECOMPUTE, OFFLOAD):
-        model.residuals, model.dropout_step = policy, 0
-        model.zero_grad()
-        model(bridged.ids(), labels=bridged.ids()).loss.backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-    for name, grad in found[0].items():
-        assert grad.abs().max() > 0 and all(torch.equal(grad, other[name]) for other in found)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        total = model(bridged.ids(), labels=bridged.ids()).loss
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    assert losses[-1] < 0.8 * losses[0]
+    bridged.assert_trains(model)
 
 
 def test_per_sample_gradients(folder: Path) -> None:
     spec, params = purelm.load(folder, quantize="int8", device="cpu")
     adapters = lora.init(spec, rank=2, generator=torch.Generator().manual_seed(0), start="random")
-    ids = bridged.ids(rows=3, length=9)[:, None]
-
-    def value(adapters: Any, row: torch.Tensor) -> torch.Tensor:
-        return loss.loss(params, spec, row, labels=row, adapters=adapters)
-
-    every = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))(adapters, ids)
-    for i, row in enumerate(ids):
-        one = tree.tensors(torch.func.grad(value)(adapters, row))
-        for a, b in zip(tree.tensors(every), one, strict=True):
-            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=float(b.abs().max()) * 1e-4)
+    for a, b in bridged.per_sample(spec, params, adapters):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=float(b.abs().max()) * 1e-4)
 
 
 def test_report_generation_and_merge(folder: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """The chunked scan of Mamba 2 against its recurrence, token by token, in fp64."""
 
+import scans
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from purelm.nn import recurrent, ssd
+from purelm.nn import ssd
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -48,42 +48,10 @@ def recurrence(
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    s=st.integers(1, 13),
-    heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]),
-    chunk=st.integers(1, 6),
-    seed=st.integers(0, 99),
-    segments=st.lists(st.integers(0, 4), min_size=13, max_size=13),
-    documents=st.booleans(),
-    fresh=st.booleans(),
-)
-def test_chunks_are_the_recurrence(
-    s: int,
-    heads: tuple[int, int],
-    chunk: int,
-    seed: int,
-    segments: list[int],
-    documents: bool,
-    fresh: bool,
-) -> None:
-    *inputs, before = drawn(2, s, *heads, seed, torch.float64)
-    starts = None
-    if documents:
-        rows = torch.tensor([sorted(segments[:s]), [1] * s])
-        starts = recurrent.starts(rows, 0)
-        assert starts is not None
-        starts[1, s // 2] = True
-    state = torch.zeros_like(before) if fresh else before
-    x, decay, b, c = inputs
-    y, last = ssd.scan(x, decay, b, c, starts, None if fresh else before, chunk)
-    want, want_last = recurrence(x, decay, b, c, starts, state)
-    torch.testing.assert_close(y, want)
-    torch.testing.assert_close(last, want_last)
-    for t in range(s):
-        at = slice(t, t + 1)
-        mine = None if starts is None else starts[:, at]
-        one, state = ssd.step(x[:, at], decay[:, at], b[:, at], c[:, at], mine, state)
-        torch.testing.assert_close(one, want[:, at])
+@given(case=scans.cases)
+def test_chunks_are_the_recurrence(case: scans.Case) -> None:
+    inputs = drawn(2, case.s, *case.heads, case.seed, torch.float64)
+    scans.assert_is(recurrence, ssd.scan, ssd.step, inputs, case)
 
 
 def test_gradients_over_documents() -> None:
