@@ -23,7 +23,7 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
 
 
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
-    made = []
+    made, taken = [], set()
     for name, blocks in tensors.items():
         if not name.endswith("_blocks"):
             continue
@@ -37,7 +37,8 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         shape = (count, groups * _BLOCK, rows)
         parts = [blocks, scales]
         made.append(encoded(whole, shape, torch.bfloat16, parts, dequantize, by_matrix=True))
-    return made, set()
+        taken |= {name, scales.name}
+    return made, taken
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from drawn_attention import draw, excess, hold, reference, written_out
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import assert_rows
 
 from purelm.errors import KernelError
 from purelm.kernels import attention as dispatch
@@ -77,7 +78,7 @@ def test_rows_of_documents_are_one_row(interpreted):
     ratios = excess(whole, drawn.gradients(reference), exact, 8)
     assert all(ratio <= 2 for ratio in ratios), ratios
     alone = attention(*(t[1:] for t in (drawn.q, drawn.k, drawn.v)), scale=0.25, softcap=3.0)
-    assert torch.equal(whole[0][1:], alone)
+    torch.testing.assert_close(whole[0][1:], alone)
 
 
 def test_a_sink_takes_its_share():
@@ -129,11 +130,15 @@ def test_transforms(launched, request):
 
     every = (0, 1, 2, 3)
     for make in (
-        lambda f: torch.func.grad(f, every)(q[0], k[0], v[0], sinks),
-        lambda f: torch.func.vmap(f, (0, 0, 0, None))(q, k, v, sinks),
-        lambda f: torch.func.vmap(torch.func.grad(f, every), (0, 0, 0, None))(q, k, v, sinks),
+        lambda f, q, k, v, sinks: torch.func.grad(f, every)(q[0], k[0], v[0], sinks),
+        lambda f, *given: (torch.func.vmap(f, (0, 0, 0, None))(*given),),
+        lambda f, *given: torch.func.vmap(torch.func.grad(f, every), (0, 0, 0, None))(*given),
     ):
-        torch.testing.assert_close(make(ours), make(plain), rtol=1e-4, atol=1e-5)
+        exact = make(plain, *(t.double() for t in (q, k, v, sinks)))
+        for tensors in zip(
+            make(ours, q, k, v, sinks), make(plain, q, k, v, sinks), exact, strict=True
+        ):
+            assert_rows(*(t.flatten() for t in tensors))
 
 
 def test_which_backend_is_taken(interpreted, monkeypatch):

@@ -90,7 +90,11 @@ def test_a_mixture_takes_what_is_counted(name: str, one_by_one: bool, dtype: tor
     )
     # Beside it a layer counts the gradients of what is trained, and hidden states.
     counted = mixture_bytes(moe, dim, shape) + sum(t.nbytes for t in leaves) + 2 * x.nbytes
-    assert 0.9 * live.most < counted < 1.25 * live.most
+    # Measured, and the same each time: 0.98 to 1.23 times what is taken in one launch, 0.92 to 1.09
+    # one by one, since in some shapes moments that are counted at once follow each other, and some
+    # small tensors are not counted. The bands are these, with a little room for other torches.
+    low, high = (0.9, 1.1) if one_by_one else (0.95, 1.25)
+    assert low * live.most < counted < high * live.most
 
 
 @pytest.mark.parametrize(("rows", "sets", "measured"), [(8, 4, 5.27), (1, 6, 3.38)])

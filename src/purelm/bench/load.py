@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ._wait import finished
-
 GIB = 2**30
 
 
@@ -48,7 +46,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         load_in_16bit=args.in_16bit,
         local_files_only=True,
     )
-    finished(cuda)
+    if cuda:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         "model": Path(args.model).name,
