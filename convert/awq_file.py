@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .encoded import Format, Found, encoded, expect, siblings, unpacked, wrong
-from .gptq_file import SCALES
+from .encoded import SCALES, Format, Found, encoded, expect, siblings, unpacked, wrong
 from .safetensors_file import TensorInfo
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -37,7 +36,7 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
 
 
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
-    made, taken = [], set()
+    made = []
     for module, parts in siblings(tensors, "qweight", ["qzeros", "scales"]):
         words, zeros, scales = parts
         if len(words.shape) != 2 or len(scales.shape) != 2:
@@ -49,8 +48,7 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         expect(scales, (count, rows), *SCALES)
         expect(zeros, (count, rows // 8), torch.int32)
         made.append(encoded(f"{module}.weight", (rows, columns), scales.dtype, parts, dequantize))
-        taken |= {part.name for part in parts}
-    return made, taken
+    return made, set()
 
 
 def dequantize(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..kernels import codebook
+from ..kernels.codebook import GROUP
 from ..kernels.nf4 import BLOCKS, block_absmax
-from ..kernels.nf4_launch import GROUP
 from ..quant import nf4
 from ..quant.nf4 import NF4
 from .encoded import Encoded

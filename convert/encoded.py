@@ -42,8 +42,8 @@ class Format:
 
     marks: how names of its parts end that no plain weight has.
     is_of(quantization_config, file): whether it is stored so; ConfigError for a variant of it that
-    is not read. find(tensors, quantization_config): the encoded weights and the names of all that
-    belongs to them; CheckpointError for parts that do not fit.
+    is not read. find(tensors, quantization_config): the encoded weights, and the names of what
+    belongs to them beside their parts; CheckpointError for parts that do not fit.
     """
 
     name: str
@@ -53,6 +53,9 @@ class Format:
 
 
 Found = tuple[list[Encoded], set[str]]
+
+# What scales are stored in.
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def encoded(
@@ -73,13 +76,14 @@ def encoded(
 
 def seen(checkpoint: Checkpoint, stored: Mapping[str, Any], form: Format) -> Checkpoint:
     """The checkpoint, each encoded weight in place of its parts; CheckpointError without any."""
-    made, taken = form.find(checkpoint.tensors, stored)
+    made, further = form.find(checkpoint.tensors, stored)
     if not made:
         raise CheckpointError(
             f"quantization_config says that weights are stored in {form.name}, and none is; "
             "remove it",
             file=checkpoint.folder,
         )
+    taken = further.union(part.name for weight in made for part in weight.parts)
     tensors = {n: info for n, info in checkpoint.tensors.items() if n not in taken}
     for weight in made:
         if weight.name in tensors:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..quant.fp8 import Fp8
-from .encoded import Encoded, Format, Found, encoded
+from .encoded import SCALES, Encoded, Format, Found, encoded, wrong
 from .safetensors_file import TensorInfo
 
 BLOCK = 128
-_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 # Scales of inputs, which are not quantized here.
 _INPUTS = (".input_scale", ".input_activation_scale")
 
@@ -43,36 +42,32 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
 
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
     made: list[Encoded] = []
-    taken: set[str] = set()
     for name, info in tensors.items():
         if info.dtype != torch.float8_e4m3fn:
             continue
         found = [tensors[name + end] for end in ("_scale_inv", "_scale") if name + end in tensors]
         if len(found) != 1 or len(info.shape) != 2:
-            raise CheckpointError(
+            raise wrong(
+                info,
                 f"an fp8 weight needs two dimensions and one of {name}_scale_inv and {name}_scale; "
                 f"found shape {list(info.shape)} and {len(found)} of them",
-                file=info.file,
-                tensor=name[:200],
             )
         scale, (rows, columns) = found[0], info.shape
         blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
         allowed = (
             [blocks] if scale.name.endswith("_inv") else [(rows, 1), (rows,), (1,), (), (1, 1)]
         )
-        if scale.shape not in allowed or scale.dtype not in _SCALES:
-            raise CheckpointError(
+        if scale.shape not in allowed or scale.dtype not in SCALES:
+            raise wrong(
+                scale,
                 f"found scales {scale.dtype} {list(scale.shape)} of a weight {list(info.shape)}, "
                 f"expected float {' or '.join(str(list(shape)) for shape in allowed)}",
-                file=scale.file,
-                tensor=scale.name[:200],
             )
-        taken |= {name, scale.name}
         made.append(
             encoded(name, info.shape, torch.bfloat16, [info, scale], dequantize,
                     kept_as=("fp8", "fp8_block"), leaf=partial(_leaf, scale_info=scale))
         )  # fmt: skip
-    return made, taken | {name for name in tensors if name.endswith(_INPUTS)}
+    return made, {name for name in tensors if name.endswith(_INPUTS)}
 
 
 def _leaf(
@@ -88,10 +83,9 @@ def _leaf(
     scale = scale if blocks else scale.reshape(-1).expand(rows).contiguous()
     finite = scale.isfinite().all() and not codes.to(torch.bfloat16).isnan().any()
     if not bool(finite):
-        raise CheckpointError(
+        raise wrong(
+            scale_info,
             "codes or scales of an fp8 weight are NaN or infinite; repair the checkpoint",
-            tensor=scale_info.name,
-            file=scale_info.file,
         )
     return Fp8(codes, scale, dtype)
 

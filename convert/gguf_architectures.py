@@ -5,9 +5,12 @@ A field of a file is `ARCHITECTURE.key`. What llama.cpp takes for given, without
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from ..nn.rope import inverse_frequencies
 from ..nn.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec, RopeSpec
 
 RMS_EPS = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
@@ -249,6 +252,12 @@ def main_rope(spec: ModelSpec) -> RopeSpec | None:
     """The rotation of the layers without a window, or of all others where those have none."""
     full = [a.rope for a in spec.attentions() if a.window is None and a.rope is not None]
     return next(iter([*full, *spec.ropes()]), None)
+
+
+def divisors(rope: RopeSpec) -> torch.Tensor:
+    """What the scaled rotation `rope` divides each plain frequency by, fp32 [dim / 2]."""
+    at = torch.zeros(1, 1, dtype=torch.long)
+    return inverse_frequencies(replace(rope, kind="default"), at) / inverse_frequencies(rope, at)
 
 
 def _window_theta(spec: ModelSpec) -> float | None:

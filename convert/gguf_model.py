@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..nn.rope import inverse_frequencies
 from ..nn.spec import RopeSpec
 from .gguf_architectures import (
     EXPERTS,
     INTEGERS,
     NAMES,
     Architecture,
+    divisors,
     of_file,
 )
 from .gguf_file import GGUF, GGUFTensor, read_tensor
@@ -218,11 +218,8 @@ def _llama3(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
     }
-    width = fields["head_dim"]
-    plain = RopeSpec(dim=width, theta=fields["rope_theta"])
-    scaled = replace(plain, kind="llama3", original_positions=8192, **scaling)
-    positions = torch.zeros(1, 1, dtype=torch.long)
-    want = inverse_frequencies(plain, positions) / inverse_frequencies(scaled, positions)
+    width, theta = fields["head_dim"], fields["rope_theta"]
+    want = divisors(RopeSpec(width, theta, "llama3", original_positions=8192, **scaling))
     if found.shape != want.shape or not torch.allclose(found, want, rtol=1e-4, atol=0.0):
         raise ConfigError("the rope's divisors are not those of Llama 3.1", file=gguf.file)
     return {"rope_type": "llama3", "original_max_position_embeddings": 8192, **scaling}

@@ -7,8 +7,7 @@ memory. The bytes of every tensor are read again at the end.
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +15,15 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, ConfigError, LoadError, SaveError
-from ..nn.rope import inverse_frequencies
-from ..nn.spec import AttentionSpec, ModelSpec, MoESpec
+from ..nn.spec import ModelSpec
 from . import atomic, merge
-from .bnb_file import read_dense
-from .gguf_architectures import Architecture, main_rope
 from .gguf_fields import architecture_of, check_same, expressed, model_fields
 from .gguf_file import GGUFTensor, open_gguf
 from .gguf_model import config_fields
-from .gguf_names import ROPE_FREQS, VECTORS, to_ggml
+from .gguf_names import ROPE_FREQS
+from .gguf_plan import METHODS, Planned, plan
 from .gguf_tokenizer_write import check_tokenizer, tokenizer_fields
-from .merge_tensor import digest, merged
+from .merge_tensor import digest
 from .registry import FAMILIES
 from .safetensors_file import opened, read_at
 from .tokenizer import Tokenizer
@@ -34,39 +31,9 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
-# The method: the type of matrices, of the embedding and the head (which suffer most from few
-# bits), and the number that llama.cpp has for files like that.
-METHODS = {
-    "f32": ("F32", "F32", 0),
-    "f16": ("F16", "F16", 1),
-    "bf16": ("BF16", "BF16", 32),
-    "q8_0": ("Q8_0", "Q8_0", 7),
-    "q5_1": ("Q5_1", "Q8_0", 9),
-    "q5_0": ("Q5_0", "Q8_0", 8),
-    "q4_1": ("Q4_1", "Q8_0", 3),
-    "q4_0": ("Q4_0", "Q8_0", 2),
-}
 _MAX_HALF = 65504.0
 # Weights that are quantized at a time.
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor to write: `kind` is its ggml type, `make` gives it in fp32."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    make: Callable[[], torch.Tensor]
-
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """The shape of its bytes."""
-        import gguf
-
-        block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
-        return (*self.shape[:-1], self.shape[-1] // block * nbytes)
 
 
 def save_gguf(
@@ -96,17 +63,18 @@ def save_gguf(
         tokenizer = Tokenizer.from_transformers(tokenizer)
     atomic.check_apart(folder, model.origin.folder)
     with torch.no_grad():
-        plans = {method: _plan(model, method) for method in methods}
-        spec, fields = _model_fields(model)
+        tensors, family = merge.tensors(model), model.origin.family
+        plans = {method: plan(tensors, method, model.spec, family) for method in methods}
+        spec, fields = _model_fields(model, tensors)
         fields |= tokenizer_fields(tokenizer, model.spec.vocab)
-        size = sum(_nbytes(tensor) for plan in plans.values() for tensor in plan)
+        size = sum(tensor.nbytes for planned in plans.values() for tensor in planned)
         stem = _stem(model.origin.name)
         names = {method: f"{stem}.{method.upper()}.gguf" for method in methods}
         with atomic.folder(folder, need_bytes=size) as new:
-            for method, plan in plans.items():
+            for method, planned in plans.items():
                 path = new / names[method]
                 try:
-                    _write(path, fields, plan, method, spec, tokenizer)
+                    _write(path, fields, planned, method, spec, tokenizer)
                 except LoadError as problem:
                     if isinstance(problem, ConfigError):
                         raise ConfigError(
@@ -139,121 +107,14 @@ def _stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", last).lstrip(".") or "model"
 
 
-def _plan(model: "CausalLM", method: str) -> list[_Tensor]:
-    """The tensors in the order of the file; raises for widths that are not whole blocks."""
-    matrix, outer, _ = METHODS[method]
-    family = model.origin.family
-    architecture = architecture_of(family.model_type)
-    first = next(model.spec.attentions())
-    made: list[_Tensor] = []
-    experts: dict[str, list[merge.Tensor]] = {}
-    for tensor in merge.tensors(model):
-        found = to_ggml(tensor.name, architecture, family.names)
-        for index, name in enumerate(found):
-            shape, make = tensor.shape, _maker(tensor, architecture, name, first)
-            if "_exps." in name and len(shape) == 2:
-                experts.setdefault(name, []).append(tensor)
-                if len(experts[name]) > 1:
-                    continue
-                mixture = next(x.mlp for x in model.spec.layers if isinstance(x.mlp, MoESpec))
-                shape, make = (mixture.experts, *shape), _stacker(experts[name])
-            elif "_exps." in name:
-                shape = (shape[0], shape[1] // len(found), shape[2])
-                make = _slicer(make, index, len(found))
-            elif name.split(".")[-2] in VECTORS:
-                shape = shape[1:]
-            made.append(_Tensor(name, shape, _kind(name, shape, matrix, outer), make))
-            _check_width(made[-1], tensor.name)
-    rope = main_rope(model.spec)
-    if rope is not None and rope.kind == "llama3":
-        at = torch.zeros(1, 1, dtype=torch.long)
-        plain = inverse_frequencies(replace(rope, kind="default"), at)
-        divisors = plain / inverse_frequencies(rope, at)
-        # In front, so that it is there when the header is checked.
-        made.insert(0, _Tensor(ROPE_FREQS, tuple(divisors.shape), "F32", lambda: divisors))
-    return made
-
-
-def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:
-    """The ggml type of a tensor: norms, biases and routers are always F32."""
-    if len(shape) == 1 or name.endswith("norm.weight") or "ffn_gate_inp" in name:
-        return "F32"
-    return outer if name in ("token_embd.weight", "output.weight") else matrix
-
-
-def _check_width(tensor: _Tensor, name: str) -> None:
-    import gguf
-
-    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]][0]
-    if tensor.shape[-1] % block:
-        raise ArgumentError(
-            f"{name} is {tensor.shape[-1]} wide, and {tensor.kind} stores blocks of {block}; "
-            "take quantization_method 'bf16', 'f16' or 'f32'"
-        )
-
-
-def _stacker(experts: list[merge.Tensor]) -> Callable[[], torch.Tensor]:
-    """The matrices of all experts, in the order of their numbers."""
-
-    def make() -> torch.Tensor:
-        def number(tensor: merge.Tensor) -> int:
-            return int(re.findall(r"\.experts\.(\d+)\.", tensor.name)[0])
-
-        return torch.stack([_dense(tensor) for tensor in sorted(experts, key=number)])
-
-    return make
-
-
-def _slicer(make: Callable[[], torch.Tensor], index: int, count: int) -> Callable[[], torch.Tensor]:
-    """The `index`-th of `count` matrices that each expert's rows hold."""
-
-    def one() -> torch.Tensor:
-        made = make()
-        return made.view(len(made), count, -1, made.shape[-1])[:, index]
-
-    return one
-
-
-def _dense(tensor: merge.Tensor) -> torch.Tensor:
-    """The tensor with its change, fp32; raises SaveError for values that are not finite."""
-    if isinstance(tensor.change, torch.Tensor):
-        made = tensor.change.detach().to("cpu", torch.float32)
-    else:
-        assert tensor.info is not None
-        made = read_dense(tensor.info).to(tensor.dtype).float()
-        if tensor.change is not None:
-            made = merged(made, tensor.change, tensor.name)
-    if not bool(made.isfinite().all()):
-        raise SaveError(f"{tensor.name} has values that are not finite")
-    return made
-
-
-def _maker(
-    tensor: merge.Tensor, architecture: Architecture, name: str, attention: AttentionSpec
-) -> Callable[[], torch.Tensor]:
-    """What makes the tensor as llama.cpp wants it."""
-    heads = 0
-    if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
-        heads = attention.heads if ".attn_q." in name else attention.kv_heads
-
-    def make() -> torch.Tensor:
-        made = _dense(tensor)
-        if name.endswith("norm.weight"):
-            made = made + architecture.offset
-        if heads:
-            # llama.cpp turns neighbouring features: the halves of each head are interleaved.
-            made = made.view(heads, 2, -1, *made.shape[1:]).transpose(1, 2).reshape(made.shape)
-        return made
-
-    return make
-
-
-def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
+def _model_fields(
+    model: "CausalLM", tensors: Sequence[merge.Tensor]
+) -> tuple[ModelSpec, dict[str, Any]]:
     """The spec that the file will stand for, and its fields."""
     family = model.origin.family
     architecture = architecture_of(family.model_type)
-    written = {tensor.name for tensor in merge.tensors(model)}
-    tied = family.names.to_hf("head.weight") not in written
+    head = family.names.to_hf("head.weight")
+    tied = all(tensor.name != head for tensor in tensors)
     spec = expressed(model.spec, architecture, tied)
     return spec, model_fields(spec, architecture, _stem(model.origin.name))
 
@@ -261,7 +122,7 @@ def _model_fields(model: "CausalLM") -> tuple[ModelSpec, dict[str, Any]]:
 def _write(
     path: Path,
     fields: dict[str, Any],
-    plan: list[_Tensor],
+    planned: Sequence[Planned],
     method: str,
     spec: ModelSpec,
     tokenizer: Tokenizer,
@@ -272,12 +133,12 @@ def _write(
     for name, value in {**fields, "general.file_type": METHODS[method][2]}.items():
         if name != "general.architecture":
             _add(writer, name, value)
-    for tensor in plan:
+    for tensor in planned:
         writer.add_tensor_info(
             tensor.name,
             tensor.stored,
             np.dtype(np.uint8),
-            _nbytes(tensor),
+            tensor.nbytes,
             gguf.GGMLQuantizationType[tensor.kind],
         )
     meant = {}
@@ -288,14 +149,13 @@ def _write(
         assert writer.fout is not None
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
-        for index, tensor in enumerate(plan):
-            if index == 0 and tensor.name != ROPE_FREQS:
-                _check_header(path, file, plan, spec, tokenizer)
+        first = next(tensor for tensor in planned if tensor.name != ROPE_FREQS)
+        for tensor in planned:
+            if tensor is first:
+                _check_header(path, file, planned, spec, tokenizer)
             data = _stored(tensor)
             meant[tensor.name] = digest(torch.from_numpy(data))
             writer.write_tensor_data(data)
-            if index == 0 and tensor.name == ROPE_FREQS:
-                _check_header(path, file, plan, spec, tokenizer)
     finally:
         writer.close()
     _check_tensors(path, meant)
@@ -313,7 +173,7 @@ def _add(writer: Any, name: str, value: Any) -> None:
         add(name, value)
 
 
-def _stored(tensor: _Tensor) -> np.ndarray[Any, Any]:
+def _stored(tensor: Planned) -> np.ndarray[Any, Any]:
     """The tensor's bytes, [..., bytes of a row]; raises SaveError for values too large for it."""
     import gguf
 
@@ -334,17 +194,13 @@ def _stored(tensor: _Tensor) -> np.ndarray[Any, Any]:
     return made
 
 
-def _nbytes(tensor: _Tensor) -> int:
-    return int(np.prod(tensor.stored, dtype=np.int64))
-
-
 def _check_header(
-    path: Path, file: Any, plan: list[_Tensor], spec: ModelSpec, tokenizer: Tokenizer
+    path: Path, file: Any, planned: Sequence[Planned], spec: ModelSpec, tokenizer: Tokenizer
 ) -> None:
     """Raise unless the header stands for `spec` and `tokenizer`; weights may be missing yet."""
     file.flush()
     at = file.tell()
-    os.truncate(path, at + sum(_nbytes(tensor) + 4096 for tensor in plan))
+    os.truncate(path, at + sum(tensor.nbytes + 4096 for tensor in planned))
     try:
         written = open_gguf(path)
         found = config_fields(written)

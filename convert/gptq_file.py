@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from .encoded import Format, Found, encoded, expect, siblings, unpacked, wrong
+from .encoded import SCALES, Format, Found, encoded, expect, siblings, unpacked, wrong
 from .safetensors_file import TensorInfo
 
 _BITS = (2, 4, 8)
 _ZERO_BELOW = {"gptq": 1, "gptq_v2": 0}
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
@@ -36,7 +35,7 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
 
 
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
-    bits, made, taken = stored["bits"], [], set()
+    bits, made = stored["bits"], []
     below = _ZERO_BELOW[stored.get("checkpoint_format", "gptq")]
     per_word = 32 // bits
     for module, parts in siblings(tensors, "qweight", ["qzeros", "scales", "g_idx"]):
@@ -50,8 +49,7 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         expect(groups, (columns,), torch.int32, torch.int64)
         decode = partial(dequantize, bits=bits, below=below)
         made.append(encoded(f"{module}.weight", (rows, columns), scales.dtype, parts, decode))
-        taken |= {part.name for part in parts}
-    return made, taken
+    return made, set()
 
 
 def dequantize(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
 from ..quant import int8
 from ..quant.int8 import Int8
 from .encoded import Encoded, Format, Found, encoded, expect, wrong
@@ -28,7 +27,7 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
     threshold = stored.get("llm_int8_threshold", 6.0)
     made: list[Encoded] = []
-    taken: set[str] = set()
+    layouts: set[str] = set()
     for name, info in tensors.items():
         module, _, part = name.rpartition(".")
         if part != "weight" or info.dtype != torch.int8:
@@ -37,18 +36,17 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         if scale is None or len(info.shape) != 2:
             raise wrong(info, "an int8 weight needs two dimensions and SCB, its rows' largest")
         expect(scale, info.shape[:1], torch.float32)
-        taken |= {name, scale.name}
         if layout is not None:
             expect(layout, (), torch.uint8)
             if int(read(layout)):
                 raise wrong(layout, "found a layout other than rows, which is not read")
-            taken.add(layout.name)
+            layouts.add(layout.name)
         leaf = partial(_leaf, threshold=float(threshold), info=info)
         made.append(
             encoded(name, info.shape, torch.bfloat16, [info, scale], _dequantize,
                     kept_as=("int8",), leaf=leaf)
         )  # fmt: skip
-    return made, taken
+    return made, layouts
 
 
 def _leaf(
@@ -60,10 +58,8 @@ def _leaf(
     info: TensorInfo,
 ) -> Int8:
     if not bool((scale.abs() <= torch.finfo(dtype).max).all()):
-        raise CheckpointError(
-            f"SCB has values that are NaN, infinite or too large for {dtype}; repair it",
-            tensor=info.name,
-            file=info.file,
+        raise wrong(
+            info, f"SCB has values that are NaN, infinite or too large for {dtype}; repair it"
         )
     return Int8(codes, scale, dtype, threshold)
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -48,20 +48,22 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
     if found is None:
         device = model.device
         first = next(model.spec.attentions(), None)
+        adapters, layers = model.adapters, model.params["layers"]
+        worn = [tree.get(adapters, "layers", i) for i in range(len(layers))]
         shape = Shape(
             batch,
             length,
             model.dtype.itemsize,
             offload=device.type == "cuda",
             scores=first is not None and _scores(model, first.head_dim),
-            ranks=_ranks(model),
+            ranks=max(sum(leaf.rank for leaf in tree.leaves(own)) for own in worn),
             tile=model.tile,
             masked=masked,
-            dora=any(leaf.magnitude is not None for leaf in tree.leaves(model.adapters)),
+            dora=any(leaf.magnitude is not None for leaf in tree.leaves(adapters)),
             trained=_trains_layers(model),
-            fp8=any(computes(leaf) for leaf in tree.leaves(model.params["layers"])),
-            one_by_one=_experts_wait(model),
-            gradients=_gradients(model),
+            fp8=any(computes(leaf) for leaf in tree.leaves(layers)),
+            one_by_one=_experts_wait(model, layers, worn),
+            gradients=_gradients(layers, worn),
         )
         fixed = max(_lasting(model), _allocated(device))
         fixed += _WORKSPACE if device.type == "cuda" else 0
@@ -137,11 +139,13 @@ def _trains_layers(model: "CausalLM") -> bool:
     return model.train_all or bool(tree.tensors((model.trained or {}).get("layers", {})))
 
 
-def _experts_wait(model: "CausalLM") -> bool:
+def _experts_wait(
+    model: "CausalLM", params: Sequence[tree.Tree], worn: Sequence[tree.Tree]
+) -> bool:
     """Whether the experts of some layer run one after the other in training."""
     if model.device.type != "cuda" or model.qat_scheme is not None:
         return True
-    layers = zip(model.spec.layers, model.params["layers"], _worn(model), strict=True)
+    layers = zip(model.spec.layers, params, worn, strict=True)
     return any(
         experts.waits_for(p["mlp"]["experts"], tree.get(own, "mlp", "experts"), layer.mlp, seed=0)
         is not None
@@ -150,25 +154,13 @@ def _experts_wait(model: "CausalLM") -> bool:
     )
 
 
-def _gradients(model: "CausalLM") -> int:
+def _gradients(params: Sequence[tree.Tree], worn: Sequence[tree.Tree]) -> int:
     """Bytes of the gradients of the layer that has most trained."""
     most = 0
-    for both in zip(model.params["layers"], _worn(model), strict=True):
+    for both in zip(params, worn, strict=True):
         count: int = sum(t.nbytes for t in tree.tensors(list(both)) if t.requires_grad)
         most = max(most, count)
     return most
-
-
-def _worn(model: "CausalLM") -> list[tree.Tree]:
-    """The adapters that act on every layer."""
-    adapters = model.adapters
-    return [tree.get(adapters, "layers", i) for i in range(len(model.spec.layers))]
-
-
-def _ranks(model: "CausalLM") -> int:
-    """The ranks of one layer's adapters, summed; of the layer with the most."""
-    ranks: list[int] = [sum(leaf.rank for leaf in tree.leaves(own)) for own in _worn(model)]
-    return max(ranks)
 
 
 def _allocated(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..quant.nf4 import NF4
 from . import atomic, fused, hub, merge_4bit
-from .adapter_file import save_adapter
+from .adapter_write import save_adapter
 from .bnb_file import Entry, entries, read_dense
 from .config import Config
 from .gguf_file import GGUFTensor

@@ -23,7 +23,7 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
 
 
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
-    made, taken = [], set()
+    made = []
     for name, blocks in tensors.items():
         if not name.endswith("_blocks"):
             continue
@@ -37,8 +37,7 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         shape = (count, groups * _BLOCK, rows)
         parts = [blocks, scales]
         made.append(encoded(whole, shape, torch.bfloat16, parts, dequantize, by_matrix=True))
-        taken |= {name, scales.name}
-    return made, taken
+    return made, set()
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

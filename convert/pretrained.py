@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ArgumentError, ConfigError
 from ..nn import tree
-from . import adapter_file, adapter_start, peft_config, rope_override
+from . import adapter_config, adapter_file, adapter_start, peft_config, rope_override
 from .adapter_load import warn_of_precision
 from .arguments import (
     DEFAULT_4BIT,
@@ -169,7 +169,7 @@ class FastLanguageModel:
             "local_files_only": local_files_only,
         }
         source = resolve(model_name, revision=revision, subfolder=subfolder, **hub)
-        adapter = adapter_file.read_config(source.folder)
+        adapter = adapter_config.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
         config = read_config(base.folder, text_only=text_only)

@@ -54,14 +54,15 @@ def explain(model: "CausalLM") -> str:
     """One line per projection: its format, its adapter, and how its product is computed."""
     kernel = "Triton" if model.device.type == "cuda" else "torch"
     lines = []
-    eight = any(computes(_one(leaf)) for leaf in tree.leaves(model.params))
-    for path, stored in tree.items(model.params):
+    params, adapters = model.params, stacks.separated(model.adapters)
+    eight = any(computes(_one(leaf)) for leaf in tree.leaves(params))
+    for path, stored in tree.items(params):
         module, _, name = path.rpartition(".")
         axes = 3 if ".experts." in path else 2
         if name != "weight" or getattr(stored, "ndim", 0) != axes or module.endswith("_norm"):
             continue
         leaf = _one(stored)
-        adapter = tree.get(stacks.separated(model.adapters), *_keys(module))
+        adapter = tree.get(adapters, *_keys(module))
         if computes(leaf):
             kind = "NF4" if isinstance(leaf, NF4) else "fp8"
             how = f"{kind}, product of fp8 rows (e4m3), backward too"
@@ -106,8 +107,9 @@ def _backward(model: "CausalLM") -> str:
     else:
         text = "backward: one policy for each layer"
     plain: dict[str, list[str]] = {}
+    adapters = model.adapters
     for i, layer in enumerate(model.spec.layers):
-        if reason := uncovered(layer, tree.get(model.adapters, "layers", i)):
+        if reason := uncovered(layer, tree.get(adapters, "layers", i)):
             plain.setdefault(reason, []).append(str(i))
     for reason, layers in plain.items():
         text += f"\nlayers {', '.join(layers)}: run again whole by autograd, for their {reason}"

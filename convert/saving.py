@@ -24,7 +24,7 @@ class Saving:
         the whole model. Trainers' further keywords (state_dict, safe_serialization...) change
         nothing.
         """
-        from .adapter_file import save_adapter
+        from .adapter_write import save_adapter
         from .merge import save_merged
 
         if self._worn:
@@ -58,7 +58,7 @@ class Saving:
         self: CausalLM, repo_id: str, tokenizer: Any = None, **options: Any
     ) -> Pushed:
         """Send what `save_pretrained` writes to the hub; `options` are those of `push.push`."""
-        from .adapter_file import save_adapter
+        from .adapter_write import save_adapter
         from .merge import save_merged
         from .push import push
 

@@ -14,6 +14,9 @@ import functools
 import torch
 from torch import Tensor
 
+# Maxima of blocks that share one scale under double quantization.
+GROUP = 256
+
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,

@@ -23,14 +23,21 @@ LOWEST = -1e30
 
 
 @jit
-def _tile(p_x, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows first.. of [length, DIM] as [ROWS, WIDTH]; zeros past the ends."""
+def _rows(p_x, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to rows first.. of [length, DIM] as [ROWS, WIDTH], and which are inside."""
     o_row = tl.arange(0, ROWS)
     o_d = tl.arange(0, WIDTH)
     p_row = (p_x + first * stride.to(tl.int64)) + (o_row[:, None] * stride + o_d[None, :])
     mask = (first + o_row < length)[:, None]
     if DIM != WIDTH:
         mask = mask & (o_d < DIM)[None, :]
+    return p_row, mask
+
+
+@jit
+def _tile(p_x, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows first.. of [length, DIM] as [ROWS, WIDTH]; zeros past the ends."""
+    p_row, mask = _rows(p_x, first, stride, length, ROWS, DIM, WIDTH)
     return tl.load(p_row, mask=mask, other=0.0)
 
 
@@ -39,12 +46,7 @@ def _keep(
     p_x, b_x, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
     """The inverse of `_tile`."""
-    o_row = tl.arange(0, ROWS)
-    o_d = tl.arange(0, WIDTH)
-    p_row = (p_x + first * stride.to(tl.int64)) + (o_row[:, None] * stride + o_d[None, :])
-    mask = (first + o_row < length)[:, None]
-    if DIM != WIDTH:
-        mask = mask & (o_d < DIM)[None, :]
+    p_row, mask = _rows(p_x, first, stride, length, ROWS, DIM, WIDTH)
     tl.store(p_row, b_x.to(p_x.dtype.element_ty), mask=mask)
 
 
@@ -90,6 +92,25 @@ def _seen(o_query, o_key, WINDOW: tl.constexpr):
 
 
 @jit
+def _scores(
+    b_q,
+    b_k,
+    p_bias,
+    o_n,
+    length,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """The logits of a tile of queries and one of keys, and their slopes, as `_logits`."""
+    b_s, b_slope = _logits(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), SCALE, SOFTCAP)
+    if BIASED:
+        b_bias = tl.load(p_bias + o_n, mask=o_n < length, other=0.0)
+        b_s += b_bias[None, :] * LOG2E
+    return b_s, b_slope
+
+
+@jit
 def _attend(
     b_max,
     b_sum,
@@ -117,10 +138,7 @@ def _attend(
     for n in range(begin, end, KEYS):
         o_n = n + tl.arange(0, KEYS)
         b_k = _tile(p_k, n, stride_k, length, KEYS, DIM, WIDTH)
-        b_s, _ = _logits(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), SCALE, SOFTCAP)
-        if BIASED:
-            b_bias = tl.load(p_bias + o_n, mask=o_n < length, other=0.0)
-            b_s += b_bias[None, :] * LOG2E
+        b_s, _ = _scores(b_q, b_k, p_bias, o_n, length, SCALE, SOFTCAP, BIASED)
         if MASKED:
             b_s = tl.where(_seen(o_m[:, None], o_n[None, :], WINDOW), b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -238,10 +256,7 @@ def _pull_queries(
         o_n = n + tl.arange(0, KEYS)
         b_k = _tile(p_k, n, stride_k, length, KEYS, DIM, WIDTH)
         b_v = _tile(p_v, n, stride_v, length, KEYS, DIM, WIDTH)
-        b_s, b_slope = _logits(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), SCALE, SOFTCAP)
-        if BIASED:
-            b_bias = tl.load(p_bias + o_n, mask=o_n < length, other=0.0)
-            b_s += b_bias[None, :] * LOG2E
+        b_s, b_slope = _scores(b_q, b_k, p_bias, o_n, length, SCALE, SOFTCAP, BIASED)
         b_p = tl.exp2(b_s - b_lse[:, None])
         if MASKED:
             b_p = tl.where(_seen(o_m[:, None], o_n[None, :], WINDOW), b_p, 0.0)

@@ -14,10 +14,10 @@ from torch import Tensor
 from . import codebook
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
+from .nf4_decode import _absmax
 
 LARGEST = 448.0  # of e4m3
 TINY = 1e-30  # what a row's largest magnitude counts as, if it is less
-GROUP = 256  # absmax values that share one scale under double quantization
 WHOLE = 32768  # values of a row that a program holds in registers
 CHUNK = 4096  # of a wider row it takes so much at a time
 
@@ -188,12 +188,7 @@ def _nf4_kernel(
     mask = (o_row < rows)[:, None] & (o_run * UNIT < width)[None, :]
     o_first = o_row[:, None] * width + o_run[None, :] * UNIT
     o_block = o_first // BLOCK
-    if DOUBLE:
-        b_code = tl.load(p_absmax + o_block, mask=mask, other=0).to(tl.int32)
-        b_group = tl.load(p_absmax_scale + o_block // GROUP, mask=mask, other=0.0)
-        b_absmax = tl.load(p_map + b_code) * b_group + tl.load(p_offset)
-    else:
-        b_absmax = tl.load(p_absmax + o_block, mask=mask, other=0.0)
+    b_absmax = _absmax(p_absmax, p_absmax_scale, p_offset, p_map, o_block, mask, DOUBLE)
     o_byte = (o_first // 2)[:, :, None] + tl.arange(0, UNIT // 2)[None, None, :]
     b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
     b_first = tl.load(p_levels + (b_packed >> 4)) * b_absmax[:, :, None]

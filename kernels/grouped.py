@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from . import codebook, nf4
-from .grouped_launch import takes
+from . import (
+    codebook,
+    grouped_dense_launch,  # noqa: F401 (its launches are called by name)
+    nf4,
+)
+from .codebook import GROUP
+from .grouped_nf4_launch import takes
 from .launch import ceil_div, on_gpu, ops
-from .nf4_launch import GROUP, UNIT
+from .nf4_launch import UNIT
 
 # With more rows than this for each matrix, 4-bit ones are dequantized in PARTS parts instead
 # (examples/measurements/grouped_h100.md).

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..errors import KernelError
 from . import codebook
+from .codebook import GROUP
 from .launch import ceil_div, on_gpu, ops
-from .nf4_launch import GROUP, TINY
+from .nf4_launch import TINY
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Weights the reference handles at a time, so that it needs little memory of its own.

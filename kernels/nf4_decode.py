@@ -7,6 +7,8 @@ highest bits are a table lookup of sixteen bytes for four codes. The levels are 
 x times a scale that a product divides out again; the scale is one at which the rounding of NF4's
 levels is small and without bias for normally distributed weights. FP4's are exact, as they are
 thirds.
+
+What products share beside that is here too: a block's maximum, and a tile of weights.
 """
 
 # Kernels are written in Triton's language: they have no Python types.
@@ -20,9 +22,12 @@ import torch
 from torch import Tensor
 
 from . import codebook
+from .codebook import GROUP
 from .launch import jit
 from .launch import language as tl
 
+# Codes of one 32-bit word.
+WORD = 8
 # In blocks of 64 normal weights the levels are off, of the largest, by 4e-4 in the root mean square
 # in bf16 (a dense bf16 weight by 3e-4) and 3e-5 in fp16, by 7e-7 and 2e-6 in the mean.
 SCALES = {
@@ -147,3 +152,53 @@ def _codes(b_words, p_levels):
         tl.load(p_levels + ((b_words >> 28) & 15)),
         tl.load(p_levels + ((b_words >> 24) & 15)),
     )
+
+
+@jit
+def _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE: tl.constexpr):
+    """The fp32 maxima of the blocks o_block, from either form."""
+    if DOUBLE:
+        b_code = tl.load(p_absmax + o_block, mask=mask, other=0).to(tl.int32)
+        b_scale = tl.load(p_scale + o_block // GROUP, mask=mask, other=0.0)
+        b_absmax = tl.load(p_map + b_code) * b_scale + tl.load(p_offset)
+    else:
+        b_absmax = tl.load(p_absmax + o_block, mask=mask, other=0.0)
+    return b_absmax
+
+
+@jit
+def _weights(
+    p_words,
+    p_absmax,
+    p_scale,
+    p_offset,
+    p_levels,
+    p_map,
+    o_run,
+    mask,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    DECODE: tl.constexpr,
+    UNSCALE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The weights [N, K] of a matrix at the runs o_run [N, K / WIDTH], in `dtype`."""
+    WORDS: tl.constexpr = WIDTH // WORD
+    o_block = o_run // (BLOCK // WIDTH)
+    b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
+    b_absmax = (b_absmax * UNSCALE)[:, :, None]
+    o_w = o_run[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+    b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
+    if DECODE is None:
+        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
+    else:
+        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
+    b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
+    b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
+    b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
+    b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
+    b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
+    return tl.reshape(b_w, (N, K))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import codebook
+from .codebook import GROUP
 from .launch import ceil_div, jit, operator
 from .launch import language as tl
+from .nf4_decode import _absmax
 
-GROUP = 256  # absmax values that share one scale under double quantization
 TINY = 1e-38  # what an absmax below it counts as
 UNIT = 64  # weights of one row of a dequantizing tile; they share their absmax
 BIN_MAGIC = 12582912.0  # 1.5 * 2^23: added to a small number, it leaves its integer in the low bits
@@ -163,19 +164,12 @@ def _dequantize_kernel(
     DOUBLE: tl.constexpr,
 ):
     # A tile is ROWS runs of WIDTH weights, each within one block.
-    if DOUBLE:
-        b_offset = tl.load(p_offset)
     for i_turn in tl.static_range(TURNS):
         i_tile = tl.program_id(0).to(tl.int64) * TURNS + i_turn
         o_row = i_tile * ROWS + tl.arange(0, ROWS)
         m_row = o_row * WIDTH < count
         o_block = o_row * WIDTH // BLOCK
-        if DOUBLE:
-            b_code = tl.load(p_absmax + o_block, mask=m_row, other=0).to(tl.int32)
-            b_scale = tl.load(p_scale + o_block // GROUP, mask=m_row, other=0.0)
-            b_absmax = tl.load(p_map + b_code) * b_scale + b_offset
-        else:
-            b_absmax = tl.load(p_absmax + o_block, mask=m_row, other=0.0)
+        b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, m_row, DOUBLE)
         o_byte = o_row[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
         b_packed = tl.load(p_packed + o_byte, mask=o_byte < (count + 1) // 2, other=0).to(tl.int32)
         b_first = tl.load(p_levels + (b_packed >> 4)) * b_absmax[:, None]

@@ -13,14 +13,12 @@ from torch import Tensor
 from . import codebook
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
-from .nf4_decode import _codes
-from .nf4_launch import GROUP, UNIT
+from .nf4_decode import WORD, _absmax, _codes, _weights
+from .nf4_launch import UNIT
 from .nf4_products import MOST_ROWS, Weight, _aligned, products
 
 # Programs that fill a GPU of 132 multiprocessors.
 FULL = 132
-# Codes of one 32-bit word.
-WORD = 8
 
 
 class Config(NamedTuple):
@@ -59,17 +57,6 @@ def config_for(rows: int, outputs: int, width: int, block: int) -> Config:
 def takes(rows: int, shape: tuple[int, ...], block: int) -> bool:
     """Whether there is a launch for `rows` of x and a weight of `shape` [out, in]."""
     return 1 <= rows <= MOST_ROWS and len(shape) == 2 and shape[1] % min(block, UNIT) == 0
-
-
-@jit
-def _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE: tl.constexpr):
-    if DOUBLE:
-        b_code = tl.load(p_absmax + o_block, mask=mask, other=0).to(tl.int32)
-        b_scale = tl.load(p_scale + o_block // GROUP, mask=mask, other=0.0)
-        b_absmax = tl.load(p_map + b_code) * b_scale + tl.load(p_offset)
-    else:
-        b_absmax = tl.load(p_absmax + o_block, mask=mask, other=0.0)
-    return b_absmax
 
 
 @jit
@@ -174,7 +161,6 @@ def _rows_kernel(
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, runs)
     o_first = o_n.to(tl.int64) * runs
-    WORDS: tl.constexpr = WIDTH // WORD
     dtype: tl.constexpr = p_x.dtype.element_ty
     b_y = tl.zeros([OUTPUTS, ROWS], dtype=tl.float32)
     for i in range(begin, end, RUNS):
@@ -186,18 +172,10 @@ def _rows_kernel(
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
         o = o_first[:, None] + o_run[None, :]
         mask = m_n[:, None] & m_run[None, :]
-        o_block = o // (BLOCK // WIDTH)
-        b_absmax = _absmax(p_absmax, p_scale, p_offset, p_map, o_block, mask, DOUBLE)
-        b_absmax = b_absmax[:, :, None]
-        o_w = o[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
-        b_words = tl.load(p_words + o_w, mask=mask[:, :, None], other=0)
-        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
-        b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
-        b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
-        b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
-        b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
-        b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
-        b_w = tl.reshape(b_w, (OUTPUTS, RUNS * WIDTH))
+        b_w = _weights(
+            p_words, p_absmax, p_scale, p_offset, p_levels, p_map, o, mask, BLOCK, WIDTH, OUTPUTS,
+            RUNS * WIDTH, DOUBLE, None, 1.0, dtype,
+        )  # fmt: skip
         b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
     if RANK > 0:
         if tl.program_id(1) == 0:

@@ -13,11 +13,11 @@ end. One launch serves several weights of one input, and may activate and multip
 
 from __future__ import annotations
 
+from .codebook import GROUP
 from .gated import _activate
 from .launch import jit
 from .launch import language as tl
 from .nf4_decode import _fragments
-from .nf4_launch import GROUP
 
 
 @jit

@@ -13,9 +13,9 @@ import torch
 from ..errors import ArgumentError
 from . import cache as kv
 from . import tree
-from .decode import decode, prefill
-from .generate import CHUNK, OnScores, Stop
-from .prompt import against_the_end, check, layout_of, raise_if_broken, so_far
+from .decode import decode
+from .generate import OnScores, Stop
+from .prompt import Prompt, prepared, raise_if_broken, read, so_far
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
@@ -120,70 +120,63 @@ def search(
     """
     if sampling.temperature > 0:
         raise ArgumentError("beams are searched, not sampled: the temperature must be 0")
-    real = check(spec, tokens, mask, max_new_tokens)
-    device = tree.tensors(params["layers"][0])[0].device
     with torch.inference_mode():
-        prompt, real = against_the_end(tokens.to(device), real)
+        prompt = prepared(
+            params,
+            spec,
+            tokens,
+            mask,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+        )
         best = _run(
             params,
             spec,
             prompt,
-            real,
             how,
             adapters=adapters,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos=torch.tensor(list(eos_ids), dtype=torch.int64, device=device),
-            pad_id=pad_id if pad_id is not None else next(iter(eos_ids), 0),
             adjust=adjust,
             stop=stop,
             on_scores=on_scores,
         )
         rows = best.rows[:, : how.answers].flatten(0, 1)
         length = int((rows >= 0).sum(-1).max())
-        new = best.ids[:, : how.answers, prompt.shape[1] :].flatten(0, 1)[:, :length]
+        new = best.ids[:, : how.answers, prompt.ids.shape[1] :].flatten(0, 1)[:, :length]
         scores = best.scores[:, : how.answers].flatten()
     # Outside of inference mode, so that training may use the result.
-    given = tokens.to(device).repeat_interleave(how.answers, 0)
+    given = tokens.to(new.device).repeat_interleave(how.answers, 0)
     return Found(torch.cat([given, new], 1), scores.clone(), rows[:, :length].clone())
 
 
 def _run(
     params: tree.Tree,
     spec: ModelSpec,
-    prompt: torch.Tensor,
-    real: torch.Tensor | None,
+    prompt: Prompt,
     how: BeamSearch,
     *,
     adapters: tree.Tree,
     max_new_tokens: int,
     sampling: Sampling,
-    eos: torch.Tensor,
-    pad_id: int,
     adjust: Adjust | None,
     stop: Stop | None,
     on_scores: OnScores | None,
 ) -> _Beams:
-    """The ended answers of each prompt [b, s] whose padding stands in front, best first."""
-    (batch, start), n, device = prompt.shape, how.beams, prompt.device
+    """The ended answers of each prompt [b, s], best first."""
+    (batch, start), n, device = prompt.ids.shape, how.beams, prompt.ids.device
+    real, eos = prompt.real, prompt.eos
     end, limit = start, start + max_new_tokens
     each = torch.arange(batch, device=device).repeat_interleave(n)
     wide_real = None if real is None else real[each]
-    running = _started(prompt, how, max_new_tokens, pad_id)
+    running = _started(prompt, how, max_new_tokens)
     finished = replace(running, scores=torch.full_like(running.scores, NEVER))
     # Only the first may be given out; the others see to it that n go on, whichever end.
     width = max(2, 1 + eos.numel()) * n
     open_ = torch.ones(batch, 1, dtype=torch.bool, device=device)
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    dtype = params["embed"]["weight"].dtype
-
-    def read(ids: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, kv.Cache]:
-        capacity, padded = min(limit, ids.shape[1] + CHUNK), real is not None
-        cache = kv.empty(spec, len(ids), capacity, padded=padded, dtype=dtype, device=device)
-        where = layout_of(ids, real)
-        return prefill(params, spec, ids, cache, layout=where, adapters=adapters)
-
-    logits, cache = read(prompt, real)
+    logits, cache = read(params, spec, prompt.ids, real, limit=limit, adapters=adapters)
     logits, cache = logits[each], kv.select(cache, each)
     while True:
         ids = running.ids[:, :, :end].flatten(0, 1)
@@ -216,25 +209,24 @@ def _run(
             return finished
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
-            logits, cache = read(
-                *so_far(running.ids[:, :, :end].flatten(0, 1), wide_real, spec.vocab)
-            )
+            whole, mask = so_far(running.ids[:, :, :end].flatten(0, 1), wide_real, spec.vocab)
+            logits, cache = read(params, spec, whole, mask, limit=limit, adapters=adapters)
             continue
         parents = running.rows[:, :, end - 1 - start].flatten()
         if not torch.equal(parents, torch.arange(batch * n, device=device)):
             cache = kv.select(cache, parents)
         if cache.length == cache.capacity:
-            cache = kv.grow(cache, min(limit, cache.capacity + CHUNK))
+            cache = kv.grow(cache, min(limit, cache.capacity + kv.CHUNK))
         last = running.ids[:, :, end - 1].flatten()
         logits, cache = decode(params, spec, last, cache, adapters=adapters)
 
 
-def _started(prompt: torch.Tensor, how: BeamSearch, new: int, pad_id: int) -> _Beams:
+def _started(prompt: Prompt, how: BeamSearch, new: int) -> _Beams:
     """n beams of each prompt [b, s], of which one competes: they are all equal."""
-    (batch, start), n = prompt.shape, how.beams
-    ids = prompt.new_full((batch, n, start + new), pad_id, dtype=torch.int64)
-    ids[:, :, :start] = prompt[:, None]
-    scores = torch.zeros(batch, n, device=prompt.device)
+    (batch, start), n = prompt.ids.shape, how.beams
+    ids = prompt.ids.new_full((batch, n, start + new), prompt.pad_id, dtype=torch.int64)
+    ids[:, :, :start] = prompt.ids[:, None]
+    scores = torch.zeros(batch, n, device=ids.device)
     scores[:, 1:] = NEVER
     ended = torch.zeros_like(scores, dtype=torch.bool)
     return _Beams(ids, scores, ended, torch.full_like(ids[:, :, start:], -1))

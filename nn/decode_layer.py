@@ -54,10 +54,7 @@ def _plain_attention(spec: AttentionSpec) -> bool:
     if how is None:
         return True
     return (
-        how.kind == "rms"
-        and how.weight
-        and spec.qk_norm_over == "head"
-        and not (spec.qk_norm_after)
+        how.kind == "rms" and how.weight and spec.qk_norm_over == "head" and not spec.qk_norm_after
     )
 
 

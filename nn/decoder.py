@@ -195,7 +195,8 @@ def _run(
     tables.update({r: rope.table(r, layout.positions) for r in spec.ropes()})
     sights = {layer_spec.sight for layer_spec in spec.layers}
     seen = {sight: visible(layout, segments, start, x.dtype, *sight) for sight in sights}
-    starts = recurrent.starts(segments, start)
+    recurs = any(layer_spec.recurrent is not None for layer_spec in spec.layers)
+    starts = recurrent.starts(segments, start) if recurs else None
     policies: tuple[Policy | None, ...] = (None,) * len(spec.layers)
     if residuals is not None and torch.is_grad_enabled():
         policies = per_layer(residuals, len(spec.layers))
@@ -205,7 +206,7 @@ def _run(
     ):
         layer_seed = seed_after(seed, 7 * i)
         args = (x, p, tree.get(adapters, "layers", i), tables[layer_spec.rope])
-        view = seen[layer_spec.sight], None if layer_spec.recurrent is None else starts
+        view = seen[layer_spec.sight], starts
         if cache is not None:
             x = layer(*args, *view, spec=layer_spec, buffers=(cache.layers[i], start))
         elif policy is None:

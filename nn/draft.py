@@ -14,7 +14,6 @@ from . import decoder, tree
 from . import sampling as rules
 from .cache import Cache
 from .decode import decode
-from .generate import CHUNK
 from .prompt import layout_from
 from .row_scores import Adjust, row_scores
 from .sampling import Sampling
@@ -131,11 +130,11 @@ def by_model(
     cache = how.cache
     if cache is None:
         dtype, padded = how.params["embed"]["weight"].dtype, rows.real is not None
-        room = min(limit, end + CHUNK)
+        room = min(limit, end + kv.CHUNK)
         cache = kv.empty(how.spec, batch, room, padded=padded, dtype=dtype, device=ids.device)
     cache = kv.cut(cache, min(cache.length, end - 1))
     if cache.capacity < end + count:
-        cache = kv.grow(cache, min(limit, end + count + CHUNK))
+        cache = kv.grow(cache, min(limit, end + count + kv.CHUNK))
     known = ids[:, :end].clamp(max=how.spec.vocab - 1)
     where = layout_from(known, rows.real, cache.length)
     x, cache = decoder.extend(

@@ -159,20 +159,17 @@ def _sorted_tokens(
     seed: int | None,
 ) -> torch.Tensor:
     """Each expert on its own tokens: x [t, e] -> [t, e]."""
-    order = chosen.flatten().argsort(stable=True)
-    counts = chosen.flatten().bincount(minlength=spec.experts).tolist()
-    taken = x[order // spec.active]
+    where = places(chosen, spec.experts)
+    taken = x[where.order // spec.active]
     if spec.weigh_inputs:
-        taken = (taken * weights.flatten()[order][:, None]).to(x.dtype)
-    rows = taken.split_with_sizes(counts)
+        taken = (taken * weights.flatten()[where.order][:, None]).to(x.dtype)
+    rows = taken.split_with_sizes(where.offsets.diff().tolist())
     owns = _adapters(adapters, spec)
     made = []
     for i, (p, adapter, own) in enumerate(zip(apart(experts), owns, rows, strict=True)):
         if len(own) or any(t.requires_grad for t in tree.tensors([p, adapter])):
             made.append(mlp(own, p, adapter, spec.expert, _seed(seed, i)))
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    each = torch.cat(made)[back].view(*chosen.shape, -1)
+    each = torch.cat(made)[where.back].view(*chosen.shape, -1)
     weighed = each if spec.weigh_inputs else each * weights[..., None]
     return weighed.sum(1).to(x.dtype)
 

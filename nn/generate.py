@@ -5,28 +5,16 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import ArgumentError
 from . import cache as kv
 from . import sampling as rules
 from . import tree
-from .cache import Cache
-from .decode import decode, prefill, waits_for
+from .decode import decode, waits_for
 from .graph import capture
-from .prompt import (
-    against_the_end,
-    check,
-    layout_of,
-    raise_if_broken,
-    so_far,
-    tokens_seen,
-    unpadded,
-)
+from .prompt import Prompt, prepared, raise_if_broken, read, so_far, tokens_seen, unpadded
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
 
-# The cache grows by so many tokens: copying it then costs under 1% of reading it for attention.
-CHUNK = 512
 # On a GPU the host looks every so many tokens whether all rows have ended.
 PAUSE = 16
 # Capturing a step costs the host about what running it does.
@@ -75,22 +63,24 @@ def generate(
     does not fit, ids outside of the vocabulary, more tokens than the model has positions, and
     logits that are not finite.
     """
-    if sampling.temperature > 0 and generator is None:
-        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
-    real = check(spec, tokens, mask, max_new_tokens)
-    device = tree.tensors(params["layers"][0])[0].device
+    rules.check_generator(sampling, generator)
     with torch.inference_mode():
-        prompt, real = against_the_end(tokens.to(device), real)
+        prompt = prepared(
+            params,
+            spec,
+            tokens,
+            mask,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+        )
         new = _run(
             params,
             spec,
             prompt,
-            real,
             adapters=adapters,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos=torch.tensor(list(eos_ids), dtype=torch.int64, device=device),
-            pad_id=pad_id if pad_id is not None else next(iter(eos_ids), 0),
             generator=generator,
             adjust=adjust,
             on_token=on_token,
@@ -99,20 +89,17 @@ def generate(
             graphs=graphs,
         )
     # Outside of inference mode, so that training may use the result.
-    return torch.cat([tokens.to(device), new], 1)
+    return torch.cat([tokens.to(new.device), new], 1)
 
 
 def _run(
     params: tree.Tree,
     spec: ModelSpec,
-    prompt: torch.Tensor,
-    real: torch.Tensor | None,
+    prompt: Prompt,
     *,
     adapters: tree.Tree,
     max_new_tokens: int,
     sampling: Sampling,
-    eos: torch.Tensor,
-    pad_id: int,
     generator: torch.Generator | None,
     adjust: Adjust | None,
     on_token: OnToken | None,
@@ -120,27 +107,19 @@ def _run(
     on_scores: OnScores | None,
     graphs: bool,
 ) -> torch.Tensor:
-    """The new tokens [b, n] after a prompt [b, s] whose padding stands in front."""
-    batch, start = prompt.shape
+    """The new tokens [b, n] after prompts [b, s]."""
+    (batch, start), device, real, eos = prompt.ids.shape, prompt.ids.device, prompt.real, prompt.eos
     end, limit = start, start + max_new_tokens
-    ids = prompt.new_full((batch, limit), pad_id, dtype=torch.int64)
-    ids[:, :start] = prompt
-    ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    ids = prompt.ids.new_full((batch, limit), prompt.pad_id, dtype=torch.int64)
+    ids[:, :start] = prompt.ids
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = tokens_seen(unpadded(prompt, real), spec.vocab)
+        seen = tokens_seen(unpadded(prompt.ids, real), spec.vocab)
 
-    def empty(capacity: int) -> Cache:
-        dtype, device = params["embed"]["weight"].dtype, prompt.device
-        padded = real is not None
-        return kv.empty(spec, batch, capacity, padded=padded, dtype=dtype, device=device)
-
-    cache = empty(min(limit, start + CHUNK))
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    logits, cache = prefill(
-        params, spec, prompt, cache, layout=layout_of(prompt, real), adapters=adapters
-    )
+    logits, cache = read(params, spec, prompt.ids, real, limit=limit, adapters=adapters)
 
     def pick(logits: torch.Tensor) -> None:
         """Choose the tokens of the next column and note which rows they end."""
@@ -159,7 +138,7 @@ def _run(
         top, best = scores.max(-1)
         broken.logical_or_(~(ended | top.isfinite()))
         token.copy_(best if uniform is None else rules.look_up(scores, uniform))
-        shown.copy_(torch.where(ended, pad_id, token))
+        shown.copy_(torch.where(ended, prompt.pad_id, token))
         ids.index_copy_(1, column, shown[:, None])
         column.add_(1)
         used.add_((~ended).any())
@@ -174,23 +153,23 @@ def _run(
         cache.end.copy_(longer.end)
         pick(logits)
 
-    token = prompt.new_zeros(batch, dtype=torch.int64)
+    token = ids.new_zeros(batch)
     shown, column = torch.zeros_like(token), torch.full_like(token[:1], start)
     used = torch.zeros_like(token[0])
     uniform = None
     if sampling.temperature > 0:
-        uniform = torch.empty(batch, dtype=torch.float64, device=prompt.device)
+        uniform = torch.empty(batch, dtype=torch.float64, device=device)
     can_end = stop is not None or eos.numel() > 0
     on_host = adjust is not None or on_scores is not None or sampling.reads_ids()
     graphs = (
         graphs
-        and prompt.is_cuda
+        and ids.is_cuda
         and not on_host
         and max_new_tokens >= WORTH_A_GRAPH
         and waits_for(params, spec, adapters) is None
     )
     # Whoever watches the tokens gets none after the end; else a look now and then is enough.
-    pause = PAUSE if prompt.is_cuda and stop is None and on_token is None else 1
+    pause = PAUSE if ids.is_cuda and stop is None and on_token is None else 1
     replay: Callable[[], None] | None = None
     warm = False
     fresh = True
@@ -202,7 +181,7 @@ def _run(
             fresh = False
         else:
             if replay is None and graphs and warm:
-                replay = capture(step, prompt.device)
+                replay = capture(step, device)
                 graphs = replay is not None
             (replay or step)()
             warm = True
@@ -218,13 +197,11 @@ def _run(
             break
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
-            cache, replay, fresh = empty(min(limit, end + CHUNK)), None, True
+            replay, fresh = None, True
             whole, mask = so_far(ids[:, :end], real, spec.vocab)
-            logits, cache = prefill(
-                params, spec, whole, cache, layout=layout_of(whole, mask), adapters=adapters
-            )
+            logits, cache = read(params, spec, whole, mask, limit=limit, adapters=adapters)
         elif cache.length == cache.capacity:
-            cache, replay = kv.grow(cache, min(limit, cache.capacity + CHUNK)), None
+            cache, replay = kv.grow(cache, min(limit, cache.capacity + kv.CHUNK)), None
     if can_end and pause > 1:
         end = start + int(used)
     raise_if_broken(broken)

@@ -87,7 +87,7 @@ def _reference(
             outputs.append(dora.adapted(x, p["weight"], p.get("bias"), adapter, dropped, low))
             continue
         y = base_linear(x, p["weight"], p.get("bias"))
-        outputs.append(y + low @ _scaled(adapter, x.dtype).mT)
+        outputs.append(y + low @ scaled_b(adapter, x.dtype).mT)
     return outputs + lows
 
 
@@ -103,7 +103,7 @@ def _dropout_mask(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return kept.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 
 
-def _scaled(adapter: LoRA, dtype: torch.dtype) -> torch.Tensor:
+def scaled_b(adapter: LoRA, dtype: torch.dtype) -> torch.Tensor:
     """scale * b [out, r] in `dtype`."""
     b = adapter.b if adapter.scale == 1.0 else adapter.b * adapter.scale
     return b.to(dtype)
@@ -134,7 +134,7 @@ def products(
         ys = linears(x2, [p["weight"] for p in projections], biases)
         for y, adapter in zip(ys, adapters, strict=True):
             if adapter is not None:
-                add_low_rank(y, next(remaining), _scaled(adapter, x2.dtype).mT)
+                add_low_rank(y, next(remaining), scaled_b(adapter, x2.dtype).mT)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         return outputs, lows
     for p, adapter in zip(projections, adapters, strict=True):
@@ -150,7 +150,7 @@ def _product(
     weight, bias = p["weight"], p.get("bias")
     if adapter is None or low is None:
         return base_linear(x2, weight, bias)
-    b = _scaled(adapter, x2.dtype).mT
+    b = scaled_b(adapter, x2.dtype).mT
     if x2.shape[0] <= PACKED_ROWS or not isinstance(weight, torch.Tensor | NF4):
         return base_linear(x2, weight, bias).addmm_(low, b)
     # The thin product first: the large one, bound by arithmetic, adds to it on its way out, where
@@ -166,7 +166,7 @@ def _low_ranks(
     found = [(i, adapter) for i, adapter in enumerate(adapters) if adapter is not None]
     if not found or _drops(adapters, seed):
         return [_drop(x2, adapter, seed, i) @ adapter.a.to(x2.dtype).mT for i, adapter in found]
-    every = x2 @ _stacked_a(adapters, x2.dtype).mT
+    every = x2 @ stacked_a(adapters, x2.dtype).mT
     return list(every.split_with_sizes([adapter.rank for _, adapter in found], dim=1))
 
 
@@ -174,7 +174,7 @@ def _drops(adapters: Sequence[LoRA | None], seed: int | None) -> bool:
     return seed is not None and any(a is not None and a.dropout > 0.0 for a in adapters)
 
 
-def _stacked_a(adapters: Sequence[LoRA | None], dtype: torch.dtype) -> torch.Tensor:
+def stacked_a(adapters: Sequence[LoRA | None], dtype: torch.dtype) -> torch.Tensor:
     """The A of all adapters, one below the other: [sum of r, in]."""
     found = [adapter.a.to(dtype) for adapter in adapters if adapter is not None]
     return found[0] if len(found) == 1 else torch.cat(found)
@@ -237,7 +237,7 @@ def pull_input(
     flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dtype = flat[0].dtype
     adapted = [(i, adapter) for i, adapter in enumerate(adapters) if adapter is not None]
-    dlows = [flat[i] @ _scaled(adapter, dtype) for i, adapter in adapted]
+    dlows = [flat[i] @ scaled_b(adapter, dtype) for i, adapter in adapted]
     if not need_x:
         return None, dlows
     # As in `products` the thin products come first, and the large ones add to them; those in fp8
@@ -251,7 +251,7 @@ def pull_input(
             part = _drop(dlow @ adapter.a.to(dtype), adapter, seed, i)
             dx = part if dx is None else dx + part
     elif adapted:
-        thin = _side_by_side(dlows), _stacked_a(adapters, dtype)
+        thin = _side_by_side(dlows), stacked_a(adapters, dtype)
         if dx is None:
             dx = thin[0] @ thin[1]
         elif torch._C._are_functorch_transforms_active():

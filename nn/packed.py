@@ -12,7 +12,7 @@ from ..kernels.launch import on_gpu
 from ..kernels.nf4_matvec_launch import takes
 from ..kernels.nf4_products import Weight, products
 from ..quant.nf4 import NF4
-from .linear import Projection, _scaled, _stacked_a
+from .linear import Projection, scaled_b, stacked_a
 from .lora import LoRA
 
 
@@ -59,7 +59,7 @@ def project(
             p["weight"].absmax_offset,
             p["weight"].shape[0],
             p.get("bias"),
-            None if a is None else _scaled(a, x.dtype),
+            None if a is None else scaled_b(a, x.dtype),
         )
         for p, a in zip(projections, adapters, strict=True)
     ]
@@ -69,7 +69,7 @@ def project(
         weights,
         first.block,
         first.kind,
-        low=x @ _stacked_a(adapters, x.dtype).mT if adapted else None,
+        low=x @ stacked_a(adapters, x.dtype).mT if adapted else None,
         activation=activation,
         residual=residual,
         residual_scale=residual_scale,

@@ -81,9 +81,8 @@ def plan(spec: ModelSpec, shape: Shape, *, budget: int, fixed: int) -> Plan:
 
 def _least(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> Policy:
     """The policy with the fewest bytes on the device; between equal ones the fastest."""
-    if (
-        by_autograd(layer, shape) is not None
-    ):  # keeps the input and runs all again, whatever is asked
+    if by_autograd(layer, shape) is not None:
+        # Keeps the input and runs all again, whatever is asked.
         return Policy(gate_up="recompute", tile=shape.tile) if shape.tile else KEEP
     if not shape.offload:
         return Policy(qkv="recompute", out="recompute", gate_up="recompute", tile=shape.tile)
@@ -130,10 +129,8 @@ def _recompute_seconds(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: st
             return 0.0
         seen = shape.length / 2 if a.window is None else min(a.window, shape.length / 2)
         return 4 * shape.tokens * seen * a.heads * a.head_dim / _ATTENTION
-    width = (
-        residual_bytes(layer, spec, shape, name) / shape.itemsize
-    )  # tokens times the output's width
-    return 2 * spec.dim * width / _PRODUCTS
+    values = residual_bytes(layer, spec, shape, name) / shape.itemsize
+    return 2 * spec.dim * values / _PRODUCTS
 
 
 def _hidden_copies(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> bool:

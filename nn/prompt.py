@@ -4,11 +4,75 @@ Rows with padding on either side give what each row gives alone: their tokens ar
 end of the batch, positions count real tokens only, and padding is in no token's sight.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from ..errors import ArgumentError, InputError
+from . import cache as kv
+from . import tree
+from .decode import prefill
 from .layout import Layout, dense
 from .spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Prompts ids [b, s], their padding in front, and how answers end.
+
+    real [b, s] bool: what is no padding (None: all); eos [n]: the ids that end a row, which is then
+    filled with `pad_id`.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor | None
+    eos: torch.Tensor
+    pad_id: int
+
+
+def prepared(
+    params: tree.Tree,
+    spec: ModelSpec,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int | None,
+) -> Prompt:
+    """tokens [b, s] with the mask [b, s], checked, on the device of the params.
+
+    Raises ArgumentError and InputError as `check` does. pad_id None: the first of eos_ids, else 0.
+    """
+    real = check(spec, tokens, mask, max_new_tokens)
+    device = tree.tensors(params["layers"][0])[0].device
+    ids, real = against_the_end(tokens.to(device), real)
+    eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
+    return Prompt(ids, real, eos, next(iter(eos_ids), 0) if pad_id is None else pad_id)
+
+
+def read(
+    params: tree.Tree,
+    spec: ModelSpec,
+    ids: torch.Tensor,
+    real: torch.Tensor | None,
+    *,
+    limit: int,
+    adapters: tree.Tree,
+) -> tuple[torch.Tensor, kv.Cache]:
+    """Prompts ids [b, s] into a cache of their own, of at most `limit` tokens: the logits [b, v] of
+    what follows the last, and the cache.
+    """
+    cache = kv.empty(
+        spec,
+        len(ids),
+        min(limit, ids.shape[1] + kv.CHUNK),
+        padded=real is not None,
+        dtype=params["embed"]["weight"].dtype,
+        device=ids.device,
+    )
+    return prefill(params, spec, ids, cache, layout=layout_of(ids, real), adapters=adapters)
 
 
 def check(

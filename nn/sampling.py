@@ -238,12 +238,18 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
+def check_generator(sampling: Sampling, generator: torch.Generator | None) -> None:
+    """Raise ArgumentError where tokens are drawn and there is nothing to draw them with."""
+    if sampling.temperature > 0 and generator is None:
+        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+
+
 def choose(
     scores: torch.Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> torch.Tensor:
     """The next token of every row [b]: the likeliest at temperature 0, else drawn."""
     if sampling.temperature == 0:
         return scores.argmax(-1)
-    if generator is None:
-        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+    check_generator(sampling, generator)
+    assert generator is not None
     return draw(scores, generator)

@@ -13,10 +13,10 @@ from ..errors import ArgumentError
 from . import cache as kv
 from . import decoder, tree
 from . import sampling as rules
-from .decode import decode, prefill
+from .decode import decode
 from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
-from .generate import CHUNK, OnScores, OnToken, Stop
-from .prompt import against_the_end, check, layout_from, layout_of, raise_if_broken, unpadded
+from .generate import OnScores, OnToken, Stop
+from .prompt import Prompt, layout_from, prepared, raise_if_broken, read, unpadded
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .slots import shared_length
@@ -50,25 +50,26 @@ def speculate(
     Raises ArgumentError too for models with recurrent layers, whose states cannot go back, and
     where a rope scaling would change its frequencies on the way.
     """
-    if sampling.temperature > 0 and generator is None:
-        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
-    real = check(spec, tokens, mask, max_new_tokens)
-    longest = tokens.shape[1] if mask is None else int(mask.sum(-1).amax())
-    _check_model(spec, draft, longest + max_new_tokens)
-    device = tree.tensors(params["layers"][0])[0].device
+    rules.check_generator(sampling, generator)
     with torch.inference_mode():
-        prompt, real = against_the_end(tokens.to(device), real)
+        prompt = prepared(
+            params,
+            spec,
+            tokens,
+            mask,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+        )
+        _check_model(spec, draft, prompt.ids.shape[1] + max_new_tokens)
         new = _run(
             params,
             spec,
             prompt,
-            real,
             draft,
             adapters=adapters,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos=torch.tensor(list(eos_ids), dtype=torch.int64, device=device),
-            pad_id=pad_id if pad_id is not None else next(iter(eos_ids), 0),
             generator=generator,
             adjust=adjust,
             on_token=on_token,
@@ -76,7 +77,7 @@ def speculate(
             on_scores=on_scores,
         )
     # Outside of inference mode, so that training may use the result.
-    return torch.cat([tokens.to(device), new], 1)
+    return torch.cat([tokens.to(new.device), new], 1)
 
 
 def _check_model(spec: ModelSpec, draft: Draft, longest: int) -> None:
@@ -100,35 +101,28 @@ def _check_model(spec: ModelSpec, draft: Draft, longest: int) -> None:
 def _run(
     params: tree.Tree,
     spec: ModelSpec,
-    prompt: torch.Tensor,
-    real: torch.Tensor | None,
+    prompt: Prompt,
     draft: Draft,
     *,
     adapters: tree.Tree,
     max_new_tokens: int,
     sampling: Sampling,
-    eos: torch.Tensor,
-    pad_id: int,
     generator: torch.Generator | None,
     adjust: Adjust | None,
     on_token: OnToken | None,
     stop: Stop | None,
     on_scores: OnScores | None,
 ) -> torch.Tensor:
-    """The new tokens [b, n] after a prompt [b, s] whose padding stands in front."""
-    (batch, start), device = prompt.shape, prompt.device
+    """The new tokens [b, n] after prompts [b, s]."""
+    (batch, start), device, real, eos = prompt.ids.shape, prompt.ids.device, prompt.real, prompt.eos
     end, limit = start, start + max_new_tokens
-    shown = prompt.new_full((batch, limit), pad_id, dtype=torch.int64)
-    shown[:, :start] = prompt
+    shown = prompt.ids.new_full((batch, limit), prompt.pad_id, dtype=torch.int64)
+    shown[:, :start] = prompt.ids
     # Ended rows go on with what they drew: a pad id need not be one that the models know.
     ids = shown.clone()
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)
-    dtype, padded = params["embed"]["weight"].dtype, real is not None
-    room = min(limit, start + CHUNK)
-    cache = kv.empty(spec, batch, room, padded=padded, dtype=dtype, device=device)
-    where = layout_of(prompt, real)
-    logits, cache = prefill(params, spec, prompt, cache, layout=where, adapters=adapters)
+    logits, cache = read(params, spec, prompt.ids, real, limit=limit, adapters=adapters)
     ahead, drafted = logits[:, None], Drafted(ids[:, :0])
     while True:
         scores = torch.stack(
@@ -149,7 +143,7 @@ def _run(
         kept = accepted(scores, drafted, sampling, generator, waiting=~ended)
         for i in range(kept.shape[1]):
             token = kept[:, i]
-            ids[:, end], shown[:, end] = token, torch.where(ended, pad_id, token)
+            ids[:, end], shown[:, end] = token, torch.where(ended, prompt.pad_id, token)
             broken |= ~(ended | scores[:, i].amax(-1).isfinite())
             ended |= broken | (token[:, None] == eos).any(-1)
             if on_scores is not None:
@@ -181,7 +175,7 @@ def _run(
         drafted = _narrowed(drafted, ~ended)
         guesses = drafted.tokens.shape[1]
         if cache.capacity < end + guesses:
-            cache = kv.grow(cache, min(limit, end + guesses + CHUNK))
+            cache = kv.grow(cache, min(limit, end + guesses + kv.CHUNK))
         last = ids[:, end - 1 : end]
         if guesses == 0:
             logits, cache = decode(params, spec, last[:, 0], cache, adapters=adapters)
@@ -230,8 +224,8 @@ def accepted(
         best = scores.argmax(-1)
         kept = best[:, :guesses] == drafted.tokens
         return best[:, : _fewest(kept, waiting) + 1]
-    if generator is None:
-        raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
+    rules.check_generator(sampling, generator)
+    assert generator is not None
     batch, device = len(scores), scores.device
     p, q = scores.double().softmax(-1), drafted.chances
     if q is None:

@@ -44,23 +44,22 @@ def scan(
     high, low = decays.sums(decay.view(rows, -1, chunk, groups, heads // groups), 2)
     within = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     between = within.new_ones(x.shape[1] + 1, x.shape[1] + 1).tril()
-    live = ends = None
+    segment = ends = None
     if starts is not None:
         segment = F.pad(starts.long(), (0, pad)).cumsum(1).view(rows, -1, chunk)
         # Segment of the last token before each chunk, and before what follows: 0 before them all.
         ends = F.pad(segment[:, :, -1], (1, 0))
-        within = (segment[..., :, None] == segment[..., None, :]) & within
-        between = (ends[:, :, None] == ends[:, None, :]) & between
-        live = segment
+        within = ((segment[..., :, None] == segment[..., None, :]) & within)[:, :, None, None]
+        between = ((ends[:, :, None] == ends[:, None, :]) & between)[:, None, None]
     # Inside of a chunk, as attention: [b, c, g, r, l, l].
     high_, low_ = (t.permute(0, 1, 3, 4, 2) for t in (high, low))
-    weights = decays.between(high_, low_, within if starts is None else within[:, :, None, None])
+    weights = decays.between(high_, low_, within)
     weights = weights * torch.einsum("bclgn,bcmgn->bcglm", c, b)[:, :, :, None]
     y = torch.einsum("bcgrlm,bcmgrp->bclgrp", weights, x)
     # What each chunk adds to the state at its end, behind what was there before the first.
     to_end = torch.exp((high[:, :, -1:] - high) + (low[:, :, -1:] - low))
-    if live is not None:
-        to_end = to_end * (live == live[:, :, -1:])[..., None, None]
+    if segment is not None:
+        to_end = to_end * (segment == segment[:, :, -1:])[..., None, None]
     added = torch.einsum("bclgn,bclgrp->bcgrpn", b, x * to_end[..., None])
     first = torch.zeros_like(added[:, :1])
     if before is not None:
@@ -68,12 +67,12 @@ def scan(
     added = torch.cat([first, added], 1)
     totals = F.pad((high + low)[:, :, -1], (0, 0, 0, 0, 1, 0))
     high_, low_ = (t.permute(0, 2, 3, 1) for t in decays.sums(totals, 1))
-    weights = decays.between(high_, low_, between if starts is None else between[:, None, None])
+    weights = decays.between(high_, low_, between)
     states = torch.einsum("bgrcz,bzgrpn->bcgrpn", weights, added)
     # What the state before a chunk gives its tokens.
     seen = torch.exp(high + low)
-    if live is not None and ends is not None:
-        seen = seen * (live == ends[:, :-1, None])[..., None, None]
+    if segment is not None and ends is not None:
+        seen = seen * (segment == ends[:, :-1, None])[..., None, None]
     y = y + torch.einsum("bclgn,bcgrpn->bclgrp", c, states[:, :-1]) * seen[..., None]
     y = y.reshape(rows, -1, heads, p)[:, :s]
     return y, states[:, -1].reshape(rows, heads, p, n)

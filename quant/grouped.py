@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import KernelError
 from ..kernels import grouped as kernel
-from ..kernels.grouped_launch import takes
+from ..kernels.grouped_nf4_launch import takes
 from .nf4 import NF4
 from .stack import Stack
 

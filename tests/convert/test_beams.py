@@ -167,7 +167,7 @@ def test_a_batch_equals_one_prompt_at_a_time(pairs: dict[str, Pair], early: bool
 def test_the_cache_grows_and_beams_move_in_it(
     pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("purelm.nn.beam.CHUNK", 3)
+    monkeypatch.setattr("purelm.nn.cache.CHUNK", 3)
     assert_same(
         pairs["llama"], prompts((3, 8)), num_beams=4, eos_token_id=EOS[:2], max_new_tokens=20
     )

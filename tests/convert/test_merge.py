@@ -15,7 +15,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from purelm.convert import adapter_file, merge, merge_tensor, peft_config
+from purelm.convert import adapter_config, merge, merge_tensor, peft_config
 from purelm.convert.bridge import CausalLM
 from purelm.convert.shards import open_checkpoint
 from purelm.errors import ArgumentError, SaveError
@@ -335,7 +335,7 @@ def test_methods(tmp_path: Path) -> None:
         model.save_pretrained_merged(tmp_path / "x", save_method="merged")
     assert not (tmp_path / "x").exists()
     model.save_pretrained_merged(tmp_path / "x", Saved(), save_method="lora")
-    assert adapter_file.read_config(tmp_path / "x") is not None
+    assert adapter_config.read_config(tmp_path / "x") is not None
     assert (tmp_path / "x" / "tokenizer.json").read_text() == "mine"
 
 

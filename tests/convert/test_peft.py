@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from purelm import FastLanguageModel
-from purelm.convert import adapter_file, peft_config
+from purelm.convert import adapter_config, adapter_file, adapter_write, peft_config
 from purelm.convert.bridge import CausalLM
 from purelm.convert.peft_config import DEFAULT_TARGETS
 from purelm.errors import AdapterError, ArgumentError, SaveError
@@ -396,7 +396,7 @@ def test_trees_without_a_config(tmp_path: Path) -> None:
     )
     adapters["layers"][2]["mlp"] = {"up": adapters["layers"][2]["mlp"]["up"]}
     names = model.origin.family.names
-    adapter_file.write_adapter(tmp_path / "adapter", adapters, model.spec, names)
+    adapter_write.write_adapter(tmp_path / "adapter", adapters, model.spec, names)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = bridged.ids()
     ours = decoder.forward(model.params, model.spec, ids, adapters=adapters)
@@ -424,7 +424,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
     with pytest.raises(SaveError, match="no adapter to save"):
-        adapter_file.save_adapter(bridged.bridge(folder), tmp_path / "none")
+        adapter_write.save_adapter(bridged.bridge(folder), tmp_path / "none")
 
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -527,6 +527,6 @@ def test_absent_and_cut_files(written: tuple[CausalLM, Path]) -> None:
     with pytest.raises(AdapterError, match="never loaded because a pickle can run code"):
         read(written)
     (folder / "adapter_config.json").unlink()
-    assert adapter_file.read_config(folder) is None
+    assert adapter_config.read_config(folder) is None
     with pytest.raises(AdapterError, match="no adapter_config.json"):
         read(written)

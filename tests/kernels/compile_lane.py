@@ -27,7 +27,8 @@ from purelm.kernels import (
     flash_launch,
     fp8_launch,
     gated,
-    grouped_launch,
+    grouped_dense_launch,
+    grouped_nf4_launch,
     head_step,
     low_rank,
     nf4,
@@ -145,7 +146,7 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
     for rows, (outputs, depth, rank), dtype in itertools.product(
         (128, 2048, 65536), shapes, dtypes
     ):
-        cut = grouped_launch.dense_config(rows, groups, outputs, depth, dtype, arch // 10)
+        cut = grouped_dense_launch.dense_config(rows, groups, outputs, depth, dtype, arch // 10)
         launch = {"GROUPS": groups, "num_warps": cut.num_warps, "num_stages": cut.num_stages}
         term = (dtype, dtype) if rank else (None, None)
         weight = (outputs * depth, depth, 1)
@@ -153,7 +154,7 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
         for turned in (False, True) if rank else (False,):
             yield Case(
                 f"grouped_dense {rows}x{depth}x{outputs} {dtype} {turned=}",
-                grouped_launch._dense_kernel,
+                grouped_dense_launch._dense_kernel,
                 (dtype, dtype, *term, dtype, I32, groups, outputs, depth, rank)
                 + (weight[0], 1, outputs) * turned
                 + weight * (not turned)
@@ -161,10 +162,10 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
                 {"ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, "RANK": rank}
                 | {"EVEN": depth % cut.depth == 0, **launch},
             )
-        cut = grouped_launch.outer_config(outputs, depth, dtype)
+        cut = grouped_dense_launch.outer_config(outputs, depth, dtype)
         yield Case(
             f"grouped_outer {outputs}x{depth} {dtype}",
-            grouped_launch._outer_kernel,
+            grouped_dense_launch._outer_kernel,
             (dtype, dtype, dtype, I32, outputs, depth),
             {"ROWS": cut.rows, "P": cut.outputs, "Q": cut.depth, "num_warps": cut.num_warps}
             | {"num_stages": cut.num_stages},
@@ -174,7 +175,7 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
         for block, double, turned in itertools.product(
             (32, 64, 4096) if every else (64,), (False, True) if every else (True,), (False, True)
         ):
-            cut = grouped_launch.nf4_config(
+            cut = grouped_nf4_launch.nf4_config(
                 rows, groups, outputs, depth, block, dtype, turned, arch // 10
             )
             unit = min(block, nf4_launch.UNIT)
@@ -185,7 +186,7 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
                 tile = {"OUTPUTS": cut.outputs, "RUNS": cut.depth // unit}
             yield Case(
                 f"grouped_nf4 {rows}x{depth}x{outputs} {block=} {dtype} {double=} {turned=}",
-                grouped_launch._nf4_turned_kernel if turned else grouped_launch._nf4_kernel,
+                grouped_nf4_launch._nf4_turned_kernel if turned else grouped_nf4_launch._nf4_kernel,
                 (dtype, I32, *absmax, F32 if dtype == F32 else I32, F32, *term, dtype, I32)
                 + (groups, outputs, depth // unit, rank, outputs * depth // 8, blocks)
                 + (blocks // 256, *steps),

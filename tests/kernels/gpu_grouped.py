@@ -37,8 +37,8 @@ if TINY:
 import torch  # noqa: E402
 from oracles import assert_rows  # noqa: E402
 
-from purelm.kernels import grouped, grouped_launch, launch, nf4  # noqa: E402
-from purelm.kernels.grouped_launch import Config  # noqa: E402
+from purelm.kernels import grouped, grouped_dense_launch, grouped_nf4_launch, launch, nf4  # noqa: E402
+from purelm.kernels.grouped_tiles import Config  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
 EXPERTS, ACTIVE, WIDE, NARROW = (4, 2, 128, 64) if TINY else (128, 8, 2048, 768)
@@ -152,7 +152,7 @@ def cuts(
     tokens, turned = what["tokens"], what["turned"]
     packed = swapped(grouped, "PACKED_ROWS", 1 << 30, ours)
     for cut in NF4_CUTS["small" if tokens <= 32 else "large"]:
-        call = swapped(grouped_launch, "nf4_config", lambda *_, cut=cut: cut, packed)
+        call = swapped(grouped_nf4_launch, "nf4_config", lambda *_, cut=cut: cut, packed)
         yield {**what, "how": f"packed {tuple(cut)}"}, call
     if tokens < 2048 and not TINY:
         return
@@ -162,7 +162,7 @@ def cuts(
     dense = randn(EXPERTS, *shape)
     for cut in DENSE_CUTS:
         call = partial(grouped.matmul, x, dense.mT if turned else dense, at)
-        call = swapped(grouped_launch, "dense_config", lambda *_, cut=cut: cut, call)
+        call = swapped(grouped_dense_launch, "dense_config", lambda *_, cut=cut: cut, call)
         yield {**what, "how": f"16 bits {tuple(cut)}"}, call
     if not TINY:
         call = partial(torch._grouped_mm, x, dense if turned else dense.mT, offs=at[1:])

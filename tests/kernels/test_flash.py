@@ -78,7 +78,7 @@ def test_rows_of_documents_are_one_row(interpreted):
     ratios = excess(whole, drawn.gradients(reference), exact, 8)
     assert all(ratio <= 2 for ratio in ratios), ratios
     alone = attention(*(t[1:] for t in (drawn.q, drawn.k, drawn.v)), scale=0.25, softcap=3.0)
-    torch.testing.assert_close(whole[0][1:], alone)
+    assert torch.equal(whole[0][1:], alone)
 
 
 def test_a_sink_takes_its_share():

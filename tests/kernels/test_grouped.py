@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from oracles import assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels import grouped, nf4
-from purelm.kernels import grouped_launch as launches
+from purelm.kernels import grouped, grouped_dense_launch, grouped_nf4_launch, nf4
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Empty groups, one that takes all, ragged ends, a single row, full tiles.
@@ -211,11 +210,11 @@ def test_ops(interpreted):
 def test_every_cut_is_whole(dtype, capability):
     for rows in (1, 8, 64, 256, 16384, 131072):
         for outputs, depth in ((16, 2048), (768, 2048), (2048, 768), (2048, 16)):
-            cuts = [launches.dense_config(rows, 128, outputs, depth, dtype, capability)]
+            cuts = [grouped_dense_launch.dense_config(rows, 128, outputs, depth, dtype, capability)]
             for block in nf4.BLOCKS:
                 unit = min(block, 64)
                 for turned in (False, True):
-                    cut = launches.nf4_config(
+                    cut = grouped_nf4_launch.nf4_config(
                         rows, 128, outputs, depth, block, dtype, turned, capability
                     )
                     assert (cut.outputs if turned else cut.depth) % unit == 0

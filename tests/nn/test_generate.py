@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from purelm.convert.load import load_folder
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import cache as kv
-from purelm.nn import decoder, generate, layout, lora, params, stacks
+from purelm.nn import decoder, layout, lora, params, stacks
 from purelm.nn import tree as trees
 from purelm.nn.decode import waits_for
 from purelm.nn.generate import generate as run
@@ -165,7 +165,7 @@ def test_the_cache_grows_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     spec, tree = small()
     ids, mask = padded([prompt(0, 1, 3)[0], prompt(1, 1, 9)[0]], "left")
     once = run(tree, spec, ids, mask=mask, max_new_tokens=40)
-    monkeypatch.setattr(generate, "CHUNK", 3)
+    monkeypatch.setattr(kv, "CHUNK", 3)
     sizes: list[int] = []
     grow = kv.grow
 

@@ -239,34 +239,20 @@ def norming(shape: Shape, device: torch.device) -> Iterator[Case]:
 
 
 def gating(shape: Shape, device: torch.device) -> Iterator[Case]:
-    values = shape.tokens * shape.mlp
-
     def ours(gate: Tensor, up: Tensor) -> Tensor:
         return gated.gated(gate, up, shape.activation)
 
     def reference(gate: Tensor, up: Tensor) -> Tensor:
         return gated.gated_reference(gate, up, shape.activation)
 
-    def inputs() -> Any:
-        gate, up, dh = (normal(device, shape.tokens, shape.mlp) for _ in range(3))
-        return (gate, up), (dh,)
-
-    for name, wanted, of in (("", (), 6), (" backward", (0, 1), 10)):
-        yield Case(
-            f"gated {shape.activation}{name}",
-            f"{shape.tokens}x{shape.mlp}",
-            of * values,
-            (5.0 if not wanted else 12.0) * values,
-            inputs,
-            backward(ours, wanted) if wanted else forward(ours),
-            against(ours, reference, wanted),
-            {"activation": shape.activation, "wanted": wanted},
-        )
+    settings = {"activation": shape.activation}
+    return _gates(
+        f"gated {shape.activation}", ours, reference, (5.0, 12.0), shape, device, settings
+    )
 
 
 def clamping(shape: Shape, device: torch.device) -> Iterator[Case]:
     """The clamped SwiGLU of gpt-oss, with its numbers."""
-    values = shape.tokens * shape.mlp
 
     def ours(gate: Tensor, up: Tensor) -> Tensor:
         return clamped.clamped(gate, up, 1.702, 7.0)
@@ -274,19 +260,36 @@ def clamping(shape: Shape, device: torch.device) -> Iterator[Case]:
     def reference(gate: Tensor, up: Tensor) -> Tensor:
         return clamped.clamped_reference(gate, up, 1.702, 7.0)
 
+    return _gates("clamped", ours, reference, (8.0, 16.0), shape, device, {})
+
+
+def _gates(
+    name: str,
+    ours: Function,
+    reference: Function,
+    operations: tuple[float, float],
+    shape: Shape,
+    device: torch.device,
+    settings: dict[str, Any],
+) -> Iterator[Case]:
+    """A gate's forward and backward, of so many operations a value."""
+    values = shape.tokens * shape.mlp
+
     def inputs() -> Any:
         gate, up, dh = (normal(device, shape.tokens, shape.mlp) for _ in range(3))
         return (gate, up), (dh,)
 
-    for name, wanted, of in (("", (), 6), (" backward", (0, 1), 10)):
+    forwards, backwards = operations
+    for end, wanted, of, each in (("", (), 6, forwards), (" backward", (0, 1), 10, backwards)):
         yield Case(
-            f"clamped{name}",
+            name + end,
             f"{shape.tokens}x{shape.mlp}",
             of * values,
-            (8.0 if not wanted else 16.0) * values,
+            each * values,
             inputs,
             backward(ours, wanted) if wanted else forward(ours),
             against(ours, reference, wanted),
+            {**settings, "wanted": wanted},
         )
 
 

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ._wait import finished
+
 GIB = 2**30
 BYTES_PER_SECOND = 3e12
 
@@ -62,12 +64,12 @@ def _measured(model: Any, batch: int, args: argparse.Namespace) -> dict[str, Any
     ids = torch.randint(0, high, (batch, args.prompt), device=model.device, generator=generator)
 
     def seconds(new: int) -> float:
-        _sync(cuda)
+        finished(cuda)
         begun = time.perf_counter()
         model.generate(
             ids, torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=[]
         )
-        _sync(cuda)
+        finished(cuda)
         return time.perf_counter() - begun
 
     seconds(min(args.new, 16))  # compiles what has to be
@@ -114,13 +116,6 @@ def _cache_bytes(model: Any, batch: int, length: int) -> int:
     size = model.params["embed"]["weight"].element_size()
     pairs = (pair for attention in model.spec.attentions() for pair in attention.cached)
     return int(batch * length * sum(heads * width for heads, width in pairs) * size)
-
-
-def _sync(cuda: bool) -> None:
-    import torch
-
-    if cuda:
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

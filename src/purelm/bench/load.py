@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ._wait import finished
+
 GIB = 2**30
 
 
@@ -46,8 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         load_in_16bit=args.in_16bit,
         local_files_only=True,
     )
-    if cuda:
-        torch.cuda.synchronize()
+    finished(cuda)
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         "model": Path(args.model).name,

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ._wait import finished
+
 GIB = 2**30
 _CHECKPOINTING: dict[str, bool | str] = {
     "unsloth": "unsloth",
@@ -77,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         compute=args.compute,
         memory_budget=None if args.budget_gib is None else int(args.budget_gib * GIB),
     )
-    _sync(cuda)
+    finished(cuda)
     result["load_s"] = round(time.perf_counter() - start, 2)
     if cuda:
         result["load_gib"] = round(torch.cuda.memory_allocated() / GIB, 3)
@@ -103,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     graphed = GraphedStep(model) if args.graph else None
 
     def step(i: int) -> None:
-        _sync(cuda)
+        finished(cuda)
         begun = time.perf_counter()
         ids = batches[i % 2]
         if graphed is not None:
@@ -113,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        _sync(cuda)
+        finished(cuda)
         seconds.append(time.perf_counter() - begun)
         losses.append(round(loss.item(), 4))
 
@@ -133,13 +135,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.trace:
         _trace(lambda: step(0), args.trace)
     return result
-
-
-def _sync(cuda: bool) -> None:
-    import torch
-
-    if cuda:
-        torch.cuda.synchronize()
 
 
 def _optimizer(name: str, trained: list[Any], learning_rate: float, cuda: bool) -> Any:

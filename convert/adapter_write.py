@@ -1,0 +1,156 @@
+"""Adapters written as peft would: the files that `adapter_file` reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import SaveError
+from ..nn import stacks, tree
+from ..nn.spec import ModelSpec
+from . import atomic, expert_adapters, named_adapters, rope_override
+from .adapter_config import CONFIG
+from .adapter_file import MAGNITUDE, PREFIX, STEM
+from .adapter_fit import fitted
+from .lora_config import PeftConfig
+from .names import Names
+from .safetensors_write import Entry
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
+
+
+def save_adapter(
+    model: "CausalLM",
+    folder: str | Path,
+    tokenizer: Any = None,
+    selected_adapters: Sequence[str] | None = None,
+) -> None:
+    """Write the adapters of `model` (default: all), and a tokenizer (default: its own), whole or
+    not at all: the one called "default" into `folder`, each other into a folder of its name there.
+
+    Raises SaveError when there are none, into the base model's own folder, or the disk refuses,
+    and ArgumentError for names that are no adapter's.
+    """
+    worn = model.worn
+    if not worn:
+        raise SaveError(
+            "the model has no adapter to save; add one with get_peft_model, or write the whole "
+            "model with save_pretrained_merged"
+        )
+    origin = model.origin
+    atomic.check_apart(folder, origin.folder)
+    stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
+    if origin.rope_scaling is not None:
+        stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)
+    metadata = {key: value for key, value in stored.items() if value is not None}
+    saved = named_adapters.chosen(
+        list(worn) if selected_adapters is None else selected_adapters, list(worn)
+    )
+    files = {}
+    for name in saved:
+        one = worn[name]
+        config = replace(
+            one.config or PeftConfig(),
+            base_model_name_or_path=origin.name,
+            revision=origin.revision,
+        )
+        adapters = named_adapters.acting([one], training=True)
+        within = "" if name == named_adapters.DEFAULT else name
+        files[within] = _files(
+            adapters, model.spec, origin.family.names, one.trained, config, metadata
+        )
+    _write(folder, files, model.tokenizer if tokenizer is None else tokenizer)
+
+
+def write_adapter(
+    folder: str | Path,
+    adapters: tree.Tree,
+    spec: ModelSpec,
+    names: Names,
+    *,
+    trained: tree.Tree = None,
+    config: PeftConfig | None = None,
+    metadata: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Write trees of adapters and trained copies as peft would, whole or not at all.
+
+    `config` is corrected where it does not describe the trees. metadata goes into the header of
+    the safetensors file, where peft does not look. The tensors keep their dtype.
+    """
+    _write(folder, {"": _files(adapters, spec, names, trained, config, metadata)}, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What an adapter's two files hold: the config's text, the tensors, and their header."""
+
+    config: str
+    entries: list[Entry]
+    header: dict[str, str]
+
+
+def _files(
+    adapters: tree.Tree,
+    spec: ModelSpec,
+    names: Names,
+    trained: tree.Tree,
+    config: PeftConfig | None,
+    metadata: Mapping[str, str] | None,
+) -> _Files:
+    config = fitted(config or PeftConfig(), adapters, trained, spec, names)
+    adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
+    adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
+    tensors = {
+        **_named(adapters, trained, spec, names),
+        **{PREFIX + n: t for n, t in expert_adapters.named(whole, spec, names).items()},
+    }
+    entries = [atomic.entry(name, tensor.detach()) for name, tensor in tensors.items()]
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+    header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
+    return _Files(text + "\n", entries, header)
+
+
+def _write(folder: str | Path, files: Mapping[str, _Files], tokenizer: Any) -> None:
+    """Each adapter's files into the folder of that name within `folder`, and a tokenizer there."""
+    size = sum(atomic.entry_bytes(one.entries) for one in files.values())
+    stale = [
+        f"{within}/{pattern}" if within else pattern
+        for within in files
+        for pattern in atomic.ADAPTER_FILES
+    ]
+    with atomic.folder(folder, need_bytes=size, replaces=stale) as new:
+        for within, one in files.items():
+            place = new / within
+            place.mkdir(exist_ok=True)
+            atomic.write_safetensors(place / f"{STEM}.safetensors", one.entries, one.header)
+            (place / CONFIG).write_text(one.config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+
+
+def _named(
+    adapters: tree.Tree, trained: tree.Tree, spec: ModelSpec, names: Names
+) -> dict[str, torch.Tensor]:
+    """The tensors under peft's names."""
+    found: dict[str, torch.Tensor] = {}
+    adapted = dict(tree.items(adapters))
+    for path, leaf in adapted.items():
+        module = PREFIX + names.module_to_hf(path)
+        found[f"{module}.lora_A.weight"] = leaf.a
+        found[f"{module}.lora_B.weight"] = leaf.b
+        if leaf.magnitude is not None:
+            found[f"{module}.{MAGNITUDE}"] = leaf.magnitude
+    copies = dict(tree.items(trained))
+    for path, tensor in copies.items():
+        module, _, kind = path.rpartition(".")
+        base = ".base_layer" if kind == "bias" and module in adapted else ""
+        found[f"{PREFIX}{names.module_to_hf(module)}{base}.{kind}"] = tensor
+    if spec.tied and "embed.weight" in copies and "head.weight" not in copies:
+        # peft trains the two apart, so both must be told the one matrix.
+        found[f"{PREFIX}{names.module_to_hf('head')}.weight"] = copies["embed.weight"]
+    return found

@@ -1,0 +1,169 @@
+"""The tensors of a GGUF file: their names, shapes and types, and how each is made.
+
+One tensor is in memory at a time, or one stack of experts.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ArgumentError, SaveError
+from ..nn.spec import AttentionSpec, ModelSpec, MoESpec
+from . import merge
+from .bnb_file import read_dense
+from .gguf_architectures import Architecture, divisors, main_rope
+from .gguf_fields import architecture_of
+from .gguf_names import ROPE_FREQS, VECTORS, to_ggml
+from .merge_tensor import merged
+from .registry import Family
+
+# The method: the type of matrices, of the embedding and the head (which suffer most from few
+# bits), and the number that llama.cpp has for files like that.
+METHODS = {
+    "f32": ("F32", "F32", 0),
+    "f16": ("F16", "F16", 1),
+    "bf16": ("BF16", "BF16", 32),
+    "q8_0": ("Q8_0", "Q8_0", 7),
+    "q5_1": ("Q5_1", "Q8_0", 9),
+    "q5_0": ("Q5_0", "Q8_0", 8),
+    "q4_1": ("Q4_1", "Q8_0", 3),
+    "q4_0": ("Q4_0", "Q8_0", 2),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to write: `kind` is its ggml type, `make` gives it in fp32."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of its bytes."""
+        import gguf
+
+        block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        return (*self.shape[:-1], self.shape[-1] // block * nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has in the file."""
+        return math.prod(self.stored)
+
+
+def plan(
+    tensors: Sequence[merge.Tensor], method: str, spec: ModelSpec, family: Family
+) -> list[Planned]:
+    """What a file of the model's `tensors` holds, in its order.
+
+    Raises ConfigError for a family that is not written, ArgumentError for widths that are not whole
+    blocks; making one raises SaveError for values that are not finite.
+    """
+    matrix, outer, _ = METHODS[method]
+    architecture = architecture_of(family.model_type)
+    first = next(spec.attentions())
+    made: list[Planned] = []
+    experts: dict[str, list[merge.Tensor]] = {}
+    for tensor in tensors:
+        theirs = to_ggml(tensor.name, architecture, family.names)
+        for index, name in enumerate(theirs):
+            shape, make = tensor.shape, _maker(tensor, architecture, name, first)
+            if "_exps." in name and len(shape) == 2:
+                experts.setdefault(name, []).append(tensor)
+                if len(experts[name]) > 1:
+                    continue
+                mixture = next(x.mlp for x in spec.layers if isinstance(x.mlp, MoESpec))
+                shape, make = (mixture.experts, *shape), _stacker(experts[name])
+            elif "_exps." in name:
+                shape = (shape[0], shape[1] // len(theirs), shape[2])
+                make = _slicer(make, index, len(theirs))
+            elif name.split(".")[-2] in VECTORS:
+                shape = shape[1:]
+            made.append(Planned(name, shape, _kind(name, shape, matrix, outer), make))
+            _check_width(made[-1], tensor.name)
+    rope = main_rope(spec)
+    if rope is not None and rope.kind == "llama3":
+        found = divisors(rope)
+        # In front, so that it is there when the header is checked.
+        made.insert(0, Planned(ROPE_FREQS, tuple(found.shape), "F32", lambda: found))
+    return made
+
+
+def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:
+    """The ggml type of a tensor: norms, biases and routers are always F32."""
+    if len(shape) == 1 or name.endswith("norm.weight") or "ffn_gate_inp" in name:
+        return "F32"
+    return outer if name in ("token_embd.weight", "output.weight") else matrix
+
+
+def _check_width(tensor: Planned, name: str) -> None:
+    import gguf
+
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]][0]
+    if tensor.shape[-1] % block:
+        raise ArgumentError(
+            f"{name} is {tensor.shape[-1]} wide, and {tensor.kind} stores blocks of {block}; "
+            "take quantization_method 'bf16', 'f16' or 'f32'"
+        )
+
+
+def _stacker(experts: list[merge.Tensor]) -> Callable[[], torch.Tensor]:
+    """The matrices of all experts, in the order of their numbers."""
+
+    def make() -> torch.Tensor:
+        def number(tensor: merge.Tensor) -> int:
+            return int(re.findall(r"\.experts\.(\d+)\.", tensor.name)[0])
+
+        return torch.stack([_dense(tensor) for tensor in sorted(experts, key=number)])
+
+    return make
+
+
+def _slicer(make: Callable[[], torch.Tensor], index: int, count: int) -> Callable[[], torch.Tensor]:
+    """The `index`-th of `count` matrices that each expert's rows hold."""
+
+    def one() -> torch.Tensor:
+        made = make()
+        return made.view(len(made), count, -1, made.shape[-1])[:, index]
+
+    return one
+
+
+def _dense(tensor: merge.Tensor) -> torch.Tensor:
+    """The tensor with its change, fp32; raises SaveError for values that are not finite."""
+    if isinstance(tensor.change, torch.Tensor):
+        made = tensor.change.detach().to("cpu", torch.float32)
+    else:
+        assert tensor.info is not None
+        made = read_dense(tensor.info).to(tensor.dtype).float()
+        if tensor.change is not None:
+            made = merged(made, tensor.change, tensor.name)
+    if not bool(made.isfinite().all()):
+        raise SaveError(f"{tensor.name} has values that are not finite")
+    return made
+
+
+def _maker(
+    tensor: merge.Tensor, architecture: Architecture, name: str, attention: AttentionSpec
+) -> Callable[[], torch.Tensor]:
+    """What makes the tensor as llama.cpp wants it."""
+    heads = 0
+    if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
+        heads = attention.heads if ".attn_q." in name else attention.kv_heads
+
+    def make() -> torch.Tensor:
+        made = _dense(tensor)
+        if name.endswith("norm.weight"):
+            made = made + architecture.offset
+        if heads:
+            # llama.cpp turns neighbouring features: the halves of each head are interleaved.
+            made = made.view(heads, 2, -1, *made.shape[1:]).transpose(1, 2).reshape(made.shape)
+        return made
+
+    return make
