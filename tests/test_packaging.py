@@ -59,11 +59,14 @@ def imported(path: Path) -> set[str]:
 
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("build")
+    # Not in ROOT's build/, where files lie that an earlier tree had.
+    config = tmp_path / "extra.cfg"
+    config.write_text(f"[build]\nbuild_base = {tmp_path / 'build'}\n")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT],
         check=True,
         capture_output=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "DIST_EXTRA_CONFIG": str(config)},
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
