@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KernelError
-from .gated import BLOCK, WARPS, _sigmoid
+from .gated import BLOCK, WARPS, _check_pair, _new, _sigmoid
 from .launch import apply, ceil_div, jit, on_gpu, once, operator, ops
 from .launch import language as tl
 
@@ -25,11 +24,7 @@ def clamped(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     The launch computes in fp32 and rounds once; its backward reads gate and up only. Where a clamp
     cuts, the gradient is zero. Raises KernelError.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise KernelError(
-            f"gate {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}: "
-            "expected the same"
-        )
+    _check_pair(gate, up)
     if not on_gpu(gate, up):
         return clamped_reference(gate, up, alpha, limit)
     h: Tensor = apply(_Clamped, gate, up, alpha, limit)
@@ -89,10 +84,6 @@ def _backward_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, count, alpha, limit, BL
     b_dup = tl.where((b_up > limit) | (b_up < -limit), 0.0, b_dh * (b_g * b_s))
     tl.store(p_dgate + o, b_dgate.to(p_dgate.dtype.element_ty), mask=mask)
     tl.store(p_dup + o, b_dup.to(p_dup.dtype.element_ty), mask=mask)
-
-
-def _new(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @operator(

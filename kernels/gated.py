@@ -32,15 +32,19 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """
     if activation not in ACTIVATIONS:
         raise KernelError(f"activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    _check_pair(gate, up)
+    if not on_gpu(gate, up):
+        return gated_reference(gate, up, activation)
+    h: Tensor = apply(_Gated, gate, up, activation)
+    return h
+
+
+def _check_pair(gate: Tensor, up: Tensor) -> None:
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise KernelError(
             f"gate {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}: "
             "expected the same"
         )
-    if not on_gpu(gate, up):
-        return gated_reference(gate, up, activation)
-    h: Tensor = apply(_Gated, gate, up, activation)
-    return h
 
 
 def gated_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -144,8 +148,17 @@ def _forward_kernel(p_gate, p_up, p_h, count, ACTIVATION: tl.constexpr, BLOCK: t
 
 @jit
 def _backward_kernel(
-    p_dh, p_gate, p_up, p_dgate, p_dup, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    p_dh,
+    p_gate,
+    p_up,
+    p_dgate,
+    p_dup,
+    count,
+    ACTIVATION: tl.constexpr,
+    REMAKE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    # With REMAKE h goes over dh; each value is read before it is written over, by one program.
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < count
     b_dh = tl.load(p_dh + o, mask=mask, other=0.0).to(tl.float32)
@@ -154,22 +167,8 @@ def _backward_kernel(
     b_act, b_slope = _activate(b_g, ACTIVATION)
     tl.store(p_dgate + o, (b_dh * b_up * b_slope).to(p_dgate.dtype.element_ty), mask=mask)
     tl.store(p_dup + o, (b_dh * b_act).to(p_dup.dtype.element_ty), mask=mask)
-
-
-@jit
-def _pull_kernel(
-    p_dh, p_gate, p_up, p_dgate, p_dup, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
-    # Each value is read before it is written over, by the program that does both.
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < count
-    b_dh = tl.load(p_dh + o, mask=mask, other=0.0).to(tl.float32)
-    b_g = tl.load(p_gate + o, mask=mask, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o, mask=mask, other=0.0).to(tl.float32)
-    b_act, b_slope = _activate(b_g, ACTIVATION)
-    tl.store(p_dgate + o, (b_dh * b_up * b_slope).to(p_dgate.dtype.element_ty), mask=mask)
-    tl.store(p_dup + o, (b_dh * b_act).to(p_dup.dtype.element_ty), mask=mask)
-    tl.store(p_dh + o, (b_act * b_up).to(p_dh.dtype.element_ty), mask=mask)
+    if REMAKE:
+        tl.store(p_dh + o, (b_act * b_up).to(p_dh.dtype.element_ty), mask=mask)
 
 
 def _new(x: Tensor) -> Tensor:
@@ -207,20 +206,7 @@ def _launch_backward(
     dh: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     dgate, dup = _new(gate), _new(up)
-    count = gate.numel()
-    _backward_kernel(
-        (ceil_div(count, BLOCK),),
-        dh.contiguous(),
-        gate.contiguous(),
-        up.contiguous(),
-        dgate,
-        dup,
-        count,
-        ACTIVATION=activation,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
+    _pull(dh.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup, activation, False)
     return dgate, dup
 
 
@@ -233,8 +219,20 @@ def _launch_backward(
 def _launch_pull(
     dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str
 ) -> None:
+    _pull(dh, gate, up, dgate, dup, activation, True)
+
+
+def _pull(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    dgate: Tensor,
+    dup: Tensor,
+    activation: str,
+    remake: bool,
+) -> None:
     count = dh.numel()
-    _pull_kernel(
+    _backward_kernel(
         (ceil_div(count, BLOCK),),
         dh,
         gate,
@@ -243,6 +241,7 @@ def _launch_pull(
         dup,
         count,
         ACTIVATION=activation,
+        REMAKE=remake,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=True,

@@ -433,18 +433,13 @@ def other_cases(every: bool) -> Iterator[Case]:
             (dtype, dtype, dtype, count),
             options,
         )
-        yield Case(
-            f"gated_backward {activation} {dtype}",
-            gated._backward_kernel,
-            (dtype,) * 5 + (count,),
-            options,
-        )
-        yield Case(
-            f"gated_pull {activation} {dtype}",
-            gated._pull_kernel,
-            (dtype,) * 5 + (count,),
-            options,
-        )
+        for name, remake in (("gated_backward", False), ("gated_pull", True)):
+            yield Case(
+                f"{name} {activation} {dtype}",
+                gated._backward_kernel,
+                (dtype,) * 5 + (count,),
+                options | {"REMAKE": remake},
+            )
     for dtype in (F32, F16, BF16):
         options = {"BLOCK": gated.BLOCK, "num_warps": gated.WARPS}
         for name, kernel, tensors in (
