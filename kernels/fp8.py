@@ -23,9 +23,9 @@ from ..errors import KernelError
 from . import nf4
 from .fp8_launch import LARGEST, TINY
 from .launch import on_gpu, ops
+from .nf4 import FLOATS
 
 E4M3 = torch.float8_e4m3fn
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MULTIPLE = 16  # what both sides of a weight must be a multiple of, for the tensor cores
 MOST_PARTS = 3
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import KernelError
-from ..kernels.fp8 import E4M3, FLOATS, scale_of
+from ..kernels.fp8 import E4M3, scale_of
+from ..kernels.nf4 import FLOATS
 
 BLOCK = 128
 

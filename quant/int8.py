@@ -17,8 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import KernelError
 from ..kernels.launch import apply
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+from ..kernels.nf4 import FLOATS
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,14 +90,8 @@ def stack(leaves: Sequence[Any]) -> Any:
 
 def unbind(leaf: Any) -> list[Any]:
     """The leaves that `stack` made one of, as views; differentiable for a tensor."""
-    if isinstance(leaf, Stack):
-        columns = [part.unbind() for part in leaf.tensors]
-        _, structure = pytree.tree_flatten(leaf.inner)
-        return [
-            pytree.tree_unflatten(list(parts), structure) for parts in zip(*columns, strict=True)
-        ]
     if isinstance(leaf, Tensor):
         return list(leaf.unbind())
-    parts, structure = pytree.tree_flatten(leaf)
+    parts, structure = pytree.tree_flatten(leaf.inner if isinstance(leaf, Stack) else leaf)
     columns = [part.unbind() for part in parts]
     return [pytree.tree_unflatten(list(each), structure) for each in zip(*columns, strict=True)]
