@@ -96,7 +96,7 @@ def midpoints(levels: Tensor) -> Tensor:
     return (levels[:-1] + levels[1:]) / 2
 
 
-def nf4_bins(device: torch.device | None = None) -> Tensor:
+def nf4_bins() -> Tensor:
     """fp32 [2, 32] by the low five bits of round(15 x): the one NF4 threshold in that bin (infinity
     where none is), and how many thresholds lie in lower bins.
     """
@@ -107,7 +107,7 @@ def nf4_bins(device: torch.device | None = None) -> Tensor:
         if bool((at == i).any()):
             bins[0, i % 32] = thresholds[at == i].item()
         bins[1, i % 32] = (at < i).sum()
-    return bins.to(device)
+    return bins
 
 
 @functools.cache

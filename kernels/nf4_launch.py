@@ -46,7 +46,7 @@ def _threshold(p_mid, i: tl.constexpr):
 
 
 @jit
-def _nf4_code(b_x, p_mid):
+def _bisected_code(b_x, p_mid):
     """The number of thresholds below each value, by bisection: four comparisons."""
     m_8 = b_x > _threshold(p_mid, 7)
     m_4 = b_x > tl.where(m_8, _threshold(p_mid, 11), _threshold(p_mid, 3))
@@ -65,7 +65,7 @@ def _nf4_code(b_x, p_mid):
 
 
 @jit
-def _binned_nf4_code(b_x, p_bins):
+def _binned_code(b_x, p_bins):
     """The same through a table: of the 31 bins round(15 x) each holds at most one threshold, the
     first row of `p_bins`; the second row is how many lie in the bins before. Bisection is bound by
     its selects, this by memory.
@@ -109,9 +109,9 @@ def _quantize_kernel(
         b_x = tl.where(m_short[:, None], tl.div_rn(b_w, b_most), b_x)
         b_absmax = tl.where(m_short & (b_absmax < b_tiny), b_tiny, b_absmax)
     if p_order is not None:
-        b_code = tl.load(p_order + _nf4_code(b_x, p_mid))
+        b_code = tl.load(p_order + _bisected_code(b_x, p_mid))
     else:
-        b_code = _binned_nf4_code(b_x, p_bins)
+        b_code = _binned_code(b_x, p_bins)
     b_code = b_code.to(tl.uint8)
     b_first, b_second = tl.split(tl.reshape(b_code, (ROWS, BLOCK // 2, 2)))
     o_byte = o_block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
