@@ -1,6 +1,5 @@
 """A checkpoint's tensors into a tree of params: read one at a time, placed, quantized, checked."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,26 +14,21 @@ from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
 from ..quant import nf4
 from ..quant.fp8_product import computing
-from .bnb_file import Entry, Packed, check_config, entries, read_dense, read_leaf
+from .bnb_file import Packed, check_config, entries, read_leaf
 from .config import Config
 from .encoded import Encoded, seen
-from .fused import Part, Turned, parts, reader, split, turned
+from .fused import reader
 from .gguf_file import find, open_gguf
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
 from .hub import resolve
+from .match import LOADABLE, Stored, match
 from .precision import QUANTIZERS, Compute, Quantize, check_compute, in_products
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 from .stored_formats import check_plain, format_of
 from .text_half import text_half
-
-Stored = Entry | Turned | Part
-
-# Buffers that old checkpoints carry and that follow from the config.
-_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-_LOADABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -131,8 +125,8 @@ def load_folder(
         kinds = ", ".join(map(repr, QUANTIZERS))
         raise ArgumentError(f"quantize is {quantize!r}, expected {kinds} or None")
     check_compute(compute, quantize, device)
-    if dtype is not None and dtype not in _LOADABLE:
-        raise ArgumentError(f"dtype is {dtype}, expected one of {_LOADABLE}")
+    if dtype is not None and dtype not in LOADABLE:
+        raise ArgumentError(f"dtype is {dtype}, expected one of {LOADABLE}")
     if isinstance(quant_skip, str) or not all(isinstance(t, str) and t for t in quant_skip):
         raise ArgumentError(f"quant_skip is {quant_skip!r}, expected a list of texts")
     file = find(Path(folder))
@@ -173,7 +167,7 @@ def load_folder(
             else "weights are stored in 4 bits, and there is no quantization_config that says so",
             file=path,
         )
-    chosen, left_out = _match(found, checkpoint, spec, family)
+    chosen, left_out = match(found, checkpoint, spec, family)
     for text in quant_skip:
         if not any(text in name for name in checkpoint.tensors):
             raise ArgumentError(f"quant_skip has {text!r}, which is in no tensor's name")
@@ -196,87 +190,6 @@ def read_config(folder: Path, *, text_only: bool = False) -> Config:
     config = Config.from_folder(folder)
     half = text_half(config, folder / "config.json") if text_only else None
     return config if half is None else half.config
-
-
-def _match(
-    found: Sequence[Entry], checkpoint: Checkpoint, spec: ModelSpec, family: Family
-) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """Our path -> where it is stored, in file order, and the names that are rightly not loaded."""
-    want: dict[str, ParamSpec] = dict(tree.items(stacks.each_spec(spec)))
-    chosen: dict[str, Stored] = {}
-    left_out, unknown = [], []
-    groups = family.names.groups(spec)
-    for entry in found:
-        info = turned(entry) if family.names.is_transposed(entry.name) else entry
-        if paths := parts(family.names, info.name, want):
-            turns = family.names.turns(info.name)
-            chosen.update(split(info, paths, want, groups, turns))
-            continue
-        try:
-            path = family.names.to_ours(info.name)
-        except KeyError:
-            path = ""
-        if path in want:
-            chosen[path] = info
-        elif path == "head.weight" and spec.tied:
-            _check_tied(found, family, entry)
-            left_out.append(info.name)
-        elif (value := family.names.constant(info.name)) is not None:
-            _check_constant(entry, value)
-            left_out.append(info.name)
-        elif _DERIVED.search(info.name) or family.names.is_further(info.name, len(spec.layers)):
-            left_out.append(info.name)
-        else:
-            unknown.append(info.name)
-    missing = [family.names.to_hf(path) for path in want if path not in chosen]
-    if missing or unknown:
-        raise CheckpointError(
-            "the tensors are not those that config.json describes: "
-            f"missing {_some(missing)}; not expected {_some(unknown)}",
-            file=checkpoint.folder,
-        )
-    for path, stored in chosen.items():
-        if stored.shape != want[path].shape:
-            raise CheckpointError(
-                f"found shape {list(stored.shape)}, config.json makes it {list(want[path].shape)}",
-                tensor=stored.name,
-                file=stored.file,
-            )
-        if stored.dtype not in _LOADABLE:
-            raise CheckpointError(
-                f"found dtype {stored.dtype}, expected one of {', '.join(map(str, _LOADABLE))}",
-                tensor=stored.name,
-                file=stored.file,
-            )
-    return chosen, tuple(left_out)
-
-
-def _check_tied(found: Sequence[Entry], family: Family, head: Entry) -> None:
-    embed = next((e for e in found if e.name == family.names.to_hf("embed.weight")), None)
-    if embed is not None and not torch.equal(read_dense(embed), read_dense(head)):
-        raise CheckpointError(
-            "tie_word_embeddings is true, but the stored head differs from the embedding; "
-            "set it to false in config.json to use both",
-            tensor=head.name,
-            file=head.file,
-        )
-
-
-def _check_constant(info: Entry, value: float) -> None:
-    stored = read_dense(info)
-    if not torch.equal(stored, torch.full_like(stored, value)):
-        raise CheckpointError(
-            f"found values other than {value}, the only one its model_type is computed with",
-            tensor=info.name,
-            file=info.file,
-        )
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    if not names:
-        return "none"
-    shown = ", ".join(name[:200] for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _common_dtype(chosen: Mapping[str, Stored], spec: ModelSpec) -> torch.dtype:
