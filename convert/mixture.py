@@ -22,6 +22,22 @@ def expert_names(
     }
 
 
+def shared_names(module: str) -> dict[str, str]:
+    """The names of the MLP beside a layer's experts that every token passes, its `module`."""
+    return {
+        f"layers.*.mlp.shared.{part}": f"model.layers.*.{module}.{part}_proj"
+        for part in ("gate", "up", "down")
+    }
+
+
+# DeepSeek-V3's, whose routers have a bias for the choice alone.
+SIGMOID_NAMES = {
+    **expert_names("mlp"),
+    "layers.*.mlp.router.bias": "model.layers.*.mlp.gate.e_score_correction_bias",
+    **shared_names("mlp.shared_experts"),
+}
+
+
 def stacked(block: str) -> dict[str, tuple[str, ...]]:
     """The two tensors [x, 2f, e] and [x, e, f] that transformers 5 has in place of `experts.*`."""
     experts = f"model.layers.*.{block}.experts"
@@ -74,6 +90,37 @@ def grouped(
             f"of two or more, of which {best} have num_experts_per_tok {active}"
         )
     return {"groups": groups, "active_groups": best}
+
+
+def with_sigmoid_experts(
+    fields: Fields,
+    spec: ModelSpec,
+    *,
+    experts: int,
+    width: int,
+    scale: float,
+    dense: int,
+    groups: int = 1,
+    best: int = 1,
+) -> ModelSpec:
+    """The spec with DeepSeek-V3's mixtures behind the first layers: routed by sigmoids and groups,
+    with shared experts as one MLP. The keywords are the family's own defaults.
+    """
+    each = mlp_spec(fields, "moe_intermediate_size", width)
+    moe = moe_spec(
+        fields,
+        each,
+        count="n_routed_experts",
+        experts=experts,
+        active=8,
+        router="sigmoid",
+        normalise=fields.flag("norm_topk_prob", True),
+        scale=fields.number("routed_scaling_factor", scale),
+        shared=replace(each, dim=each.dim * fields.integer("n_shared_experts", 1)),
+        **grouped(fields, fields.integer("n_routed_experts", experts), groups=groups, best=best),
+    )
+    first = fields.integer("first_k_dense_replace", dense, low=0)
+    return with_experts(spec, moe, frozenset(range(first)))
 
 
 def with_experts(spec: ModelSpec, moe: MoESpec, dense: frozenset[int] = frozenset()) -> ModelSpec:

@@ -1,19 +1,16 @@
 """DeepSeek-V3 and R1: latent attention, and mixtures routed by sigmoids and groups."""
 
-from dataclasses import replace
-
 from ...nn.spec import LatentSpec, ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import dense_spec, with_attention
-from ..mixture import expert_names, grouped, mlp_spec, moe_spec, stacked, with_experts
+from ..mixture import SIGMOID_NAMES, stacked, with_sigmoid_experts
 from ..names import LLAMA, names
 from ..rope_config import rope_spec, tempered_scale
 
 _ATTENTION = "model.layers.*.self_attn"
-_SHARED = "model.layers.*.mlp.shared_experts"
 NAMES = names(
     LLAMA,
-    expert_names("mlp"),
+    SIGMOID_NAMES,
     {
         "layers.*.attn.q_a": f"{_ATTENTION}.q_a_proj",
         "layers.*.attn.q_a_norm": f"{_ATTENTION}.q_a_layernorm",
@@ -21,10 +18,6 @@ NAMES = names(
         "layers.*.attn.kv_a": f"{_ATTENTION}.kv_a_proj_with_mqa",
         "layers.*.attn.kv_a_norm": f"{_ATTENTION}.kv_a_layernorm",
         "layers.*.attn.kv_b": f"{_ATTENTION}.kv_b_proj",
-        "layers.*.mlp.router.bias": "model.layers.*.mlp.gate.e_score_correction_bias",
-        "layers.*.mlp.shared.gate": f"{_SHARED}.gate_proj",
-        "layers.*.mlp.shared.up": f"{_SHARED}.up_proj",
-        "layers.*.mlp.shared.down": f"{_SHARED}.down_proj",
     },
     fused=stacked("mlp"),
     further_layers=True,
@@ -66,19 +59,6 @@ def spec(fields: Fields) -> ModelSpec:
     fields.expect("moe_layer_freq", 1)
     for name in ("ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers"):
         fields.take(name, None)
-    each = mlp_spec(fields, "moe_intermediate_size", 2048)
-    moe = moe_spec(
-        fields,
-        each,
-        count="n_routed_experts",
-        experts=256,
-        active=8,
-        router="sigmoid",
-        normalise=fields.flag("norm_topk_prob", True),
-        scale=fields.number("routed_scaling_factor", 2.5),
-        shared=replace(each, dim=each.dim * fields.integer("n_shared_experts", 1)),
-        **grouped(fields, fields.integer("n_routed_experts", 256), groups=8, best=4),
-    )
-    return with_experts(
-        made, moe, frozenset(range(fields.integer("first_k_dense_replace", 3, low=0)))
+    return with_sigmoid_experts(
+        fields, made, experts=256, width=2048, scale=2.5, dense=3, groups=8, best=4
     )

@@ -5,7 +5,15 @@ from dataclasses import replace
 from ...nn.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from ..config_fields import Fields
 from ..dense import dense_spec, head_width, rotated_layers
-from ..mixture import layer_numbers, mlp_spec, moe_spec, stacked, with_experts
+from ..mixture import (
+    expert_names,
+    layer_numbers,
+    mlp_spec,
+    moe_spec,
+    shared_names,
+    stacked,
+    with_experts,
+)
 from ..names import LLAMA, names
 from ..rope_config import rope_spec
 
@@ -13,18 +21,14 @@ _BLOCK = "model.layers.*.feed_forward"
 _STACKS = stacked("feed_forward")
 NAMES = names(
     LLAMA,
+    # Of the experts a stack's parts, which adapters are named by.
+    expert_names("feed_forward"),
+    shared_names("feed_forward.shared_expert"),
     {
         "layers.*.mlp.gate": f"{_BLOCK}.gate_proj",
         "layers.*.mlp.up": f"{_BLOCK}.up_proj",
         "layers.*.mlp.down": f"{_BLOCK}.down_proj",
         "layers.*.mlp.router": f"{_BLOCK}.router",
-        "layers.*.mlp.shared.gate": f"{_BLOCK}.shared_expert.gate_proj",
-        "layers.*.mlp.shared.up": f"{_BLOCK}.shared_expert.up_proj",
-        "layers.*.mlp.shared.down": f"{_BLOCK}.shared_expert.down_proj",
-        # An expert's parts of a stack, which adapters are named by.
-        "layers.*.mlp.experts.*.gate": f"{_BLOCK}.experts.*.gate_proj",
-        "layers.*.mlp.experts.*.up": f"{_BLOCK}.experts.*.up_proj",
-        "layers.*.mlp.experts.*.down": f"{_BLOCK}.experts.*.down_proj",
     },
     fused=_STACKS,
     transposed=_STACKS,

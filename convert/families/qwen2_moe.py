@@ -3,18 +3,22 @@
 from ...nn.spec import ModelSpec
 from ..config_fields import Fields
 from ..dense import dense_spec
-from ..mixture import dense_layers, expert_names, mlp_spec, moe_spec, stacked, with_experts
+from ..mixture import (
+    dense_layers,
+    expert_names,
+    mlp_spec,
+    moe_spec,
+    shared_names,
+    stacked,
+    with_experts,
+)
 from ..names import LLAMA, names
 
 NAMES = names(
     LLAMA,
     expert_names("mlp"),
-    {
-        "layers.*.mlp.shared.gate": "model.layers.*.mlp.shared_expert.gate_proj",
-        "layers.*.mlp.shared.up": "model.layers.*.mlp.shared_expert.up_proj",
-        "layers.*.mlp.shared.down": "model.layers.*.mlp.shared_expert.down_proj",
-        "layers.*.mlp.shared_gate": "model.layers.*.mlp.shared_expert_gate",
-    },
+    shared_names("mlp.shared_expert"),
+    {"layers.*.mlp.shared_gate": "model.layers.*.mlp.shared_expert_gate"},
     fused=stacked("mlp"),
 )
 
