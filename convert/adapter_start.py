@@ -1,6 +1,6 @@
 """What fresh adapters and trained copies start from, for a `PeftConfig` and a model's params."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..nn.spec import ModelSpec
 from ..quant.linear import weight_of
 from . import expert_adapters
 from .lora_config import PeftConfig
+from .named_adapters import Adapter
 from .names import Names
 from .peft_targets import Plan
 
@@ -23,18 +24,6 @@ _DRAWN: dict[bool | str, lora_init.Start] = {
 }
 
 
-@dataclass(frozen=True)
-class Begun:
-    """Trees to train, and `start`: what adapters that begin inside the weight began with.
-
-    Where `start` is not empty, the model computes with `lora.relative(adapters, start)`.
-    """
-
-    adapters: tree.Tree
-    trained: tree.Tree
-    start: tree.Tree
-
-
 def begin(
     config: PeftConfig,
     found: Plan,
@@ -42,7 +31,7 @@ def begin(
     spec: ModelSpec,
     names: Names,
     random_state: int,
-) -> Begun:
+) -> Adapter:
     """fp32 adapters and trained copies, each on its weight's device.
 
     Drawn from a CPU generator of their own: one `random_state` gives the same adapters on every
@@ -78,10 +67,11 @@ def begin(
     if inside:
         start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
     trained = {path: _copy(params, path) for path in found.trained}
-    return Begun(
+    return Adapter(
         tree.from_items(dict(tree.items(stacks.together(tree.from_items(adapters)))) | whole),
         stacks.together(tree.from_items(trained)),
         stacks.together(tree.from_items(start)),
+        config,
     )
 
 

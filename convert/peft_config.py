@@ -187,8 +187,7 @@ def begun(
 
 def _fresh(model: "CausalLM", config: PeftConfig, found: Plan, random_state: int) -> Adapter:
     names, params = model.origin.family.names, model.base_params
-    made = adapter_start.begin(config, found, params, model.spec, names, random_state)
-    return Adapter(made.adapters, made.trained, made.start, config)
+    return adapter_start.begin(config, found, params, model.spec, names, random_state)
 
 
 def _arguments(given: Any) -> dict[str, Any]:
