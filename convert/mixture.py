@@ -10,12 +10,20 @@ from .dense import ACTIVATIONS
 
 
 def expert_names(
-    block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    block: str,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    *,
+    router: str = "gate",
 ) -> dict[str, str]:
-    """The names of a router and its experts, stored one by one in the module `block` of a layer."""
+    """The names of a router and its experts, stored one by one in the module `block` of a layer.
+
+    Where experts are stored as stacks alone, theirs are the names that adapters have.
+    """
     inner = f"model.layers.*.{block}.experts.*"
     return {
-        "layers.*.mlp.router": f"model.layers.*.{block}.gate",
+        "layers.*.mlp.router": f"model.layers.*.{block}.{router}",
         "layers.*.mlp.experts.*.gate": f"{inner}.{gate}",
         "layers.*.mlp.experts.*.up": f"{inner}.{up}",
         "layers.*.mlp.experts.*.down": f"{inner}.{down}",

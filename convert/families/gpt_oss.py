@@ -3,22 +3,15 @@
 from ...nn.spec import MLPSpec, ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import dense_spec, head_width, layer_types, typed_windows, with_attention
-from ..mixture import moe_spec, stacked, with_experts
+from ..mixture import expert_names, moe_spec, stacked, with_experts
 from ..names import LLAMA, names
 from ..rope_config import rope_spec
 
-_BLOCK = "model.layers.*.mlp"
 _STACKS = stacked("mlp")
 NAMES = names(
     LLAMA,
-    {
-        "layers.*.attn": "model.layers.*.self_attn",  # the sinks
-        "layers.*.mlp.router": f"{_BLOCK}.router",
-        # An expert's parts of a stack, which adapters are named by.
-        "layers.*.mlp.experts.*.gate": f"{_BLOCK}.experts.*.gate_proj",
-        "layers.*.mlp.experts.*.up": f"{_BLOCK}.experts.*.up_proj",
-        "layers.*.mlp.experts.*.down": f"{_BLOCK}.experts.*.down_proj",
-    },
+    expert_names("mlp", router="router"),
+    {"layers.*.attn": "model.layers.*.self_attn"},  # the sinks
     fused=_STACKS
     | {f"{name}_bias": tuple(f"{p}.bias" for p in paths) for name, paths in _STACKS.items()},
     in_turn=True,

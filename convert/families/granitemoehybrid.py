@@ -4,7 +4,7 @@ from ...nn.spec import ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import with_attention, with_layers
 from ..hybrid import mamba2_names, mamba2_spec, with_recurrent
-from ..mixture import mlp_spec, moe_spec
+from ..mixture import mlp_spec
 from ..names import names
 from . import granite, granitemoe
 
@@ -56,13 +56,4 @@ def spec(fields: Fields) -> ModelSpec:
         for name in ("num_experts_per_tok", "router_aux_loss_coef", "output_router_logits"):
             fields.take(name, None)
         return with_layers(made, mlp=shared)
-    moe = moe_spec(
-        fields,
-        mlp_spec(fields, "intermediate_size", 11008),
-        count="num_local_experts",
-        experts=8,
-        active=2,
-        router="top_softmax",
-        shared=shared,
-    )
-    return with_layers(made, mlp=moe)
+    return with_layers(made, mlp=granitemoe.mixture(fields, shared))

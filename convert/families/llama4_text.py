@@ -21,14 +21,12 @@ _BLOCK = "model.layers.*.feed_forward"
 _STACKS = stacked("feed_forward")
 NAMES = names(
     LLAMA,
-    # Of the experts a stack's parts, which adapters are named by.
-    expert_names("feed_forward"),
+    expert_names("feed_forward", router="router"),
     shared_names("feed_forward.shared_expert"),
     {
         "layers.*.mlp.gate": f"{_BLOCK}.gate_proj",
         "layers.*.mlp.up": f"{_BLOCK}.up_proj",
         "layers.*.mlp.down": f"{_BLOCK}.down_proj",
-        "layers.*.mlp.router": f"{_BLOCK}.router",
     },
     fused=_STACKS,
     transposed=_STACKS,

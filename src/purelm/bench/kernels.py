@@ -29,6 +29,7 @@ from ._kernel_cases import KERNELS, SHAPES, Call, Case
 from ._kernel_peers import PEERS, installed
 from ._kernel_time import Ceilings, Timing, ceilings, copies_for, timed
 from ._roofline import Point, picture
+from ._wait import finished
 
 Row = dict[str, Any]
 OURS = "purelm"
@@ -244,8 +245,7 @@ def _first(kernel: str, shapes: Sequence[str], device: torch.device) -> float:
         for case in KERNELS[kernel](SHAPES[model], device):
             begun = time.perf_counter()
             case.ours.run(*case.ours.prepare(*case.inputs()))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            finished(device.type == "cuda")
             found = found or time.perf_counter() - begun
     return found
 
