@@ -22,7 +22,14 @@ from .adapter_config import CONFIG, parse, read_config
 from .adapter_fit import name_targets
 from .lora_config import PeftConfig
 from .names import Names
-from .peft_targets import is_target, modules, parameters, projections, rank_and_scale
+from .peft_targets import (
+    is_target,
+    modules,
+    parameters,
+    projections,
+    rank_and_scale,
+    targetable,
+)
 from .shards import TensorInfo, open_checkpoint, read
 
 STEM = "adapter_model"
@@ -223,9 +230,7 @@ def _check_complete(
     """Everything that the config names must be there; a regular expression is not run for it."""
     wanted = expert_adapters.missing(config, whole, spec, names)
     if not isinstance(config.target_modules, str) and not isinstance(config.exclude_modules, str):
-        for path, name in projections(spec, names).items():
-            if config.target_parameters and stacks.place(f"{path}."):
-                continue
+        for path, name in targetable(config, spec, names).items():
             if path not in adapters and is_target(config, name):
                 wanted.append(f"{PREFIX}{name}.lora_A.weight")
     if config.bias != "none":

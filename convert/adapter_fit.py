@@ -12,7 +12,7 @@ from ..nn.spec import ModelSpec
 from . import expert_adapters, peft_targets
 from .lora_config import PeftConfig
 from .names import Names
-from .peft_targets import is_saved, is_target, modules, projections, rank_and_scale
+from .peft_targets import is_saved, is_target, modules, rank_and_scale, targetable
 
 
 def fitted(
@@ -72,22 +72,15 @@ def _dora(leaves: Mapping[str, LoRA]) -> bool:
 
 
 def _fit_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:
-    every = _projections(config, spec, names)
+    every = targetable(config, spec, names).values()
     if have == {name for name in every if is_target(config, name)}:
         return config
     return name_targets(config, have, spec, names)
 
 
-def _projections(config: PeftConfig, spec: ModelSpec, names: Names) -> list[str]:
-    """What target_modules may mean: no expert where parameters of all experts are adapted."""
-    every = projections(spec, names).items()
-    whole = bool(config.target_parameters)
-    return [name for path, name in every if not (whole and stacks.place(f"{path}."))]
-
-
 def name_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:
     """`config` with the modules `have` as its targets: by their endings if those say it all."""
-    every = _projections(config, spec, names)
+    every = targetable(config, spec, names).values()
     short = {name.rpartition(".")[2] for name in have}
     by_ending = {name for name in every if name.rpartition(".")[2] in short}
     return replace(

@@ -33,8 +33,8 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
     """
     adapted = {
         path: rank_and_scale(config, name)
-        for path, name in projections(spec, names).items()
-        if is_target(config, name) and not (config.target_parameters and stacks.place(f"{path}."))
+        for path, name in targetable(config, spec, names).items()
+        if is_target(config, name)
     }
     whole = {
         path: rank_and_scale(config, name)
@@ -81,6 +81,16 @@ def projections(spec: ModelSpec, names: Names) -> dict[str, str]:
         for path, p in tree.items(stacks.each_spec(spec))
         if p.quantize
     }
+
+
+def targetable(config: PeftConfig, spec: ModelSpec, names: Names) -> dict[str, str]:
+    """The projections that target_modules may mean: no expert where parameters of all experts are
+    adapted.
+    """
+    every = projections(spec, names)
+    if not config.target_parameters:
+        return every
+    return {path: name for path, name in every.items() if stacks.place(f"{path}.") is None}
 
 
 def parameters(spec: ModelSpec, names: Names) -> dict[str, str]:
