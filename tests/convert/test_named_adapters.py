@@ -161,7 +161,7 @@ def test_several_are_merged(pair: tuple[CausalLM, Any], tmp_path: Path) -> None:
     model, _ = pair
     model.set_adapter(["default", "code"])
     model.save_pretrained_merged(tmp_path / "merged")
-    bridged.same_logits(logits(bridged.bridge(tmp_path / "merged")), logits(model), limit=2e-5)
+    bridged.same_logits(logits(bridged.bridge(tmp_path / "merged")), logits(model))
 
 
 def test_only_the_active_are_trained(pair: tuple[CausalLM, Any]) -> None:
