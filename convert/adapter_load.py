@@ -1,6 +1,5 @@
-"""An adapter of a folder or repository, for a model that is there already."""
+"""An adapter of a folder, for a model that is there already."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,46 +7,28 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterError
 from ..nn import tree
 from . import adapter_file
-from .hub import resolve
 from .named_adapters import Adapter
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
 
-def load(
-    model: "CausalLM",
-    name: str | os.PathLike[str],
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Adapter:
-    """The adapter at `name` as a value, on the model's device.
+def load(model: "CausalLM", folder: Path) -> Adapter:
+    """The adapter in `folder` as a value, on the model's device.
 
     Raises AdapterError for one of another model, or trained with another rope_scaling.
     """
-    source = resolve(
-        name,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
     names = model.origin.family.names
     adapters, trained, config = adapter_file.read_adapter(
-        source.folder, model.spec, names, params=model.base_params
+        folder, model.spec, names, params=model.base_params
     )
-    told = adapter_file.read_trained(source.folder, names)
+    told = adapter_file.read_trained(folder, names)
     scaling = told.rope_scaling
     if scaling is not None and scaling != model.origin.rope_scaling:
         raise AdapterError(
             f"the adapter was trained with rope_scaling={scaling}, the model was loaded with "
             f"{model.origin.rope_scaling}; load the model with the adapter's",
-            file=source.folder,
+            file=folder,
         )
     warn_of_precision(told.stored_as, model.origin.quantize)
     return placed(Adapter(adapters, trained, config=config), model)

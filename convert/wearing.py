@@ -18,6 +18,7 @@ from ..nn import several, tree
 from ..nn.lora import LoRA
 from ..quant.stack import Stack
 from . import adapter_fit, named_adapters
+from .adapter_file import MAGNITUDE
 from .lora_config import PeftConfig
 from .named_adapters import DEFAULT, Adapter
 from .trainee import Trainee
@@ -25,8 +26,9 @@ from .trainee import Trainee
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
-MAGNITUDE = "lora_magnitude_vector"
 _PARTS = ("lora_A", "lora_B", MAGNITUDE, "lora_start")
+# Combinations that make the same of one adapter alone.
+_KINDS = ("linear", "cat", "svd")
 
 
 class Wearing(Trainee):
@@ -245,11 +247,10 @@ class Wearing(Trainee):
         Raises AdapterError for one that is not of this model, SourceError where there is none.
         """
         from .adapter_load import load
+        from .hub import resolve
 
         named_adapters.check_name(adapter_name, list(self._worn))
-        model: CausalLM = self  # type: ignore[assignment]
-        made = load(
-            model,
+        source = resolve(
             model_id,
             subfolder=subfolder,
             revision=revision,
@@ -257,7 +258,8 @@ class Wearing(Trainee):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        self.wear(adapter_name, made)
+        model: CausalLM = self  # type: ignore[assignment]
+        self.wear(adapter_name, load(model, source.folder))
         worn = self._worn[adapter_name]
         for tensor in tree.tensors((worn.adapters, worn.trained)):
             tensor.requires_grad_(is_trainable)
@@ -320,6 +322,3 @@ class Wearing(Trainee):
             self.origin.family.names,
         )
         self.wear(adapter_name, Adapter(made, config=replace(config, inference_mode=False)))
-
-
-_KINDS = ("linear", "cat", "svd")

@@ -30,7 +30,7 @@ class Graphs:
         z_loss: float = 0.0,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.model, self._say = model, say
+        self.model, self._say, self._said = model, say, False
         self.step = GraphedStep(model, label_smoothing=label_smoothing, z_loss=z_loss)
         self.update = GraphedUpdate(optimizer, max_grad_norm)
 
@@ -47,19 +47,15 @@ class Graphs:
             return self.step(**batch, num_items_in_batch=torch.tensor(float(count)))
         if self._say is None:
             raise ArgumentError(reason)
-        if self._say is not _quiet:
+        if not self._said:
             self._say(f"a batch of {bucket.tokens} tokens runs without a graph: {reason}")
-            self._say = _quiet
+            self._said = True
         loss: torch.Tensor | None = self.model(
             **batch, num_items_in_batch=count, **self.step.terms
         ).loss
         assert loss is not None
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
-
-
-def _quiet(text: str) -> None:
-    """Says nothing: what there is was said before."""
 
 
 def graphs_for(
