@@ -2,6 +2,7 @@
 
 import re
 
+from ..errors import SaveError
 from .gguf_architectures import Architecture
 from .names import Names
 from .registry import FAMILIES
@@ -45,10 +46,10 @@ _LAYER = re.compile(r"(model\.layers|layers|blk)\.(0|[1-9]\d{0,8})\.(.+)")
 
 
 def to_ggml(name: str, architecture: Architecture, names: Names) -> tuple[str, ...]:
-    """ggml's names of what a checkpoint's tensor `name` holds; none if it has no place there.
+    """ggml's names of what a checkpoint's tensor `name` holds; none for what is no param of ours.
 
     Several for a tensor that holds the gates and the other matrices of all experts; an expert's
-    own name becomes that of the stack.
+    own name becomes that of the stack. Raises SaveError for a param that has no place there.
     """
     module, _, leaf = name.rpartition(".")
     pattern, number = _pattern(module)
@@ -68,7 +69,9 @@ def to_ggml(name: str, architecture: Architecture, names: Names) -> tuple[str, .
         module, _, leaf = path.rpartition(".")
         pattern, number = _pattern(module)
         if pattern not in table:
-            return ()
+            raise SaveError(
+                f"{name} has no place in a GGUF file of architecture {architecture.name}"
+            )
         found.append(f"{table[pattern].replace('*', number)}.{leaf}")
     return tuple(found)
 

@@ -9,6 +9,10 @@ import torch
 
 import purelm
 from purelm.convert.gguf_architectures import families
+from purelm.convert.gguf_fields import architecture_of
+from purelm.convert.gguf_names import to_ggml
+from purelm.convert.registry import FAMILIES
+from purelm.errors import SaveError
 from purelm.nn import decoder
 
 # One of each kind of thing that differs: these are checked in the quick lane too.
@@ -21,6 +25,13 @@ EVERY = [
 
 def test_no_family_is_left_out() -> None:
     assert set(families()) == set(gguf_models.FAMILIES)
+
+
+def test_a_param_without_a_place_is_not_left_out_in_silence() -> None:
+    llama, names = architecture_of("llama"), FAMILIES["gpt_oss"].names
+    with pytest.raises(SaveError, match=r"self_attn\.sinks has no place .* llama"):
+        to_ggml("model.layers.0.self_attn.sinks", llama, names)
+    assert to_ggml("model.layers.0.self_attn.rotary_emb.inv_freq", llama, names) == ()
 
 
 @pytest.mark.parametrize("family", EVERY)
