@@ -106,6 +106,19 @@ class CausalLM(Saving, Wearing):
         table.data = host.copy_(table.detach())
         self.embeds_on_host = True
 
+    def own_trees(self) -> tuple[tree.Tree, ...]:
+        """The trees of the tensors that a pass now computes with, as it holds them itself: params,
+        and of each acting adapter its trained copies, its factors and what those began with.
+        """
+        worn = self.acting
+        return (self._params, *(t for one in worn for t in (one.trained, one.adapters, one.start)))
+
+    def derives(self) -> bool:
+        """Whether `computed_params` or `adapters` hold tensors made of its own, anew each time."""
+        worn = self.acting
+        several = len(worn) > 1 or any(one.trained or one.start for one in worn)
+        return several or self.qat_scheme is not None
+
     def round_weights(self, qat_scheme: str | None) -> None:
         """Compute as if projections were stored by `qat_scheme` (quant/fake.py); None ends it.
 

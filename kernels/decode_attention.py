@@ -3,7 +3,8 @@
 Flash decoding (Dao et al., 2023): with one query a row there are too few heads to fill a GPU, so
 programs share a row's keys; each keeps the running maximum and sum of its part in fp32, and a
 second launch joins the parts. Which keys a row sees is a span on the device, so that nothing
-depends on the host: the keys outside of it are not read. Forward only.
+depends on the host: the keys outside of it are not read. A row's keys stand side by side, or, as in
+PagedAttention (Kwon et al., 2023), in pages that a table names. Forward only.
 """
 
 # Kernels are written in Triton's language: they have no Python types.
@@ -46,6 +47,7 @@ def decode_attention(
     values: Tensor,
     first: Tensor,
     end: Tensor,
+    table: Tensor | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -54,30 +56,40 @@ def decode_attention(
 ) -> Tensor:
     """softmax(scale q k^T) v over keys first..end of each row; [b, h, d] in the dtype of q.
 
-    q [b, h, d]; keys and values [b, capacity, k, d], h a multiple of k; first and end [b] int64,
-    0 <= first <= end <= capacity: a row without keys gives zeros. softcap c: scores become
+    q [b, h, d]; keys and values [b, capacity, k, d] of its dtype or e4m3, h a multiple of k; first
+    and end [b] int64, 0 <= first <= end <= capacity: a row without keys gives zeros. With a table
+    [b, pages] int64 keys and values are [n, page, k, d]: key j of row i is
+    keys[table[i, j // page], j % page], and the capacity is pages * page. softcap c: scores become
     c tanh(score / c). bias fp32 [h, n], n at least the longest span: what is added to the score of
     a row's j-th key. sinks [h]: logits of keys without a value. Raises KernelError for shapes that
     do not fit and for inputs that need a gradient.
     """
     b, h, d = q.shape
-    if keys.shape != values.shape or keys.shape[::3] != (b, d) or h % keys.shape[2]:
+    rows = keys.shape[0] if table is None else b
+    if keys.shape != values.shape or (rows, keys.shape[3]) != (b, d) or h % keys.shape[2]:
         raise KernelError(
             f"q {list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}: expected "
             "[b, h, d] and twice [b, capacity, k, d], h a multiple of k"
         )
     if first.shape != (b,) or end.shape != (b,):
         raise KernelError(f"first {list(first.shape)}, end {list(end.shape)}: expected [{b}]")
+    if table is not None and (table.ndim != 2 or table.shape[0] != b):
+        raise KernelError(f"table {list(table.shape)}: expected [{b}, pages]")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys, values)):
         raise KernelError("q, keys or values need a gradient: decoding has none")
-    if on_gpu(q, keys, values, first, end):
+    if on_gpu(q, keys, values, first, end, table):
         out: Tensor = ops.decode_attention(
-            q, keys, values, first, end, sinks, bias, scale, softcap or 0.0
+            q, keys, values, first, end, table, sinks, bias, scale, softcap or 0.0
         )
         return out
     return decode_attention_reference(
-        q, keys, values, first, end, scale=scale, softcap=softcap, sinks=sinks, bias=bias
+        q, keys, values, first, end, table, scale=scale, softcap=softcap, sinks=sinks, bias=bias
     )
+
+
+def side_by_side(pages: Tensor, table: Tensor) -> Tensor:
+    """pages [n, page, ...] in the order of table [b, m]: [b, m * page, ...], copied."""
+    return pages[table].flatten(1, 2)
 
 
 def decode_attention_reference(
@@ -86,6 +98,7 @@ def decode_attention_reference(
     values: Tensor,
     first: Tensor,
     end: Tensor,
+    table: Tensor | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -95,10 +108,15 @@ def decode_attention_reference(
     """Plain torch for `decode_attention`; on the CPU, where asking is free, it reads no key past
     the last that a row sees."""
     b, h, d = q.shape
+    if table is not None:
+        if end.device.type == "cpu":
+            table = table[:, : ceil_div(int(end.max()), keys.shape[1])]
+        keys, values = side_by_side(keys, table), side_by_side(values, table)
     if end.device.type == "cpu":
         low, high = int(first.min()), int(end.max())
         keys, values = keys[:, low:high], values[:, low:high]
         first, end = first - low, end - low
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     column = torch.arange(keys.shape[1], device=keys.device)
     seen = (column >= first[:, None]) & (column < end[:, None])
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -136,12 +154,15 @@ def _split_kernel(
     p_max,
     p_sum,
     p_bias,
+    p_table,
     capacity,
     heads_k,
     columns,
+    pages,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIASED: tl.constexpr,
+    PAGE: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -171,10 +192,15 @@ def _split_kernel(
     for i in range(begin, stop, BLOCK):
         o_n = i + tl.arange(0, BLOCK)
         m_n = o_n < stop
-        o_k = ((o_row + o_n) * heads_k + head)[:, None] * DIM + o_d[None, :]
+        if PAGE > 0:
+            b_page = tl.load(p_table + row * pages + o_n // PAGE, mask=m_n, other=0)
+            o_key = b_page.to(tl.int64) * PAGE + o_n % PAGE
+        else:
+            o_key = o_row + o_n
+        o_k = (o_key * heads_k + head)[:, None] * DIM + o_d[None, :]
         m_k = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)
-        b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
+        b_k = tl.load(p_k + o_k, mask=m_k, other=0.0).to(b_q.dtype)
+        b_v = tl.load(p_v + o_k, mask=m_k, other=0.0).to(b_q.dtype)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * SCALE
         if SOFTCAP > 0:
             # tanh of the size, from an exponential that cannot overflow.
@@ -234,7 +260,7 @@ def _join_kernel(
 
 @operator(
     "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor end,"
-    " Tensor? sinks, Tensor? bias, float scale, float softcap) -> Tensor",
+    " Tensor? table, Tensor? sinks, Tensor? bias, float scale, float softcap) -> Tensor",
     fake=lambda q, *_: q.new_empty(q.shape),
 )
 def _launch(
@@ -243,6 +269,7 @@ def _launch(
     values: Tensor,
     first: Tensor,
     end: Tensor,
+    table: Tensor | None,
     sinks: Tensor | None,
     bias: Tensor | None,
     scale: float,
@@ -250,6 +277,9 @@ def _launch(
 ) -> Tensor:
     b, h, d = q.shape
     capacity, kv_heads = keys.shape[1:3]
+    page, pages = (0, 0) if table is None else (capacity, table.shape[1])
+    if table is not None:
+        capacity *= pages
     groups = h // kv_heads
     config = config_for(groups, d, q.dtype)
     splits = splits_for(b, kv_heads, capacity, config.block)
@@ -268,12 +298,15 @@ def _launch(
         top,
         total,
         bias,
+        None if table is None else table.contiguous(),
         capacity,
         kv_heads,
         0 if bias is None else bias.shape[1],
+        pages,
         SCALE=scale,
         SOFTCAP=softcap,
         BIASED=bias is not None,
+        PAGE=page,
         GROUPS=groups,
         ROWS=config.rows,
         DIM=d,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import KernelError
@@ -19,6 +20,9 @@ from .launch import jit, on_gpu, operator, ops, power_of_two
 from .launch import language as tl
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
+
+# Of e4m3.
+LARGEST = 448.0
 
 
 class HeadNorm(NamedTuple):
@@ -44,10 +48,12 @@ def head_step(
 ) -> Tensor:
     """qkv [b, h d + 2 k d], a new token of every row, to q [b, h, d], ready to attend.
 
-    keys and values [b, capacity, k, d] get the token's at places [b] int64 of their first two axes
-    in one. cos, sin fp32 [b, rot], rot <= d. Raises KernelError for shapes that do not fit.
+    keys and values [b, capacity, k, d] or [n, page, k, d] get the token's at places [b] int64 of
+    their first two axes in one, in e4m3 the nearest number that it has. cos, sin fp32 [b, rot],
+    rot <= d. Raises KernelError for shapes that do not fit.
     """
-    b, _, heads_k, dim = keys.shape
+    b = qkv.shape[0]
+    heads_k, dim = keys.shape[2:]
     heads = qkv.shape[-1] // dim - 2 * heads_k
     fits = (
         keys.shape == values.shape
@@ -59,14 +65,15 @@ def head_step(
         and cos.shape[-1] % 2 == 0
         and 0 < cos.shape[-1] <= dim
         and at.shape == (b,)
-        and qkv.dtype == keys.dtype == values.dtype
+        and keys.dtype == values.dtype
+        and keys.dtype in (qkv.dtype, torch.float8_e4m3fn)
     )
     if not fits:
         raise KernelError(
             f"qkv {qkv.dtype} {list(qkv.shape)}, cos {list(cos.shape)}, keys {keys.dtype} "
             f"{list(keys.shape)}, values {list(values.shape)}, at {list(at.shape)}: expected "
             "[b, (h + 2 k) d], [b, rot], twice [b, capacity, k, d] in memory without gaps, [b], "
-            "of one dtype"
+            "of one dtype, or keys and values in e4m3"
         )
     if not on_gpu(qkv, cos, sin, keys, values, at):
         return head_step_reference(
@@ -101,9 +108,24 @@ def head_step_reference(
         rope_reference(x[:, None], cos[:, None], sin[:, None], interleaved=interleaved)[:, 0]
         for x in (q, k)
     )
-    keys.flatten(0, 1).index_copy_(0, at, k.contiguous())
-    values.flatten(0, 1).index_copy_(0, at, v.contiguous())
+    store(keys.flatten(0, 1), at, k)
+    store(values.flatten(0, 1), at, v)
     return q
+
+
+def store(rows: Tensor, at: Tensor, new: Tensor) -> None:
+    """rows[at] = new, as `stored` has it."""
+    new = stored(new, rows.dtype).contiguous()
+    if rows.dtype == torch.float8_e4m3fn:  # which torch copies no rows of
+        rows, new = rows.view(torch.uint8), new.view(torch.uint8)
+    rows.index_copy_(0, at, new)
+
+
+def stored(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """new in `dtype`; what e4m3 is too narrow for becomes its largest number."""
+    if dtype == torch.float8_e4m3fn:
+        new = new.clamp(-LARGEST, LARGEST)
+    return new.to(dtype)
 
 
 @jit
@@ -124,6 +146,7 @@ def _head_kernel(
     OFFSET: tl.constexpr,
     CAST_FIRST: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NARROW: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -137,7 +160,8 @@ def _head_kernel(
     b_x = tl.load(p_head + o_d, mask=m_d, other=0.0)
     o_kv = tl.load(p_at + row) * heads_k + head - heads
     if head >= heads + heads_k:
-        tl.store(p_values + (o_kv - heads_k) * DIM + o_d, b_x, mask=m_d)
+        p_v = p_values + (o_kv - heads_k) * DIM + o_d
+        tl.store(p_v, _stored(b_x, p_values.dtype.element_ty, NARROW), mask=m_d)
     else:
         # The other feature of each pair is read beside it.
         m_rot = o_d < rot
@@ -161,7 +185,17 @@ def _head_kernel(
         if head < heads:
             tl.store(p_out + (row * heads + head) * DIM + o_d, b_y.to(dtype), mask=m_d)
         else:
-            tl.store(p_keys + o_kv * DIM + o_d, b_y.to(dtype), mask=m_d)
+            b_key = _stored(b_y.to(dtype), p_keys.dtype.element_ty, NARROW)
+            tl.store(p_keys + o_kv * DIM + o_d, b_key, mask=m_d)
+
+
+@jit
+def _stored(b_x, DTYPE: tl.constexpr, NARROW: tl.constexpr):
+    """x as the cache holds it; e4m3 has no infinity to overflow to."""
+    if NARROW:
+        b_x = b_x.to(tl.float32)
+        b_x = tl.where(b_x > LARGEST, LARGEST, tl.where(b_x < -LARGEST, -LARGEST, b_x))
+    return b_x.to(DTYPE)
 
 
 @jit
@@ -218,6 +252,7 @@ def _launch(
         OFFSET=offset,
         CAST_FIRST=cast_first,
         INTERLEAVED=interleaved,
+        NARROW=keys.dtype == torch.float8_e4m3fn,
         DIM=dim,
         WIDTH=power_of_two(dim),
         num_warps=1 if dim <= 128 else 2,

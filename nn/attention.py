@@ -16,10 +16,13 @@ from .spec import AttentionSpec, NormSpec
 
 
 class Span(NamedTuple):
-    """One query a row sees the keys from `first` up to `end` of its row, both [b] int64."""
+    """One query a row sees the keys from `first` up to `end` of its row, both [b] int64; `table` as
+    in `cache.Cache`.
+    """
 
     first: torch.Tensor
     end: torch.Tensor
+    table: torch.Tensor | None = None
 
 
 Visible = torch.Tensor | Documents | Span | None
@@ -97,6 +100,13 @@ def terms(spec: AttentionSpec, p: tree.Tree, keys: int, device: torch.device) ->
         "sinks": p["sinks"] if spec.sinks else None,
         "bias": bias,
     }
+
+
+def reach(keys: torch.Tensor, seen: Visible) -> int:
+    """How many tokens a row of a cache's keys [b, capacity, ...] or [n, page, ...] can hold."""
+    if isinstance(seen, Span) and seen.table is not None:
+        return keys.shape[1] * seen.table.shape[1]
+    return keys.shape[1]
 
 
 def visible(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import InputError
+from ..kernels.head_step import store, stored
 from . import recurrent
 from .layout import Layout
 from .spec import LayerSpec, ModelSpec
@@ -29,8 +30,10 @@ class Cache:
 
     layers: the `State` of each; segments [b, capacity] as in `Layout`, or None
     where no row has padding; `length` tokens of every row are filled. The same on the device, row
-    by row, for `decode`: first and end [b] int64 bound the tokens that a next one sees. The buffers
-    are written in place when the cache is extended: use only the newest cache.
+    by row, for `decode`: first and end [b] int64 bound the tokens that a next one sees. With a
+    table [b, pages] int64 the columns are pages [n, page, k, d], as `decode_attention` has them,
+    and only `decode` extends it. The buffers are written in place when the cache is extended: use
+    only the newest cache.
     """
 
     layers: tuple[State, ...]
@@ -39,6 +42,7 @@ class Cache:
     length: int
     first: torch.Tensor
     end: torch.Tensor
+    table: torch.Tensor | None = None
 
 
 def empty(
@@ -49,14 +53,19 @@ def empty(
     padded: bool,
     dtype: torch.dtype,
     device: torch.device | str,
+    columns: torch.dtype | None = None,
 ) -> Cache:
-    """An empty cache for `batch` rows of up to `capacity` tokens; `padded` if rows hold padding."""
+    """An empty cache for `batch` rows of up to `capacity` tokens; `padded` if rows hold padding.
+
+    columns: what keys and values are kept in (default: `dtype`), which may be e4m3.
+    """
 
     def state(layer: LayerSpec) -> State:
         made: State = {}
         if layer.attention is not None:
             for name, width in zip(COLUMNS, layer.attention.cached, strict=True):
-                made[name] = torch.zeros((batch, capacity, *width), dtype=dtype, device=device)
+                shape = batch, capacity, *width
+                made[name] = torch.zeros(shape, dtype=columns or dtype, device=device)
         if layer.recurrent is not None:
             made |= recurrent.empty(layer.recurrent, batch, dtype, device)
         return made
@@ -66,35 +75,18 @@ def empty(
     return Cache(tuple(map(state, spec.layers)), capacity, segments, 0, first, end)
 
 
-def empty_like(cache: Cache, batch: int, capacity: int) -> Cache:
-    """An empty cache of the same layers for other rows, which may hold padding."""
-
-    def state(like: State) -> State:
-        shapes = {
-            name: (batch, capacity, *x.shape[2:]) if name in COLUMNS else (batch, *x.shape[1:])
-            for name, x in like.items()
-        }
-        return {name: x.new_zeros(shapes[name]) for name, x in like.items()}
-
-    zeros = cache.end.new_zeros(batch)
-    segments = cache.end.new_zeros(batch, capacity)
-    return Cache(
-        tuple(map(state, cache.layers)), capacity, segments, 0, zeros, torch.zeros_like(zeros)
-    )
-
-
 def write(buffer: torch.Tensor, new: torch.Tensor, at: int | torch.Tensor) -> torch.Tensor:
     """Store new [b, s, ...] at index `at` of buffer [b, capacity, ...]; the filled part.
 
-    Or one token a row, new [b, 1, ...], at places [b] on the device, row * capacity + index each;
-    then the whole buffer is returned.
+    Or one token a row, new [b, 1, ...], at places [b] on the device, of the buffer's first two axes
+    in one; then the whole buffer is returned, in its own dtype.
     """
     if isinstance(at, torch.Tensor):
-        buffer.flatten(0, 1).index_copy_(0, at, new[:, 0])
+        store(buffer.flatten(0, 1), at, new[:, 0])
         return buffer
     end = at + new.shape[1]
-    buffer[:, at:end] = new
-    return buffer[:, :end]
+    buffer[:, at:end] = stored(new, buffer.dtype)
+    return buffer[:, :end].to(new.dtype)
 
 
 def note(cache: Cache, layout: Layout) -> Cache:
@@ -115,6 +107,10 @@ def note(cache: Cache, layout: Layout) -> Cache:
 
 def places(cache: Cache) -> torch.Tensor:
     """Where `write` puts the next token of every row [b]: after its end."""
+    if cache.table is not None:
+        page = cache.capacity // cache.table.shape[1]
+        block = cache.table.gather(1, (cache.end // page)[:, None])[:, 0]
+        return block * page + cache.end % page
     rows = torch.arange(cache.end.shape[0], device=cache.end.device)
     return rows * cache.capacity + cache.end
 

@@ -89,4 +89,4 @@ def _span(cache: Cache, window: int | None, chunk: int | None) -> Span:
         first = first + (cache.end - 1 - first) // chunk * chunk
     if window is not None:
         first = torch.maximum(first, cache.end - window)
-    return Span(first, cache.end)
+    return Span(first, cache.end, cache.table)

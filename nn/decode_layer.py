@@ -10,7 +10,7 @@ from ..kernels.decode_attention import decode_attention
 from ..kernels.gated import ACTIVATIONS
 from ..kernels.head_step import HeadNorm, head_step
 from . import packed, rope, tree
-from .attention import Span, terms
+from .attention import Span, reach, terms
 from .cache import Buffers
 from .linear import Projection
 from .lora import LoRA
@@ -99,7 +99,7 @@ def layer(
         interleaved=how.rope.interleaved,
         norm=_head_norm(p["attn"], how),
     )
-    own = terms(how, p["attn"], keys.shape[1], keys.device)
+    own = terms(how, p["attn"], reach(keys, seen), keys.device)
     out = decode_attention(q, keys, values, *seen, **own).flatten(1)
     scale = spec.residual_scale
     x = packed.project(out, *o, residual=x, residual_scale=scale)

@@ -13,7 +13,7 @@ from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import host_table, recurrent, rope, tree
-from .attention import Visible, attend, gates, prepared, terms, visible
+from .attention import Visible, attend, gates, prepared, reach, terms, visible
 from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
@@ -52,7 +52,7 @@ def attention(
     if buffers is not None:
         state, at = buffers
         k, v = kv.write(state["keys"], k, at), kv.write(state["values"], v, at)
-    how = terms(spec, p, k.shape[1], k.device)
+    how = terms(spec, p, reach(k, seen), k.device)
     out = attend(q, k, v, seen=seen, window=spec.window, **how)
     out = (out if gate is None else out * gate.sigmoid()).reshape(b, s, -1)
     out = linear(out, p["o"], get("o"), seed_after(seed, 3))

@@ -14,10 +14,10 @@ from . import decoder, tree
 from . import sampling as rules
 from .cache import Cache
 from .decode import decode
+from .pages import shared_length
 from .prompt import layout_from
 from .row_scores import Adjust, row_scores
 from .sampling import Sampling
-from .slots import shared_length
 from .spec import ModelSpec
 
 

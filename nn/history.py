@@ -28,7 +28,16 @@ def presence_and_frequency(
     OpenAI's definition ("Frequency and presence penalties" of its API reference), which leaves the
     prompt out.
     """
-    n = counts(answer, logits.shape[-1])
+    return less_counted(logits, counts(answer, logits.shape[-1]), presence, frequency)
+
+
+def less_counted(
+    logits: torch.Tensor,
+    n: torch.Tensor,
+    presence: float | torch.Tensor,
+    frequency: float | torch.Tensor,
+) -> torch.Tensor:
+    """The same of the counts n [b, v] themselves; the penalties may be one a row, [b, 1]."""
     return logits - frequency * n - presence * (n > 0).float()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..kernels.decode_attention import side_by_side
 from ..kernels.rope import rope_qk
 from . import cache as kv
 from . import tree
@@ -44,6 +45,9 @@ def latent_attention(
         state, at = buffers
         latent, key = kv.write(state["keys"], latent, at), kv.write(state["values"], key, at)
     if isinstance(seen, Span):
+        if seen.table is not None:
+            latent, key = side_by_side(latent, seen.table), side_by_side(key, seen.table)
+        latent, key = latent.to(x.dtype), key.to(x.dtype)
         out = _absorbed(
             plain[:, 0], turned[:, 0], latent[:, :, 0], key[:, :, 0], p, get, spec, seen
         )

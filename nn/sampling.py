@@ -104,7 +104,9 @@ def _require_ids(name: str, sequences: Sequence[Sequence[int]]) -> None:
 GREEDY = Sampling()
 
 
-def repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def repetition_penalty(
+    logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Tensor
+) -> torch.Tensor:
     """`RepetitionPenaltyLogitsProcessor`; seen [b, v]: which tokens each row holds already."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen, penalized, logits)
@@ -116,7 +118,7 @@ def suppress(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(banned, -math.inf)
 
 
-def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
+def temperature(logits: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
     """`TemperatureLogitsWarper`."""
     return logits / value
 
@@ -127,7 +129,7 @@ def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     return logits.masked_fill(logits < least, -math.inf)
 
 
-def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+def top_p(logits: torch.Tensor, p: float | torch.Tensor) -> torch.Tensor:
     """`TopPLogitsWarper`: the likeliest token always stays."""
     ascending, order = logits.sort(descending=False)
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
@@ -135,7 +137,7 @@ def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
-def min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+def min_p(logits: torch.Tensor, p: float | torch.Tensor) -> torch.Tensor:
     """`MinPLogitsWarper`."""
     probabilities = logits.softmax(-1)
     dropped = probabilities < p * probabilities.amax(-1, keepdim=True)

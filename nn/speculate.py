@@ -16,10 +16,10 @@ from . import sampling as rules
 from .decode import decode
 from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
 from .generate import OnScores, OnToken, Stop
+from .pages import shared_length
 from .prompt import Prompt, layout_from, prepared, raise_if_broken, read, unpadded
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
-from .slots import shared_length
 from .spec import ModelSpec
 
 

@@ -79,6 +79,12 @@ def to_e4m3(values: np.ndarray) -> np.ndarray:
     return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
+def from_e4m3(bits: np.ndarray) -> np.ndarray:
+    """e4m3 bits (uint8) as float32, exact."""
+    codes = torch.from_numpy(np.ascontiguousarray(bits, np.uint8)).view(torch.float8_e4m3fn)
+    return codes.float().numpy()
+
+
 def install() -> None:
     """Patch the interpreter; once, before the first launch. Raises if triton was imported too
     early.
@@ -123,6 +129,8 @@ def _patch_numbers(interpreter: Any, tl: Any) -> None:
     def fp_to_fp(self: Any, src: Any, dst: Any, mode: Any) -> Any:
         source, target = src.dtype.scalar, dst.scalar
         nearest = mode is None or mode == interpreter._ir.ROUNDING_MODE.RTNE
+        if source == tl.float8e4nv and target == tl.bfloat16:
+            return handle(narrow(from_e4m3(src.data)), target)
         if target == tl.bfloat16 and nearest:
             return cast_impl(self, src, dst)
         if source == tl.bfloat16 and target in (tl.float32, tl.float64):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .convert.engine import Engine as Engine
+    from .convert.engine_request import Request as Request
     from .convert.load import load as load
     from .convert.pretrained import FastLanguageModel as FastLanguageModel
     from .convert.tokenizer import Tokenizer as Tokenizer
-    from .engine import Engine as Engine
-    from .engine_request import Request as Request
     from .nn.decoder import forward as forward
     from .nn.sampling import Sampling as Sampling
     from .nn.spec import ModelSpec as ModelSpec
@@ -22,8 +22,8 @@ _HOME = {
     "FastLanguageModel": "convert.pretrained",
     "load": "convert.load",
     "Tokenizer": "convert.tokenizer",
-    "Engine": "engine",
-    "Request": "engine_request",
+    "Engine": "convert.engine",
+    "Request": "convert.engine_request",
     "Sampling": "nn.sampling",
     "ModelSpec": "nn.spec",
     "forward": "nn.decoder",

@@ -40,6 +40,8 @@ class GraphedUpdate:
                     self._capture()
                 assert self._graph is not None
                 self._graph.replay()
+            # A replay tells nobody that it writes; whoever keeps what the weights gave must know.
+            torch.autograd.graph.increment_version(self.params)
         found: list[float] = torch.stack([self._loss, self._norm]).tolist()
         return found[0], found[1]
 

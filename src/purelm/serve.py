@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import serve_requests
 from .convert.bridge import CausalLM
+from .convert.engine import Engine
 from .convert.tokenizer import Tokenizer
-from .engine import Engine
 from .errors import ArgumentError, BusyError, PurelmError
-from .nn.slots import shared_length
+from .nn.pages import shared_length
 from .serve_answers import Answer
 from .serve_options import Options
 from .serve_requests import Asked, Refusal

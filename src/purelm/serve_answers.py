@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .convert.engine_request import Event, TokenLogprobs
 from .convert.tokenizer import Tokenizer
-from .engine_request import Event, TokenLogprobs
 from .errors import PurelmError
 from .serve_requests import Asked, Refusal
 from .serve_text import AnswerText

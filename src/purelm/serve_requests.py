@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .convert.engine_request import Request
 from .convert.tokenizer import Tokenizer
-from .engine_request import Request
 from .errors import PurelmError
 from .nn.sampling import Sampling
 from .serve_options import Options

@@ -6,8 +6,8 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from .engine import Engine
-from .engine_request import Event, Request
+from .convert.engine import Engine
+from .convert.engine_request import Event, Request
 
 
 class Worker:

@@ -70,9 +70,9 @@ def test_equals_generate_one_at_a_time(
 
 
 def test_a_batch_longer_than_its_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from purelm.nn import slots
+    from purelm.convert import engine_rows
 
-    monkeypatch.setattr(slots, "CHUNK", 3)
+    monkeypatch.setattr(engine_rows, "FIRST", 1)
     requests = [Request(prompt(i, 4 * i + 1), 15, eos_ids=()) for i in range(3)]
     assert Engine(model).run(requests) == [alone(model, r) for r in requests]
 
@@ -133,25 +133,26 @@ def test_cancelling_frees_the_slot_and_harms_no_other(model: Any) -> None:
     assert ends == wanted and not engine.busy and engine.running == 0
     assert [answers[i] for i in ids[1:3]] == [alone(model, r) for r in requests[1:3]]
     assert answers[ids[0]] == alone(model, requests[0])[:3] and answers[ids[3]] == []
-    # Nothing is left of any row.
-    assert engine._rows.cache is None
+    assert engine.held_blocks == 0
 
 
 def test_a_failing_request_harms_no_other(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One runs out of tokens to choose, one out of memory in its prefill."""
-    from purelm.nn import slots
+    from purelm.nn import decode
 
     vocab = model.spec.vocab
     everything = Sampling(suppress_tokens=tuple(range(vocab)))
     good = [Request(prompt(i, 6), 8, eos_ids=()) for i in range(2)]
-    prefill = slots.prefill
+    prefill = decode.prefill
 
-    def short_of_memory(params: Any, spec: Any, tokens: torch.Tensor, **rest: Any) -> Any:
+    def short_of_memory(
+        params: Any, spec: Any, tokens: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
         if tokens.shape[1] == 9:
             raise torch.OutOfMemoryError("no memory for 9 tokens")
-        return prefill(params, spec, tokens, **rest)
+        return prefill(params, spec, tokens, *rest, **more)
 
-    monkeypatch.setattr(slots, "prefill", short_of_memory)
+    monkeypatch.setattr(decode, "prefill", short_of_memory)
     engine = Engine(model)
     bad = [Request(prompt(1, 4), 8, sampling=everything), Request(prompt(2, 9), 8)]
     ids = [engine.add(r) for r in (good[0], *bad, good[1])]
@@ -168,17 +169,17 @@ def test_a_failing_request_harms_no_other(model: Any, monkeypatch: pytest.Monkey
 def test_a_failing_step_ends_those_that_run_and_no_more(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from purelm.nn import slots
+    from purelm.nn import decode
 
-    decode, calls = slots.decode, []
+    original, calls = decode.decode, []
 
     def once(*args: Any, **rest: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("no memory")
-        return decode(*args, **rest)
+        return original(*args, **rest)
 
-    monkeypatch.setattr(slots, "decode", once)
+    monkeypatch.setattr(decode, "decode", once)
     engine = Engine(model, slots=1)
     requests = [Request(prompt(i, 6), 5, eos_ids=()) for i in range(2)]
     first, second = (engine.add(r) for r in requests)
@@ -246,4 +247,4 @@ def test_ten_thousand_requests_leave_nothing_behind(model: Any) -> None:
     ended = 0
     while engine.busy:
         ended += sum(event.finish is not None for event in engine.step())
-    assert ended == 10_000 and engine._rows.cache is None and not engine._mail
+    assert ended == 10_000 and engine.held_blocks == 0 and not engine._mail

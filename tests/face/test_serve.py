@@ -258,7 +258,7 @@ def test_the_client_sees_typed_errors(site: Site, client: openai.OpenAI) -> None
 
 def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The site's engine, slowed down, so that answers are under way for a while."""
-    from purelm.engine import Engine
+    from purelm.convert.engine import Engine
 
     step = Engine.step
 

@@ -339,22 +339,26 @@ def rope_cases(every: bool) -> Iterator[Case]:
                 )
 
 
-def head_step_cases(every: bool) -> Iterator[Case]:
+def head_step_cases(every: bool, arch: int) -> Iterator[Case]:
     for (heads, heads_k, dim, rot), normed, interleaved in itertools.product(
         ((32, 8, 128, 128), (8, 4, 256, 256), (8, 8, 80, 32)), (False, True), (False, True)
     ):
         for dtype in (F32, F16, BF16) if every else (BF16,):
             weights = (dtype, dtype) if normed else (None, None)
-            yield Case(
-                f"head_step {heads}+{heads_k}x{dim}/{rot} {dtype} {normed=} {interleaved=}",
-                head_step._head_kernel,
-                (dtype, F32, F32, dtype, dtype, I64, *weights, dtype, heads, heads_k, rot),
-                {"EPS": 1e-5, "OFFSET": 0.0, "CAST_FIRST": True, "INTERLEAVED": interleaved}
-                | {"DIM": dim, "WIDTH": power_of_two(dim), "num_warps": 1 if dim <= 128 else 2},
-            )
+            for kept in (dtype, E4M3) if arch >= 89 else (dtype,):
+                yield Case(
+                    f"head_step {heads}+{heads_k}x{dim}/{rot} {dtype} {normed=} {interleaved=} "
+                    f"{kept=}",
+                    head_step._head_kernel,
+                    (dtype, F32, F32, kept, kept, I64, *weights, dtype, heads, heads_k, rot),
+                    {"EPS": 1e-5, "OFFSET": 0.0, "CAST_FIRST": True, "INTERLEAVED": interleaved}
+                    | {"NARROW": kept is E4M3, "DIM": dim, "WIDTH": power_of_two(dim)}
+                    | {"num_warps": 1 if dim <= 128 else 2},
+                )
 
 
-def decode_attention_cases(every: bool) -> Iterator[Case]:
+def decode_attention_cases(every: bool, arch: int) -> Iterator[Case]:
+    kept_as = [(0, None), (16, None)] + ([(16, E4M3)] if arch >= 89 else [])
     shapes = ((8, 4, 64), (8, 4, 128), (4, 2, 256), (1, 7, 80))
     for (heads_k, groups, dim), dtype, softcap in itertools.product(
         shapes, (F32, F16, BF16) if every else (BF16,), (0.0, 50.0)
@@ -364,15 +368,17 @@ def decode_attention_cases(every: bool) -> Iterator[Case]:
         splits = decode_attention.splits_for(1, heads_k, 1024, config.block)
         width = max(16, power_of_two(dim))
         shape = {"DIM": dim, "WIDTH": width, "SPLITS": splits, "num_warps": config.num_warps}
-        yield Case(
-            f"decode_attention {heads_k}x{groups}x{dim} {dtype} {softcap=}",
-            decode_attention._split_kernel,
-            (dtype, dtype, dtype, I64, I64, F32, F32, F32, F32 if extra else None)
-            + (1024, heads_k, 1024),
-            {"SCALE": dim**-0.5, "SOFTCAP": softcap, "BIASED": extra}
-            | {"GROUPS": groups, "ROWS": config.rows}
-            | {"BLOCK": config.block, **shape},
-        )
+        for page, narrow in kept_as:
+            kept = narrow or dtype
+            yield Case(
+                f"decode_attention {heads_k}x{groups}x{dim} {dtype} {softcap=} {page=} of {kept}",
+                decode_attention._split_kernel,
+                (dtype, kept, kept, I64, I64, F32, F32, F32, F32 if extra else None)
+                + (I64 if page else None, 1024, heads_k, 1024, 64),
+                {"SCALE": dim**-0.5, "SOFTCAP": softcap, "BIASED": extra, "PAGE": page}
+                | {"GROUPS": groups, "ROWS": config.rows}
+                | {"BLOCK": config.block, **shape},
+            )
         yield Case(
             f"decode_attention_join {splits}x{dim} {dtype} sinks={extra}",
             decode_attention._join_kernel,
@@ -480,8 +486,8 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from nf4_products_cases(every)
     yield from rms_norm_cases(every)
     yield from rope_cases(every)
-    yield from head_step_cases(every)
-    yield from decode_attention_cases(every)
+    yield from head_step_cases(every, arch)
+    yield from decode_attention_cases(every, arch)
     yield from other_cases(every)
 
 

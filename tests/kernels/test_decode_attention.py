@@ -31,6 +31,18 @@ def outside(keys, first, end):
     return ((column < first[:, None]) | (column >= end[:, None]))[:, :, None, None]
 
 
+def paged(x, page, seed):
+    """x [b, s, ...] in pages of any order, among pages of NaN; the table of them."""
+    b, s = x.shape[:2]
+    wide = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -s % page), value=float("nan"))
+    pages = wide.unflatten(1, (-1, page)).flatten(0, 1)
+    order = torch.randperm(2 * len(pages), generator=torch.Generator().manual_seed(seed))
+    order = order[: len(pages)]
+    pool = x.new_full((order.max() + 1, *pages.shape[1:]), float("nan"))
+    pool[order] = pages
+    return pool, order.view(b, -1)
+
+
 @given(
     data=st.data(),
     rows=st.integers(1, 3),
@@ -42,11 +54,13 @@ def outside(keys, first, end):
     sinks=st.booleans(),
     biased=st.booleans(),
     capacity=st.sampled_from([1, 40, 64, 200, 333]),
+    page=st.sampled_from([None, 4, 16]),
+    narrow=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_launch(
     interpreted, poisoned, data, rows, heads_k, groups, dim, dtype, softcap, sinks, biased,
-    capacity, seed,
+    capacity, page, narrow, seed,
 ):  # fmt: skip
     ends = [data.draw(st.integers(0, capacity)) for _ in range(rows)]
     spans = [(data.draw(st.integers(0, end)), end) for end in ends]
@@ -59,12 +73,19 @@ def test_launch(
         "sinks": torch.randn(heads, generator=g) if sinks else None,
         "bias": torch.randn(heads, capacity, generator=g) if biased else None,
     }
+    if narrow:
+        k, v = (t.to(torch.float8_e4m3fn).to(dtype) for t in (k, v))
     eager = decode_attention_reference(q, k, v, first, end, **how)
     wide = (t.double() for t in (q, k, v))
     exact = decode_attention_reference(*wide, first, end, **how)
     hidden = outside(k, first, end)
     k, v = (t.masked_fill(hidden, float("nan")) for t in (k, v))
-    ours = decode_attention(q, k, v, first, end, **how)
+    table = None
+    if page is not None:
+        (k, table), (v, _) = (paged(t, page, seed) for t in (k, v))
+    if narrow:
+        k, v = (t.to(torch.float8_e4m3fn) for t in (k, v))
+    ours = decode_attention(q, k, v, first, end, table, **how)
     # A pool of heads: the error of a single one may be small by luck.
     assert_rows(*(t.reshape(1, -1) for t in (ours, eager, exact)))
 
@@ -110,5 +131,7 @@ def test_bad_input():
         decode_attention(q[:, :3], k, v, first, end, scale=1.0)
     with pytest.raises(KernelError, match="expected \\[1\\]"):
         decode_attention(q, k, v, first[0], end, scale=1.0)
+    with pytest.raises(KernelError, match="table"):
+        decode_attention(q, k, v, first, end, torch.zeros(3, dtype=torch.int64), scale=1.0)
     with pytest.raises(KernelError, match="gradient"):
         decode_attention(q.requires_grad_(), k, v, first, end, scale=1.0)

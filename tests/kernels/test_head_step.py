@@ -56,6 +56,22 @@ def test_launch(
     assert torch.equal(copies[0][3].flatten(0, 1)[untouched], args[3].flatten(0, 1)[untouched])
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_cache_in_e4m3(interpreted, launched):
+    """The numbers nearest to those a wide cache gets, in pages too; none overflows."""
+    step = head_step if launched else head_step_reference
+    qkv, cos, sin, keys, values, at, _ = drawn(3, 2, 1, 16, 16, False, torch.bfloat16, 5)
+    qkv[0, -20:] *= 1000
+    wide = [torch.zeros_like(t).view(5, 3, 1, 16) for t in (keys, values)]
+    narrow = [t.to(torch.float8_e4m3fn) for t in wide]
+    q = step(qkv, cos, sin, *wide, at)
+    assert torch.equal(q, step(qkv, cos, sin, *narrow, at))
+    for ours, exact in zip(narrow, wide, strict=True):
+        nearest = exact.clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(ours.float(), nearest.float())
+    assert wide[1].abs().max() > 448
+
+
 def test_what_it_refuses():
     *args, _ = drawn(2, 2, 1, 16, 16, False, torch.bfloat16, 1)
     for at, wrong in [

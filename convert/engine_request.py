@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .convert.stop_strings import stop_strings as stop_at
-from .errors import ArgumentError
-from .nn import sampling as rules
-from .nn.sampling import GREEDY, Sampling
+from ..errors import ArgumentError, InputError
+from ..nn import sample_rows
+from ..nn import sampling as rules
+from ..nn.sampling import GREEDY, Sampling
+from .stop_strings import stop_strings as stop_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,11 @@ class Event:
 
 @dataclass(eq=False, slots=True)
 class Running:
-    """A request under way; ids: its prompt and answer."""
+    """A request under way; ids: its prompt and answer.
+
+    blocks: what it holds of the cache, of which the first `known` held its tokens before; content:
+    which weights those are of. launched: how many tokens were begun.
+    """
 
     id: int
     request: Request
@@ -80,6 +85,12 @@ class Running:
     generator: torch.Generator
     stop: Callable[[torch.Tensor], torch.Tensor] | None
     ids: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    known: int = 0
+    content: int = 0
+    launched: int = 0
+    ended: bool = False
+    _drawn: list[float] = field(default_factory=list)
 
     @classmethod
     def start(cls, id: int, request: Request, eos: tuple[int, ...], tokenizer: Any) -> Running:
@@ -97,6 +108,34 @@ class Running:
     def answered(self) -> int:
         return len(self.ids) - len(self.request.prompt)
 
+    def draw(self) -> float:
+        """The number that its next token is drawn by."""
+        if not self._drawn:  # the numbers are the same, drawn one by one or at once
+            self._drawn = rules.uniforms(32, self.generator).tolist()[::-1]
+        return self._drawn.pop()
+
+    def on_host(self) -> bool:
+        """Whether its next token is chosen by `next_token`, which waits for the logits."""
+        least = self.request.sampling.min_new_tokens if self.eos else 0
+        return not self._known_to_device() or self.launched < least
+
+    def rules(self) -> sample_rows.Rules:
+        """What `sample_rows.choose` must run for its next token."""
+        needs = sample_rows.asked(self.device_sampling()) or frozenset()
+        return needs - {"draw"} if self.on_host() else needs
+
+    def device_sampling(self) -> Sampling:
+        """Its sampling as far as the device knows it: greedy, where the host chooses them all."""
+        return self.request.sampling if self._known_to_device() else GREEDY
+
+    def _known_to_device(self) -> bool:
+        sampling = self.request.sampling
+        needs = sample_rows.asked(sampling)
+        if needs is None or self.request.logprobs is not None:
+            return False
+        # Tokens that the host chose are not noted there.
+        return not (sampling.min_new_tokens and self.eos and needs & {"seen", "counts"})
+
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """What the next token is chosen from, of the model's logits [1, v]."""
         sampling, device = self.request.sampling, logits.device
@@ -111,13 +150,42 @@ class Running:
         start = len(self.request.prompt)
         return rules.scores(logits, sampling, seen=seen, ids=ids, start=start, banned=banned)
 
-    def take(self, token: int, logprobs: TokenLogprobs | None) -> Event:
+    def take(self, token: int, logprobs: TokenLogprobs | None = None) -> Event:
         """Note the next token, and whether it is the last."""
         self.ids.append(token)
-        answer = self.ids[len(self.request.prompt) :]
-        finish = None
-        if token in self.eos or (self.stop is not None and bool(self.stop(torch.tensor([answer])))):
+        answered, finish = self.answered, None
+        if token in self.eos:
             finish = "stop"
-        elif len(answer) == self.request.max_new_tokens:
+        elif self.stop is not None:
+            answer = torch.tensor([self.ids[len(self.request.prompt) :]])
+            finish = "stop" if bool(self.stop(answer)) else None
+        if finish is None and answered == self.request.max_new_tokens:
             finish = "length"
         return Event(self.id, token, finish, logprobs)
+
+
+def next_token(running: Running, logits: torch.Tensor) -> Event:
+    """Choose the next token of one row from its logits [1, v]."""
+    try:
+        request, device = running.request, logits.device
+        scores = running.scores(logits)
+        if not bool(scores.amax().isfinite()):
+            raise InputError(
+                "the model's logits for this request are not finite, or its rules leave no token"
+            )
+        if request.sampling.temperature == 0:
+            chosen = scores.argmax(-1)
+        else:
+            uniform = torch.tensor([running.draw()], dtype=torch.float64, device=device)
+            chosen = rules.look_up(scores, uniform)
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = TokenLogprobs.of(logits, chosen, request.logprobs)
+        return running.take(int(chosen), logprobs)
+    except (RuntimeError, ValueError, IndexError) as problem:
+        return failed(running, problem)
+
+
+def failed(running: Running, problem: Exception) -> Event:
+    """The last event of a request that met a problem."""
+    return Event(running.id, None, "error", error=problem)

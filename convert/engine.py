@@ -1,0 +1,286 @@
+"""Continuous batching: requests come and go while the others are decoded."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..errors import ArgumentError, BusyError, InputError
+from ..nn.cache import Cache
+from ..nn.pages import PAGE
+from .bridge import CausalLM
+from .end_ids import end_ids
+from .engine_request import Event, Request, Running, failed, next_token
+from .engine_rows import EngineRows, Launched
+from .tokenizer import Tokenizer
+
+
+class Engine:
+    """Answers many requests at once on one model.
+
+    slots: how many rows are decoded together. max_queue: how many requests may wait beyond those.
+    cache_blocks: how many blocks of 16 tokens the cache may grow to; a request waits until there
+    are enough for its prompt and all of max_new_tokens (None: as many as the slots can fill).
+    cache_dtype: of keys and values; torch.float8_e4m3fn halves them. prefill_chunk: how many tokens
+    of prompts are run between two steps of those that run, which a long prompt so never keeps
+    waiting for long. graphs: on a GPU replay steps from CUDA graphs.
+
+    Every request gets the tokens that `generate` gives it alone with the same sampling and seed:
+    its draws come from its own generator. Beginnings that prompts share with earlier ones are not
+    run again. Adapters and trained weights are read from the model at every step, so updates are
+    seen at once. On a GPU a request's tokens come a step late, so that no step waits for the host.
+
+    `add` and `cancel` may be called from other threads than the one that calls `step`. Raises
+    ArgumentError.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 8,
+        max_queue: int = 1024,
+        cache_blocks: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+        prefill_chunk: int = 1024,
+        graphs: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("max_queue", max_queue, 0),
+            ("cache_blocks", 1 if cache_blocks is None else cache_blocks, 1),
+            ("prefill_chunk", prefill_chunk, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"{name} is {value!r}, expected a whole number from {least}")
+        self.model = model
+        self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
+        self.slots, self.max_queue, self.prefill_chunk = slots, max_queue, prefill_chunk
+        self.eos_ids = tuple(end_ids(None, model.generation_config, model.config, self.tokenizer))
+        self._ids = itertools.count()
+        self._waiting: deque[Running] = deque()
+        self._rows = EngineRows(
+            model,
+            slots,
+            most_blocks=None if cache_blocks is None else cache_blocks + 1,
+            columns=cache_dtype,
+            graphs=graphs,
+        )
+        # The request whose prompt is being run, and what there is of it.
+        self._prompt: tuple[Running, Cache] | None = None
+        self._launched: Launched | None = None
+        self._lags = model.device.type == "cuda"
+        self._cancelled: deque[int] = deque()
+        self._mail: dict[int, deque[Event]] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Is there anything for `step` to do?"""
+        return bool(self._waiting or self.running or self._cancelled)
+
+    @property
+    def running(self) -> int:
+        """How many slots are taken."""
+        return len(self._rows.rows) + (self._prompt is not None)
+
+    @property
+    def held_blocks(self) -> int:
+        """How many blocks of the cache requests hold."""
+        return self._rows.blocks.held
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return len(self._waiting)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its id, which its events bear.
+
+        Raises InputError or ArgumentError for a request that cannot be run, BusyError where as many
+        wait as may.
+        """
+        self._check(request)
+        # The free slots take the first of those that wait at the next step.
+        if len(self._waiting) >= self.max_queue + self.slots - self.running:
+            raise BusyError(
+                f"{self.running} requests run and {len(self._waiting)} wait, of at most "
+                f"{self.slots} and {self.max_queue}; come again later"
+            )
+        eos = self.eos_ids if request.eos_ids is None else request.eos_ids
+        running = Running.start(next(self._ids), request, eos, self.tokenizer)
+        self._waiting.append(running)
+        return running.id
+
+    def cancel(self, request_id: int) -> None:
+        """End a request at the next step, which frees its slot; nothing where it has ended."""
+        self._cancelled.append(request_id)
+
+    def step(self) -> list[Event]:
+        """One more token for every running request, then prompts of those that find a slot, up to
+        `prefill_chunk` tokens, each with its first token at its end.
+
+        Errors of one request become its last event and touch no other; where a step of all fails
+        (out of memory), all that run end so, and those that wait go on.
+        """
+        with torch.inference_mode():
+            events = [*self._drop_cancelled(), *self._decode(), *self._admit()]
+        for event in events:
+            if event.id in self._mail:
+                self._mail[event.id].append(event)
+        return events
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The events of one request as they come; whoever reads drives the engine for all.
+
+        It is queued when the first event is asked for, which raises what `add` does. Closing the
+        iterator cancels the request.
+        """
+        request_id = self.add(request)
+        mail = self._mail.setdefault(request_id, deque())
+        finished = False
+        try:
+            while not finished:
+                if not mail:
+                    self.step()
+                while mail:
+                    event = mail.popleft()
+                    finished = event.finish is not None
+                    yield event
+        finally:
+            del self._mail[request_id]
+            if not finished:
+                self.cancel(request_id)
+
+    def run(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The new tokens of each request; raises the first error that one of them meets, and then
+        cancels the others."""
+        ids: list[int] = []
+        answers: dict[int, list[int]] = {}
+        try:
+            for request in requests:
+                ids.append(self.add(request))
+                answers[ids[-1]] = []
+            going = set(ids)
+            while going:
+                for event in self.step():
+                    if event.id not in going:
+                        continue
+                    if event.error is not None:
+                        raise event.error
+                    if event.token is not None:
+                        answers[event.id].append(event.token)
+                    if event.finish is not None:
+                        going.remove(event.id)
+        except BaseException:
+            for request_id in ids:
+                self.cancel(request_id)
+            raise
+        return [answers[i] for i in ids]
+
+    def _check(self, request: Request) -> None:
+        spec, prompt = self.model.spec, request.prompt
+        if not prompt:
+            raise InputError("the prompt has no tokens")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= spec.vocab:
+            raise InputError(
+                f"token ids lie in {low}..{high}, the vocabulary is 0..{spec.vocab - 1}"
+            )
+        total, most = len(prompt) + request.max_new_tokens, self._rows.length
+        if total > most:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens and {request.max_new_tokens} new ones make "
+                f"{total}, more than the {most} that the engine runs with this model"
+            )
+        blocks = -(-total // PAGE)
+        if blocks >= self._rows.most_blocks:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens and {request.max_new_tokens} new ones take "
+                f"{blocks} blocks of the cache, which has {self._rows.most_blocks - 1}; ask for "
+                "fewer tokens, or give the cache more memory"
+            )
+
+    def _drop_cancelled(self) -> list[Event]:
+        gone = set()
+        while self._cancelled:
+            gone.add(self._cancelled.popleft())
+        if not gone:
+            return []
+        ended = [r for r in [*self._rows.rows, *self._waiting] if r.id in gone]
+        self._waiting = deque(r for r in self._waiting if r.id not in gone)
+        self._rows.leave([r for r in self._rows.rows if r.id in gone])
+        if self._prompt is not None and self._prompt[0].id in gone:
+            ended.append(self._prompt[0])
+            self._rows.release(self._prompt[0])
+            self._prompt = None
+        for running in ended:
+            running.ended = True
+        return [Event(r.id, None, "cancelled") for r in ended]
+
+    def _decode(self) -> list[Event]:
+        """Begin a step, and read the one before it, or the same where nothing may lag."""
+        last, self._launched, events = self._launched, None, []
+        try:
+            begun = None
+            if any(r.launched < r.request.max_new_tokens for r in self._rows.rows):
+                begun = self._rows.launch()
+            if last is not None:
+                events += self._rows.read(last)
+            if begun is not None and self._lags and not begun.on_host:
+                self._launched = begun
+            elif begun is not None:
+                events += self._rows.read(begun)
+        except (RuntimeError, ValueError) as problem:
+            gone = [r for r in self._rows.fail() if not r.ended]
+            return [*events, *(failed(r, problem) for r in gone)]
+        self._rows.leave([r for r in self._rows.rows if r.ended])
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Run what is next of the prompts of those that find a slot."""
+        events: list[Event] = []
+        left = self.prefill_chunk
+        while left > 0:
+            if self._prompt is None and not self._next_prompt(events):
+                break
+            if self._prompt is None:
+                continue
+            (running, cache), self._prompt = self._prompt, None
+            count = min(left, len(running.ids) - cache.length)
+            left -= count
+            try:
+                logits, cache = self._rows.prefill(running, cache, count)
+                if logits is None:
+                    self._prompt = running, cache
+                    continue
+                event = next_token(running, logits)
+                if event.finish is None:
+                    self._rows.enter(running, cache)
+            except (RuntimeError, ValueError) as problem:
+                event = failed(running, problem)
+            events.append(event)
+            if event.finish is not None:
+                running.ended = True
+                self._rows.release(running)
+        return events
+
+    def _next_prompt(self, events: list[Event]) -> bool:
+        """Begin with the next request; False where none waits or there is no room for it. One that
+        cannot begin fails: its last event is noted.
+        """
+        if not self._waiting or self.running >= self.slots:
+            return False
+        running = self._waiting[0]
+        try:
+            if not self._rows.reserve(running):
+                return False
+            self._prompt = running, self._rows.stage(running)
+        except (RuntimeError, ValueError) as problem:
+            self._rows.release(running)
+            events.append(failed(running, problem))
+        self._waiting.popleft()
+        return True

@@ -1,0 +1,273 @@
+"""The engine's cache and steps: prefixes, pieces of prompts, lagging reads, replays, weights."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hybrids import MIXERS, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purelm import Engine, FastLanguageModel, Request, Sampling
+from purelm.convert import engine_rows
+from purelm.errors import ArgumentError, InputError
+from purelm.nn import decoder
+from purelm.nn.generate import generate
+from purelm.nn.pages import PAGE
+
+WARM = Sampling(temperature=0.9, top_k=40, min_p=0.01)
+
+
+def text(seed: int, length: int, vocab: int = 50) -> tuple[int, ...]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(1, vocab, (length,), generator=g).tolist())
+
+
+def stand_in(kind: str = "full") -> Any:
+    """What the engine asks of a model, over a small one in fp64."""
+    spec, params = small(kind)
+    return SimpleNamespace(
+        spec=spec,
+        params=params,
+        adapters={},
+        device=torch.device("cpu"),
+        tokenizer=None,
+        config={},
+        generation_config={},
+        qat_scheme=None,
+        own_trees=lambda: (params,),
+        derives=lambda: False,
+        computed_params=lambda: params,
+    )
+
+
+def alone(model: Any, request: Request) -> list[int]:
+    seed = request.seed
+    out = generate(
+        model.params,
+        model.spec,
+        torch.tensor([request.prompt]),
+        max_new_tokens=request.max_new_tokens,
+        sampling=request.sampling,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        eos_ids=request.eos_ids or (),
+    )
+    return [int(t) for t in out[0, len(request.prompt) :]]
+
+
+def ready(engine: Engine, *, lags: bool = False, replays: bool = False) -> Engine:
+    """The engine as on a GPU, as far as a CPU can be one."""
+    engine._lags, engine._rows._graphs = lags, replays
+    return engine
+
+
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """In the place of a capture: what is replayed is the step as it was then."""
+    return step
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    kind=st.sampled_from(list(MIXERS)),
+    slots=st.integers(1, 4),
+    piece=st.integers(1, 40),
+    lags=st.booleans(),
+    replays=st.booleans(),
+    blocks=st.sampled_from([None, 5, 8]),
+    shapes=st.lists(
+        st.tuples(st.integers(0, 1), st.integers(1, 3 * PAGE), st.integers(1, 9), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+)
+def test_equals_generate_whatever_is_beside(
+    kind: str,
+    slots: int,
+    piece: int,
+    lags: bool,
+    replays: bool,
+    blocks: int | None,
+    shapes: list[tuple[int, int, int, bool]],
+) -> None:
+    """Of few texts, so that prefixes are shared; in little memory, so that requests wait."""
+    model = stand_in(kind)
+    requests = [
+        Request(text(seed, n), new, sampling=WARM if warm else Sampling(), seed=i, eos_ids=(7,))
+        for i, (seed, n, new, warm) in enumerate(shapes)
+    ]
+    engine = Engine(model, slots=slots, prefill_chunk=piece, cache_blocks=blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_rows, "capture", recorded)
+        got = ready(engine, lags=lags, replays=replays).run(requests)
+    assert got == [alone(model, r) for r in requests]
+    assert engine.held_blocks == 0 and not engine.busy
+
+
+def test_shared_beginnings_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of prompts, and of answers when they come back as prompts; not where layers have states."""
+    ran: list[int] = []
+    run = decoder.extend
+
+    def counting(params: Any, spec: Any, tokens: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        ran.append(tokens.shape[1])
+        return run(params, spec, tokens, *rest, **more)
+
+    monkeypatch.setattr(decoder, "extend", counting)
+    for kind, again, turn in (("latent", 4, 3), ("mamba2", 2 * PAGE + 4, 3 * PAGE + 3)):
+        model, prompt = stand_in(kind), text(0, 2 * PAGE)
+        engine = Engine(model)
+        first, second = Request((*prompt, 3, 4), PAGE + 1), Request((*prompt, 5, 6, 7, 8), 2)
+        (answer,) = engine.run([first])
+        ran.clear()
+        assert engine.run([second]) == [alone(model, second)] and ran[0] == again
+        follow = Request((*first.prompt, *answer)[: 3 * PAGE] + (1, 2, 3), 2)
+        ran.clear()
+        assert engine.run([follow]) == [alone(model, follow)] and ran[0] == turn
+
+
+def test_a_long_prompt_keeps_nobody_waiting() -> None:
+    """While it is run in pieces, whoever runs gets a token at every step."""
+    model = stand_in()
+    engine = Engine(model, slots=2, prefill_chunk=8)
+    short, long = Request(text(0, 5), 30), Request(text(1, 100), 3)
+    first = engine.add(short)
+    engine.step()
+    second = engine.add(long)
+    events: list[Any] = []
+    for _ in range(12):  # of 13 pieces
+        now = engine.step()
+        assert [e.id for e in now] == [first]
+        events += now
+    assert engine.running == 2
+    while engine.busy:
+        events += engine.step()
+    assert [e.token for e in events if e.id == first] == alone(model, short)[1:]
+    assert [e.token for e in events if e.id == second] == alone(model, long)
+
+
+def test_cancelled_in_the_middle_of_its_prompt() -> None:
+    engine = Engine(stand_in(), slots=2, prefill_chunk=8)
+    other = Request(text(0, 5), 9)
+    ids = [engine.add(r) for r in (other, Request(text(1, 100), 3))]
+    events = engine.step() + engine.step()
+    engine.cancel(ids[1])
+    while engine.busy:
+        events += engine.step()
+    assert [(e.token, e.finish) for e in events if e.id == ids[1]] == [(None, "cancelled")]
+    assert [e.token for e in events if e.id == ids[0]] == alone(engine.model, other)
+    assert engine.held_blocks == 0
+
+
+def test_cancelled_while_a_step_is_under_way() -> None:
+    engine = ready(Engine(stand_in(), slots=2), lags=True)
+    requests = [Request(text(i, 5), 9) for i in range(2)]
+    ids = [engine.add(r) for r in requests]
+    events = engine.step() + engine.step()
+    engine.cancel(ids[0])
+    while engine.busy:
+        events += engine.step()
+    ends = [e.finish for e in events if e.id == ids[0]]
+    assert ends[-1] == "cancelled" and ends.count(None) == len(ends) - 1
+    assert [e.token for e in events if e.id == ids[1]] == alone(engine.model, requests[1])
+    assert engine.held_blocks == 0
+
+
+def test_rules_of_the_host_and_of_the_device_take_turns() -> None:
+    """A least length bans ends for the first tokens only; others' draws are not touched."""
+    model = stand_in()
+    common = {"temperature": 1.3, "min_new_tokens": 4}
+    requests = [
+        Request(text(0, 5), 12, sampling=Sampling(**common), seed=1, eos_ids=tuple(range(25))),
+        Request(text(1, 6), 12, sampling=WARM, seed=2),
+        Request(
+            text(2, 7),
+            12,
+            sampling=Sampling(**common, repetition_penalty=1.5),
+            seed=3,
+            eos_ids=tuple(range(25)),
+        ),
+    ]
+    for lags in (False, True):
+        engine = ready(Engine(model), lags=lags)
+        assert engine.run(requests) == [alone(model, r) for r in requests]
+
+
+def test_a_replayed_step_is_as_often_captured_as_its_shape_is_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captures = []
+
+    def noted(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        captures.append(1)
+        return step
+
+    monkeypatch.setattr(engine_rows, "capture", noted)
+    engine = ready(Engine(stand_in(), slots=4), replays=True)
+    engine.run([Request(text(0, 5), 20)])
+    assert len(captures) == 1
+    engine.run([Request(text(i, 5 + i), 20) for i in range(2)])
+    assert len(captures) == 2
+    engine.run([Request(text(i, 9), 20, sampling=WARM, seed=i) for i in range(2)])
+    assert len(captures) == 3
+    engine.run([Request(text(i, 5 + i), 20) for i in range(2)])
+    assert len(captures) == 3
+
+
+def test_too_little_memory_for_a_request() -> None:
+    engine = Engine(stand_in(), cache_blocks=3)
+    with pytest.raises(InputError, match="take 4 blocks of the cache, which has 3"):
+        engine.add(Request(text(0, 2 * PAGE), PAGE + 1))
+    with pytest.raises(ArgumentError, match="cache_blocks"):
+        Engine(stand_in(), cache_blocks=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    made, _ = FastLanguageModel.from_pretrained(
+        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
+    )
+    return FastLanguageModel.get_peft_model(made, r=4, modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("traceless", [False, True])
+def test_trained_weights_are_seen_at_once(model: Any, traceless: bool) -> None:
+    """Adapters and whole trained copies, prefixes in the cache included, however they are written:
+    a step by a kernel of some optimizer leaves no trace in torch."""
+    engine = Engine(model)
+    request = Request(text(0, 2 * PAGE + 3, 400), 6, eos_ids=())
+
+    def wanted() -> list[int]:
+        out = model.generate(torch.tensor([request.prompt]), max_new_tokens=6, eos_token_id=[])
+        return [int(t) for t in out[0, len(request.prompt) :]]
+
+    before = wanted()
+    assert engine.run([request]) == [before]
+    g = torch.Generator().manual_seed(1)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        change = 0.3 * torch.randn(parameter.shape, generator=g)
+        if traceless:
+            parameter.data += change
+        else:
+            with torch.no_grad():
+                parameter += change
+    after = wanted()
+    assert after != before
+    assert engine.run([request]) == [after]
+
+
+def test_another_adapter_or_none_is_seen_at_once(model: Any) -> None:
+    engine = Engine(model)
+    request = Request(text(3, 2 * PAGE + 3, 400), 6, eos_ids=())
+
+    def wanted() -> list[int]:
+        out = model.generate(torch.tensor([request.prompt]), max_new_tokens=6, eos_token_id=[])
+        return [int(t) for t in out[0, len(request.prompt) :]]
+
+    worn = wanted()
+    assert engine.run([request]) == [worn]
+    with model.disable_adapter():
+        bare = wanted()
+        assert engine.run([request]) == [bare]
+    assert bare != worn and engine.run([request]) == [worn]
