@@ -7,7 +7,7 @@ Parameters without gradient), so that optimizers, trainers and `.to(device)` fin
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,10 @@ from .registry import Family
 from .saving import Saving
 from .shards import Checkpoint
 from .wearing import Wearing
+
+if TYPE_CHECKING:
+    from .fast_generate import RequestOutput
+    from .fast_inference import FastInference
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class CausalLM(Saving, Wearing):
         # Tokens that the MLP runs on at a time while training (`residuals.Policy`).
         self.tile: int | None = None
         self.qat_scheme: str | None = None
+        self.fast_inference: FastInference | None = None
+        # Of keys and values while generating; None: what is computed in.
+        self.cache_dtype: torch.dtype | None = None
         self.tokenizer: Any = None
         self._dtype = dtype
         # The dropout of step n is drawn from (seed, n), so that it can be repeated and resumed.
@@ -236,6 +243,14 @@ class CausalLM(Saving, Wearing):
         from .generation import generate
 
         return generate(self, *args, **keywords)
+
+    def fast_generate(self, *args: Any, **keywords: Any) -> list["RequestOutput"]:
+        """Many prompts at once, as `fast_generate.fast_generate`, whose arguments it has; needs
+        `fast_inference=True` at loading.
+        """
+        from .fast_generate import fast_generate
+
+        return fast_generate(self, *args, **keywords)
 
     # Reporting; saving is in `Saving`.
 

@@ -15,6 +15,7 @@ from .bridge import CausalLM
 from .end_ids import end_ids
 from .engine_request import Event, Request, Running, failed, next_token
 from .engine_rows import EngineRows, Launched
+from .engine_stats import Stats
 from .tokenizer import Tokenizer
 
 
@@ -26,7 +27,8 @@ class Engine:
     are enough for its prompt and all of max_new_tokens (None: as many as the slots can fill).
     cache_dtype: of keys and values; torch.float8_e4m3fn halves them. prefill_chunk: how many tokens
     of prompts are run between two steps of those that run, which a long prompt so never keeps
-    waiting for long. graphs: on a GPU replay steps from CUDA graphs.
+    waiting for long. graphs: on a GPU replay steps from CUDA graphs. log_stats: while there is
+    work, tell the logger "purelm.engine" every 10 seconds, as INFO, how it goes.
 
     Every request gets the tokens that `generate` gives it alone with the same sampling and seed:
     its draws come from its own generator. Beginnings that prompts share with earlier ones are not
@@ -48,6 +50,7 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         prefill_chunk: int = 1024,
         graphs: bool = True,
+        log_stats: bool = False,
     ) -> None:
         for name, value, least in (
             ("slots", slots, 1),
@@ -73,7 +76,9 @@ class Engine:
         # The request whose prompt is being run, and what there is of it.
         self._prompt: tuple[Running, Cache] | None = None
         self._launched: Launched | None = None
+        self._device = model.device
         self._lags = model.device.type == "cuda"
+        self._stats = Stats() if log_stats else None
         self._cancelled: deque[int] = deque()
         self._mail: dict[int, deque[Event]] = {}
 
@@ -86,6 +91,16 @@ class Engine:
     def running(self) -> int:
         """How many slots are taken."""
         return len(self._rows.rows) + (self._prompt is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its cache is."""
+        return self._device
+
+    @property
+    def longest(self) -> int:
+        """How many tokens prompt and answer may have together."""
+        return self._rows.length
 
     @property
     def held_blocks(self) -> int:
@@ -131,6 +146,16 @@ class Engine:
         for event in events:
             if event.id in self._mail:
                 self._mail[event.id].append(event)
+        if self._stats is not None:
+            blocks = self._rows.blocks
+            self._stats.note(
+                tokens=sum(event.token is not None for event in events),
+                running=self.running,
+                waiting=self.waiting,
+                held=blocks.held / max(1, self._rows.most_blocks - 1),
+                known=self._rows.known_tokens,
+                prompts=self._rows.prompt_tokens,
+            )
         return events
 
     def stream(self, request: Request) -> Iterator[Event]:
@@ -156,30 +181,32 @@ class Engine:
                 self.cancel(request_id)
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The new tokens of each request; raises the first error that one of them meets, and then
+        """The new tokens of each request; raises as `answers`."""
+        answers = self.answers(requests)
+        return [[event.token for event in one if event.token is not None] for one in answers]
+
+    def answers(self, requests: Sequence[Request]) -> list[list[Event]]:
+        """The events of each request; raises the first error that one of them meets, and then
         cancels the others."""
-        ids: list[int] = []
-        answers: dict[int, list[int]] = {}
+        found: dict[int, list[Event]] = {}
         try:
             for request in requests:
-                ids.append(self.add(request))
-                answers[ids[-1]] = []
-            going = set(ids)
+                found[self.add(request)] = []
+            going = set(found)
             while going:
                 for event in self.step():
                     if event.id not in going:
                         continue
                     if event.error is not None:
                         raise event.error
-                    if event.token is not None:
-                        answers[event.id].append(event.token)
+                    found[event.id].append(event)
                     if event.finish is not None:
                         going.remove(event.id)
         except BaseException:
-            for request_id in ids:
+            for request_id in found:
                 self.cancel(request_id)
             raise
-        return [answers[i] for i in ids]
+        return list(found.values())
 
     def _check(self, request: Request) -> None:
         spec, prompt = self.model.spec, request.prompt

@@ -61,6 +61,8 @@ class EngineRows:
         full = most * -(-self.length // PAGE) + 1
         self.most_blocks = full if most_blocks is None else min(full, most_blocks)
         self.blocks = Blocks(1)
+        # Of all prompts so far: their tokens, and how many of those were in the cache already.
+        self.prompt_tokens = self.known_tokens = 0
         self._columns = columns
         self._graphs = graphs and model.device.type == "cuda"
         self._shares = all(layer.recurrent is None for layer in model.spec.layers)
@@ -101,6 +103,8 @@ class EngineRows:
             return False
         running.blocks, running.known = [*known, *fresh], len(known)
         running.content = self.weights.content
+        self.known_tokens += len(known) * PAGE
+        self.prompt_tokens += len(running.ids)
         return True
 
     def _make_room(self, need: int) -> bool:

@@ -185,6 +185,7 @@ def generate(
         "adjust": processed(logits_processor) if logits_processor else None,
         "stop": any_of(stops) if stops else None,
         "on_scores": record if recorded else None,
+        "cache_dtype": model.cache_dtype,
     }
     params = model.computed_params()
     if beams is not None:

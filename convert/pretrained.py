@@ -26,6 +26,7 @@ from .arguments import (
 from .bridge import CausalLM, Origin
 from .config import Config
 from .end_ids import end_ids
+from .fast_inference import FastInference, check_cache
 from .gguf_file import find, open_gguf
 from .gguf_tokenizer import read_tokenizer
 from .hub import Source, resolve
@@ -106,7 +107,13 @@ class FastLanguageModel:
         products are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
         format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds
         (weights, or activations-weights). text_only: of a vision-language model load the text half,
-        which trains and is saved as a text model; the model's report says what was left out. A
+        which trains and is saved as a text model; the model's report says what was left out.
+        fast_inference: `model.fast_generate` answers many prompts at once over the same weights, a
+        training step's changes seen at once. gpu_memory_utilization: of the device's memory, so
+        much may be in use when its cache is full, which grows with need. max_lora_rank: no adapter
+        may have more. disable_log_stats=False: it tells the logger "purelm.engine", as INFO, how
+        it goes. Without fast_inference those three mean nothing. float8_kv_cache: while generating,
+        keys and values are kept in e4m3, in half the memory and less exactly. A
         parameter that is not implemented yet raises NotImplementedError for any value but its
         default.
 
@@ -114,6 +121,8 @@ class FastLanguageModel:
         ArgumentError for arguments that contradict each other.
         """
         check_flags(
+            disable_log_stats=disable_log_stats,
+            fast_inference=fast_inference,
             fix_tokenizer=fix_tokenizer,
             offload_embedding=offload_embedding,
             trust_remote_code=trust_remote_code,
@@ -141,13 +150,9 @@ class FastLanguageModel:
                 else float32_mixed_precision,
                 None,
             ),
-            fast_inference=(fast_inference, False),
-            gpu_memory_utilization=(gpu_memory_utilization, 0.5),
-            float8_kv_cache=(float8_kv_cache, False),
-            max_lora_rank=(max_lora_rank, 64),
-            disable_log_stats=(disable_log_stats, True),
             prefer_prequantized=(prefer_prequantized, False),
         )
+        fast = FastInference(gpu_memory_utilization, max_lora_rank, not disable_log_stats)
         check_tiled(unsloth_tiled_mlp)
         check_scheme(qat_scheme)
         if qat_scheme is not None and not full_finetuning:
@@ -163,6 +168,7 @@ class FastLanguageModel:
         check_budget(memory_budget, residuals)
         device = choose_device(device_map)
         check_compute(compute, quantize, device)
+        cache_dtype = check_cache(float8_kv_cache, device)
         hub: dict[str, Any] = {
             "token": token,
             "cache_dir": cache_dir,
@@ -231,6 +237,10 @@ class FastLanguageModel:
             seed=random_state,
         )
         model.tile = spec.dim if unsloth_tiled_mlp else None
+        model.cache_dtype = cache_dtype
+        if fast_inference:
+            fast.cache_blocks(model)
+            model.fast_inference = fast
         if offload_embedding:
             model.keep_embedding_on_host()
         model.round_weights(qat_scheme)

@@ -117,8 +117,11 @@ class Wearing(Trainee):
     def wear(self, name: str, adapter: Adapter) -> None:
         """Put `adapter` beside the others under a new name: it does not act, and is frozen.
 
-        Raises ArgumentError for a name that is taken or cannot be one.
+        Raises ArgumentError for a name that is taken or cannot be one, and with `fast_inference`
+        for a rank over `max_lora_rank`.
         """
+        if (fast := getattr(self, "fast_inference", None)) is not None:
+            fast.check_rank(adapter.adapters)
         within = "" if named_adapters.check_name(name, list(self._worn)) == DEFAULT else name
         made: dict[str, LoRA] = {}
         for path, leaf in tree.items(adapter.adapters):

@@ -111,6 +111,7 @@ def search(
     adjust: Adjust | None = None,
     stop: Stop | None = None,
     on_scores: OnScores | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Found:
     """Prompts tokens [b, s] -> `how.answers` answers each.
 
@@ -141,6 +142,7 @@ def search(
             adjust=adjust,
             stop=stop,
             on_scores=on_scores,
+            cache_dtype=cache_dtype,
         )
         rows = best.rows[:, : how.answers].flatten(0, 1)
         length = int((rows >= 0).sum(-1).max())
@@ -163,6 +165,7 @@ def _run(
     adjust: Adjust | None,
     stop: Stop | None,
     on_scores: OnScores | None,
+    cache_dtype: torch.dtype | None,
 ) -> _Beams:
     """The ended answers of each prompt [b, s], best first."""
     (batch, start), n, device = prompt.ids.shape, how.beams, prompt.ids.device
@@ -176,7 +179,9 @@ def _run(
     width = max(2, 1 + eos.numel()) * n
     open_ = torch.ones(batch, 1, dtype=torch.bool, device=device)
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    logits, cache = read(params, spec, prompt.ids, real, limit=limit, adapters=adapters)
+    logits, cache = read(
+        params, spec, prompt.ids, real, limit=limit, adapters=adapters, columns=cache_dtype
+    )
     logits, cache = logits[each], kv.select(cache, each)
     while True:
         ids = running.ids[:, :, :end].flatten(0, 1)
@@ -210,7 +215,9 @@ def _run(
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
             whole, mask = so_far(running.ids[:, :, :end].flatten(0, 1), wide_real, spec.vocab)
-            logits, cache = read(params, spec, whole, mask, limit=limit, adapters=adapters)
+            logits, cache = read(
+                params, spec, whole, mask, limit=limit, adapters=adapters, columns=cache_dtype
+            )
             continue
         parents = running.rows[:, :, end - 1 - start].flatten()
         if not torch.equal(parents, torch.arange(batch * n, device=device)):

@@ -41,6 +41,7 @@ def generate(
     on_token: OnToken | None = None,
     stop: Stop | None = None,
     on_scores: OnScores | None = None,
+    cache_dtype: torch.dtype | None = None,
     graphs: bool = True,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, on the device of the params.
@@ -50,7 +51,8 @@ def generate(
     have ended. The hooks get ids [b, m], every row's prompt without padding after it (padding, if
     any, stands before) and its answer so far: stop(ids) -> bool [b]; adjust(ids, logits [b, v]) ->
     logits. on_token([b]) gets each step's tokens, on_scores(logits [b, v], scores [b, v]) what the
-    model gave and what they were chosen from.
+    model gave and what they were chosen from. cache_dtype: what keys and values are kept in (None:
+    the embedding's dtype); e4m3 halves what the cache takes.
 
     With `graphs` a GPU captures a step as a CUDA graph and replays it, unless adjust, on_scores or
     rules that read the row run on the host between, or the model waits (`decode.waits_for`); the
@@ -86,6 +88,7 @@ def generate(
             on_token=on_token,
             stop=stop,
             on_scores=on_scores,
+            cache_dtype=cache_dtype,
             graphs=graphs,
         )
     # Outside of inference mode, so that training may use the result.
@@ -105,6 +108,7 @@ def _run(
     on_token: OnToken | None,
     stop: Stop | None,
     on_scores: OnScores | None,
+    cache_dtype: torch.dtype | None,
     graphs: bool,
 ) -> torch.Tensor:
     """The new tokens [b, n] after prompts [b, s]."""
@@ -119,7 +123,9 @@ def _run(
         seen = tokens_seen(unpadded(prompt.ids, real), spec.vocab)
 
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    logits, cache = read(params, spec, prompt.ids, real, limit=limit, adapters=adapters)
+    logits, cache = read(
+        params, spec, prompt.ids, real, limit=limit, adapters=adapters, columns=cache_dtype
+    )
 
     def pick(logits: torch.Tensor) -> None:
         """Choose the tokens of the next column and note which rows they end."""
@@ -199,7 +205,9 @@ def _run(
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
             replay, fresh = None, True
             whole, mask = so_far(ids[:, :end], real, spec.vocab)
-            logits, cache = read(params, spec, whole, mask, limit=limit, adapters=adapters)
+            logits, cache = read(
+                params, spec, whole, mask, limit=limit, adapters=adapters, columns=cache_dtype
+            )
         elif cache.length == cache.capacity:
             cache, replay = kv.grow(cache, min(limit, cache.capacity + kv.CHUNK)), None
     if can_end and pause > 1:

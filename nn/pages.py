@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from . import cache as kv
-from . import recurrent
+from . import recurrent, tree
 from .cache import Cache, State
 from .spec import ModelSpec
 
@@ -46,13 +46,13 @@ def shared_length(spec: ModelSpec) -> int:
     return min([spec.max_positions, *limits])
 
 
-def block_bytes(spec: ModelSpec, columns: torch.dtype) -> int:
-    """What one block takes in all layers."""
-    values = 0
-    for layer in spec.layers:
-        if layer.attention is not None:
-            values += sum(heads * width for heads, width in layer.attention.cached)
-    return PAGE * values * columns.itemsize
+def nbytes(
+    spec: ModelSpec, rows: int, blocks: int, *, dtype: torch.dtype, columns: torch.dtype
+) -> int:
+    """What `empty` would take."""
+    made = empty(spec, rows, blocks, dtype=dtype, columns=columns, device="meta")
+    by_row = (made.table, made.end, made.active, made.token, made.chosen)
+    return sum(x.nbytes for state in made.layers for x in state.values()) + tree.nbytes(by_row)
 
 
 def empty(

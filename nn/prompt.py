@@ -60,9 +60,10 @@ def read(
     *,
     limit: int,
     adapters: tree.Tree,
+    columns: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, kv.Cache]:
     """Prompts ids [b, s] into a cache of their own, of at most `limit` tokens: the logits [b, v] of
-    what follows the last, and the cache.
+    what follows the last, and the cache. columns: as in `cache.empty`.
     """
     cache = kv.empty(
         spec,
@@ -70,6 +71,7 @@ def read(
         min(limit, ids.shape[1] + kv.CHUNK),
         padded=real is not None,
         dtype=params["embed"]["weight"].dtype,
+        columns=columns,
         device=ids.device,
     )
     return prefill(params, spec, ids, cache, layout=layout_of(ids, real), adapters=adapters)

@@ -40,6 +40,7 @@ def speculate(
     on_token: OnToken | None = None,
     stop: Stop | None = None,
     on_scores: OnScores | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, as `generate.generate` gives them.
 
@@ -75,6 +76,7 @@ def speculate(
             on_token=on_token,
             stop=stop,
             on_scores=on_scores,
+            cache_dtype=cache_dtype,
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(new.device), new], 1)
@@ -112,6 +114,7 @@ def _run(
     on_token: OnToken | None,
     stop: Stop | None,
     on_scores: OnScores | None,
+    cache_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """The new tokens [b, n] after prompts [b, s]."""
     (batch, start), device, real, eos = prompt.ids.shape, prompt.ids.device, prompt.real, prompt.eos
@@ -122,7 +125,9 @@ def _run(
     ids = shown.clone()
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)
-    logits, cache = read(params, spec, prompt.ids, real, limit=limit, adapters=adapters)
+    logits, cache = read(
+        params, spec, prompt.ids, real, limit=limit, adapters=adapters, columns=cache_dtype
+    )
     ahead, drafted = logits[:, None], Drafted(ids[:, :0])
     while True:
         scores = torch.stack(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .convert.engine_request import Request as Request
     from .convert.load import load as load
     from .convert.pretrained import FastLanguageModel as FastLanguageModel
+    from .convert.sampling_params import SamplingParams as SamplingParams
     from .convert.tokenizer import Tokenizer as Tokenizer
     from .nn.decoder import forward as forward
     from .nn.sampling import Sampling as Sampling
@@ -25,6 +26,7 @@ _HOME = {
     "Engine": "convert.engine",
     "Request": "convert.engine_request",
     "Sampling": "nn.sampling",
+    "SamplingParams": "convert.sampling_params",
     "ModelSpec": "nn.spec",
     "forward": "nn.decoder",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "ModelSpec",
     "Request",
     "Sampling",
+    "SamplingParams",
     "Tokenizer",
     "__version__",
     "forward",

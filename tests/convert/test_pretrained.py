@@ -73,11 +73,6 @@ OURS = [
 ]
 NOT_YET = {
     "float32_mixed_precision": False,
-    "fast_inference": True,
-    "gpu_memory_utilization": 0.7,
-    "float8_kv_cache": True,
-    "max_lora_rank": 128,
-    "disable_log_stats": False,
     "prefer_prequantized": True,
     "device_map": "balanced",
 }

@@ -1,7 +1,5 @@
 """Rows that come and go in a paged cache, of models whose layers carry other states too."""
 
-from typing import Any
-
 import pytest
 import torch
 from hybrids import MIXERS, prompt, small
@@ -65,13 +63,11 @@ def test_a_prefix_in_blocks_is_gone_on_from() -> None:
         torch.testing.assert_close(state["keys"][5, :5], state["keys"][2, :5])
 
 
-def test_what_a_block_takes() -> None:
-    for kind in MIXERS:
-        spec, _ = small(kind)
-        made: dict[str, Any] = {}
-        for blocks in (2, 3):
-            state = pages.empty(
-                spec, 1, blocks, dtype=torch.float64, columns=torch.float32, device="cpu"
-            )
-            made[str(blocks)] = sum(x.nbytes for layer in state.layers for x in layer.values())
-        assert made["3"] - made["2"] == pages.block_bytes(spec, torch.float32)
+@pytest.mark.parametrize("kind", list(MIXERS))
+def test_what_it_takes(kind: str) -> None:
+    spec, _ = small(kind)
+    dtypes = {"dtype": torch.float64, "columns": torch.float32}
+    made = pages.empty(spec, 3, 5, **dtypes, device="cpu")
+    by_row = (made.table, made.end, made.active, made.token, made.chosen)
+    tensors = [*by_row, *(x for state in made.layers for x in state.values())]
+    assert pages.nbytes(spec, 3, 5, **dtypes) == sum(x.nbytes for x in tensors)
