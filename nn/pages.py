@@ -22,8 +22,8 @@ PAGE = 16
 class Pages:
     """layers: of each a `State`, columns [blocks, PAGE, ...] and states [rows, ...]. By row: table
     [rows, width] int64, the blocks of its tokens; end [rows] int64, how many those are; active
-    [rows] int64, 1 where a request stands; token and chosen [rows] int64, what its next step begins
-    with and what the last one chose.
+    [rows] int64, 1 where a request stands, elsewhere 0, so that an empty row stays short; token
+    and chosen [rows] int64, what its next step begins with and what the last one chose.
     """
 
     layers: tuple[State, ...]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from purelm import Engine, FastLanguageModel, Request, Sampling
 from purelm.convert import engine_rows
 from purelm.errors import ArgumentError, InputError
-from purelm.nn import decoder
+from purelm.nn import decoder, tree
 from purelm.nn.generate import generate
 from purelm.nn.pages import PAGE
 
@@ -127,6 +127,38 @@ def test_shared_beginnings_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert engine.run([follow]) == [alone(model, follow)] and ran[0] == turn
 
 
+def test_beginnings_that_end_with_a_block() -> None:
+    """A prompt known to its last token still has one to run; an answer's last token, which no step
+    has read, is in no block."""
+    model = stand_in()
+    engine = Engine(model)
+    whole = Request(text(0, 2 * PAGE), PAGE)
+    (answer,) = engine.run([whole])
+    assert engine.run([whole]) == [answer] == [alone(model, whole)]
+    follow = Request((*whole.prompt, *answer, 1, 2, 3), 4)
+    known = engine._rows.known_tokens
+    assert engine.run([follow]) == [alone(model, follow)]
+    assert engine._rows.known_tokens - known == 2 * PAGE
+
+
+def test_a_row_that_was_left_writes_to_nobodys_block() -> None:
+    """Of seven rows two end, and their blocks go to one request: of eight places in a step, two
+    are then empty."""
+    model = stand_in()
+    engine = Engine(model, slots=7, cache_blocks=11)
+    requests = [Request(text(i, 6), 20) for i in range(5)]
+    requests += [Request(text(i, 2), 3) for i in (5, 6)]
+    requests.append(Request(text(7, 10), 6))
+    assert engine.run(requests) == [alone(model, r) for r in requests]
+    engine.run([Request(text(i, 6), 20) for i in range(3)])
+    for request in requests[:3]:
+        engine.add(request)
+    for _ in range(5):
+        engine.step()
+    pages = engine._rows._pages
+    assert pages is not None and pages.end.tolist() == [10, 10, 10, 0, 0, 0, 0]
+
+
 def test_a_long_prompt_keeps_nobody_waiting() -> None:
     """While it is run in pieces, whoever runs gets a token at every step."""
     model = stand_in()
@@ -211,8 +243,18 @@ def test_a_replayed_step_is_as_often_captured_as_its_shape_is_new(
     assert len(captures) == 2
     engine.run([Request(text(i, 9), 20, sampling=WARM, seed=i) for i in range(2)])
     assert len(captures) == 3
-    engine.run([Request(text(i, 5 + i), 20) for i in range(2)])
+    plain = [Request(text(i, 5 + i), 20) for i in range(2)]
+    engine.run(plain)
     assert len(captures) == 3
+    # Over other memory, of the cache or of the weights, nothing is replayed that was captured.
+    engine.run([Request(text(0, 5), 40 * PAGE)])
+    before = len(captures)
+    engine.run(plain)
+    assert len(captures) == before + 1
+    moved = tree.map(torch.clone, engine.model.params)
+    engine.model.own_trees, engine.model.computed_params = lambda: (moved,), lambda: moved
+    engine.run(plain)
+    assert len(captures) == before + 2
 
 
 def test_too_little_memory_for_a_request() -> None:
@@ -271,3 +313,23 @@ def test_another_adapter_or_none_is_seen_at_once(model: Any) -> None:
         bare = wanted()
         assert engine.run([request]) == [bare]
     assert bare != worn and engine.run([request]) == [worn]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("narrow", [False, True])
+def test_replayed_steps_on_a_gpu_give_what_eager_ones_give(narrow: bool) -> None:
+    """To the bit, with reads that lag, rows that come and go, and every rule of the device."""
+    made, _ = FastLanguageModel.from_pretrained(
+        "purelm/tiny", max_seq_length=None, dtype="bfloat16", device_map="cuda"
+    )
+    rules = (Sampling(), WARM, Sampling(repetition_penalty=1.2, presence_penalty=0.5))
+    requests = [
+        Request(text(i % 4, 5 + 7 * i, 400), 12 + 5 * i, sampling=rules[i % 3], seed=i, eos_ids=())
+        for i in range(9)
+    ]
+    how: dict[str, Any] = {"cache_dtype": torch.float8_e4m3fn if narrow else None, "slots": 4}
+    replaying = Engine(made, **how)
+    got = replaying.run(requests)
+    assert any(replaying._rows._replays.values())
+    assert got == Engine(made, graphs=False, **how).run(requests)
+    assert replaying.held_blocks == 0
