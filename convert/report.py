@@ -7,7 +7,7 @@ import torch
 
 from ..kernels.fp8 import MULTIPLE, takes
 from ..nn import stacks, tree
-from ..nn.decoder import uncovered
+from ..nn.halves import PARTS, runs_again
 from ..nn.residuals import Policy
 from ..quant.fp8 import Fp8
 from ..quant.fp8_product import computes
@@ -106,13 +106,19 @@ def _backward(model: "CausalLM") -> str:
         text = f"backward: planned for {limit} at the first step of a shape" + "".join(plans)
     else:
         text = "backward: one policy for each layer"
-    plain: dict[str, list[str]] = {}
-    adapters = model.adapters
+    return text + _run_again(model)
+
+
+def _run_again(model: "CausalLM") -> str:
+    """What autograd runs again of the layers, whatever becomes of their residuals."""
+    plain: dict[tuple[str, str], list[str]] = {}
     for i, layer in enumerate(model.spec.layers):
-        if reason := uncovered(layer, tree.get(adapters, "layers", i)):
-            plain.setdefault(reason, []).append(str(i))
-    for reason, layers in plain.items():
-        text += f"\nlayers {', '.join(layers)}: run again whole by autograd, for their {reason}"
+        worn = tree.get(model.adapters, "layers", i)
+        for found in runs_again(layer, worn, rounded=model.qat_scheme is not None).items():
+            plain.setdefault(found, []).append(str(i))
+    text = ""
+    for (part, reason), layers in plain.items():
+        text += f"\nlayers {', '.join(layers)}: {PARTS[part]} run again by autograd, for {reason}"
     return text
 
 

@@ -36,6 +36,11 @@ def gates(q: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Ten
     return q.contiguous(), gate
 
 
+def gated(out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """What attention gives [b, s, h, d], through the gates if there are any."""
+    return out if gate is None else out * gate.sigmoid()
+
+
 def prepared(
     q: torch.Tensor,
     k: torch.Tensor,

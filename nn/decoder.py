@@ -3,84 +3,27 @@
 Plain functions of (params, spec, tokens); see `spec` for the letters in the shapes.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels.attention import Documents
-from ..quant.fake import Fake
 from ..quant.linear import linear as base_linear
 from . import cache as kv
 from . import host_table, recurrent, rope, tree
-from .attention import Visible, attend, gates, prepared, reach, terms, visible
+from .attention import Visible, visible
 from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
-from .latent import latent_attention
 from .layout import Layout, dense
-from .linear import linear, project, seed_after
+from .linear import seed_after
+from .mixer import mixer
 from .mlp import mlp
 from .norm import add, norm
 from .offload import Offload
 from .remat import remat
 from .residuals import Policy, Residuals, per_layer
-from .spec import AttentionSpec, LayerSpec, ModelSpec, MoESpec, RopeSpec
-
-
-def attention(
-    x: torch.Tensor,
-    p: tree.Tree,
-    adapters: tree.Tree,
-    spec: AttentionSpec,
-    table: rope.Table | None,
-    seen: Visible,
-    buffers: Buffers | None = None,
-    seed: int | None = None,
-) -> torch.Tensor:
-    """Normalised x [b, s, e] -> [b, s, e]; `buffers` are a layer's cache and where to write."""
-    if spec.latent is not None:
-        return latent_attention(x, p, adapters, spec, table, seen, buffers, seed)
-    b, s, _ = x.shape
-    get = (adapters or {}).get
-    x = x if spec.in_scale == 1.0 else x * spec.in_scale
-    q, k, v = project(x, [p["q"], p["k"], p["v"]], [get("q"), get("k"), get("v")], seed)
-    q, gate = gates(q.view(b, s, spec.heads, -1), spec)
-    k = k.view(b, s, spec.kv_heads, spec.head_dim)
-    v = v.view(b, s, spec.kv_heads, spec.head_dim)
-    q, k, v = prepared(q, k, v, p, spec, table)
-    if buffers is not None:
-        state, at = buffers
-        k, v = kv.write(state["keys"], k, at), kv.write(state["values"], v, at)
-    how = terms(spec, p, reach(k, seen), k.device)
-    out = attend(q, k, v, seen=seen, window=spec.window, **how)
-    out = (out if gate is None else out * gate.sigmoid()).reshape(b, s, -1)
-    out = linear(out, p["o"], get("o"), seed_after(seed, 3))
-    return out if spec.out_scale == 1.0 else out * spec.out_scale
-
-
-def mixer(
-    x: torch.Tensor,
-    p: tree.Tree,
-    adapters: tree.Tree,
-    table: rope.Table | None,
-    seen: Visible,
-    starts: torch.Tensor | None,
-    *,
-    spec: LayerSpec,
-    buffers: Buffers | None = None,
-    seed: int | None = None,
-) -> torch.Tensor:
-    """Normalised x [b, s, e] through the layer's attention, its recurrent mixer, or both."""
-    parts = []
-    if spec.attention is not None:
-        own = p["attn"], adapters.get("attn"), spec.attention
-        parts.append(attention(x, *own, table, seen, buffers, seed))
-    if spec.recurrent is not None:
-        state = None if buffers is None else buffers[0]
-        own_ = p["recurrent"], adapters.get("recurrent"), spec.recurrent
-        parts.append(recurrent.mix(x, *own_, starts, state, seed))
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+from .spec import LayerSpec, ModelSpec, MoESpec, RopeSpec
 
 
 def layer(
@@ -211,41 +154,20 @@ def _run(
             x = layer(*args, *view, spec=layer_spec, buffers=(cache.layers[i], start))
         elif policy is None:
             x = layer(*args, *view, spec=layer_spec, seed=layer_seed)
-        elif covers(p, view[0]) and uncovered(layer_spec, args[2]) is None:
-            documents = cast("Documents | None", view[0])
+        elif covers(p):
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
-            fast = FastLayer(i, layer_spec, documents, policy, offload, layer_seed, last)
-            x = fast.run(*args)
+            fast = FastLayer(i, layer_spec, view[0], policy, offload, layer_seed, last)
+            x = fast.run(*args, view[1])
         else:
             x = _again(layer_spec, layer_seed, policy.tile)(*args, *view)
     return norm(x, params.get("norm"), spec.norm), cache
 
 
-def covers(p: tree.Tree, seen: Visible) -> bool:
-    """Whether `fast_layer` can run it: frozen params as they are, no mask, no transform."""
-    if torch._C._are_functorch_transforms_active() or isinstance(seen, torch.Tensor):
-        return False
-    if any(isinstance(leaf, Fake) for leaf in tree.leaves(p)):
+def covers(p: tree.Tree) -> bool:
+    """Whether `fast_layer` can run it: frozen params, no transform."""
+    if torch._C._are_functorch_transforms_active():
         return False
     return not any(t.requires_grad for t in tree.tensors(p))
-
-
-def uncovered(spec: LayerSpec, adapters: tree.Tree = None) -> str | None:
-    """What of a layer and its adapters `fast_layer` has no code for; None where it has all."""
-    if spec.attention is None or spec.recurrent is not None:
-        return "mixers other than attention"
-    if spec.attention.latent is not None:
-        return "latent attention"
-    if spec.attention.gated:
-        return "gated attention"
-    if isinstance(spec.mlp, MoESpec):
-        return "mixtures of experts"
-    scales = spec.attention.in_scale, spec.attention.out_scale
-    if any(scale != 1.0 for scale in (*scales, spec.mlp.gate_scale, spec.mlp.down_scale)):
-        return "multipliers inside of a branch"
-    if any(leaf.magnitude is not None for leaf in tree.leaves(adapters)):
-        return "DoRA"
-    return None
 
 
 def _again(spec: LayerSpec, seed: int | None, tile: int | None) -> Any:

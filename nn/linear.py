@@ -59,6 +59,11 @@ def seed_after(seed: int | None, step: int) -> int | None:
     return None if seed is None else seed + step
 
 
+def scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * x, for which 1 takes no pass."""
+    return x if scale == 1.0 else x * scale
+
+
 def project_reference(
     x: torch.Tensor,
     projections: Sequence[Projection],

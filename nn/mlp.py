@@ -6,7 +6,7 @@ import torch
 
 from . import tree
 from .activation import activated, inputs
-from .linear import linear, project, seed_after
+from .linear import linear, project, scaled, seed_after
 from .remat import remat
 from .spec import MLPSpec
 
@@ -30,12 +30,10 @@ def mlp(
     get = (adapters or {}).get
     names = inputs(spec)
     parts = project(x, [p[n] for n in names], [get(n) for n in names], seed)
-    if spec.gate_scale != 1.0:
-        gate, *rest = parts
-        parts = gate * spec.gate_scale, *rest
-    hidden = activated(parts, spec, p)
+    first, *rest = parts
+    hidden = activated([scaled(first, spec.gate_scale), *rest], spec, p)
     out = linear(hidden, p["down"], get("down"), seed_after(seed, 2))
-    return out if spec.down_scale == 1.0 else out * spec.down_scale
+    return scaled(out, spec.down_scale)
 
 
 def _in_tiles(

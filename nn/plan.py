@@ -9,12 +9,12 @@ never keeps less.
 
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
 
 from ..errors import ArgumentError
-from .residuals import KEEP, Fate, Policy, bytes_per_token
-from .spec import LayerSpec, ModelSpec
-from .step_memory import Shape, by_autograd, peak, residual_bytes
+from .halves import PARTS
+from .residuals import KEEP, Fate, Policy
+from .spec import LayerSpec, MLPSpec, ModelSpec
+from .step_memory import WHOLE, Shape, again, peak, residual_bytes
 
 # Rates of a large GPU, of which only the ratios matter here: products and attention in FLOP/s,
 # copies to or from the host in bytes/s, and the fixed cost of one layer's copies in seconds.
@@ -27,7 +27,7 @@ GIB = 2**30
 class Plan:
     """A policy for each layer, the bytes the step needs at its peak, and the budget they fit.
 
-    again: for each layer what makes autograd run it again, so that its policy counts for nothing.
+    again: for each layer what autograd runs again of it, in words.
     """
 
     policies: tuple[Policy, ...]
@@ -38,8 +38,8 @@ class Plan:
 
     def __str__(self) -> str:
         told = [
-            _words(policy) if why is None else f"its input kept and all run again, for {why}"
-            for policy, why in zip(self.policies, self.again, strict=True)
+            _words(policy) if again is None else again.format(_words(policy))
+            for policy, again in zip(self.policies, self.again, strict=True)
         ]
         parts = []
         for words, some in groupby(enumerate(told), key=lambda pair: pair[1]):
@@ -75,24 +75,31 @@ def plan(spec: ModelSpec, shape: Shape, *, budget: int, fixed: int) -> Plan:
             policies[i] = before
             break
         planned = grown
-    again = tuple(by_autograd(layer, shape) for layer in spec.layers)
-    return Plan(tuple(policies), planned, budget, shape, again)
+    told = tuple(_again(layer, shape) for layer in spec.layers)
+    return Plan(tuple(policies), planned, budget, shape, told)
 
 
 def _least(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> Policy:
     """The policy with the fewest bytes on the device; between equal ones the fastest."""
-    if by_autograd(layer, shape) is not None:
+    if WHOLE in again(layer, shape):
         # Keeps the input and runs all again, whatever is asked.
         return Policy(gate_up="recompute", tile=shape.tile) if shape.tile else KEEP
+    sizes = residual_bytes(layer, spec, shape)
+    tile = shape.tile if isinstance(layer.mlp, MLPSpec) else None
     if not shape.offload:
-        return Policy(qkv="recompute", out="recompute", gate_up="recompute", tile=shape.tile)
-    sent = residual_bytes(layer, spec, shape, "out") * 2 / _COPY
-    again = _recompute_seconds(layer, spec, shape, "out")
-    out: Fate = "offload" if _hidden_copies(layer, spec, shape) or sent < again else "recompute"
-    mid: Literal["keep", "offload"] = (
-        "offload" if residual_bytes(layer, spec, shape, "mid") else "keep"
-    )
-    return Policy("offload", "recompute", out, mid, "recompute", shape.tile)
+        policy = Policy(qkv="recompute", out="recompute", gate_up="recompute", tile=tile)
+    else:
+        sent = sizes["out"] * 2 / _COPY
+        saved = _recompute_seconds(layer, spec, shape, "out")
+        out: Fate = "offload" if _hidden_copies(layer, spec, shape) or sent < saved else "recompute"
+        policy = Policy("offload", "recompute", out, "offload", "recompute", tile)
+    # What there is none of.
+    absent = [
+        name for name, size in sizes.items() if not size and (name != "gate_up" or tile is None)
+    ]
+    for name in absent:
+        policy = _kept(policy, name)
+    return policy
 
 
 def _order(spec: ModelSpec, shape: Shape, policies: list[Policy]) -> list[tuple[int, str]]:
@@ -101,10 +108,9 @@ def _order(spec: ModelSpec, shape: Shape, policies: list[Policy]) -> list[tuple[
     """
     found: list[tuple[float, int, str]] = []
     for i, layer in enumerate(spec.layers):
-        if by_autograd(layer, shape) is not None:
+        if WHOLE in again(layer, shape):
             continue
-        for name in bytes_per_token(layer, spec.dim, shape.itemsize):
-            size = residual_bytes(layer, spec, shape, name)
+        for name, size in residual_bytes(layer, spec, shape).items():
             if name == "gate_up" and policies[i].tile is not None:
                 continue
             if size and getattr(policies[i], name) != "keep":
@@ -117,7 +123,7 @@ def _saved(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy, name
     """Seconds that keeping a residual saves."""
     if getattr(policy, name) == "recompute":
         return _recompute_seconds(layer, spec, shape, name)
-    size = residual_bytes(layer, spec, shape, name)
+    size = residual_bytes(layer, spec, shape)[name]
     # A hidden copy costs only the bandwidth that it takes from others.
     return 2 * size / _COPY * (0.01 if _hidden_copies(layer, spec, shape) else 1.0)
 
@@ -129,13 +135,14 @@ def _recompute_seconds(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: st
             return 0.0
         seen = shape.length / 2 if a.window is None else min(a.window, shape.length / 2)
         return 4 * shape.tokens * seen * a.heads * a.head_dim / _ATTENTION
-    values = residual_bytes(layer, spec, shape, name) / shape.itemsize
+    values = residual_bytes(layer, spec, shape)[name] / shape.itemsize
     return 2 * spec.dim * values / _PRODUCTS
 
 
 def _hidden_copies(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> bool:
     """Whether sending x, out and mid takes no longer than the layer's forward."""
-    sent = sum(residual_bytes(layer, spec, shape, name) for name in ("x", "out", "mid"))
+    sizes = residual_bytes(layer, spec, shape)
+    sent = sizes["x"] + sizes["out"] + sizes["mid"]
     q, kv = layer.attention.widths if layer.attention is not None else (0, 0)
     weights = spec.dim * (2 * q + 2 * kv + sum((2 + mlp.gated) * mlp.dim for mlp in layer.mlps))
     forward = 2 * shape.tokens * weights / _PRODUCTS
@@ -145,6 +152,15 @@ def _hidden_copies(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> bool:
 
 def _kept(policy: Policy, name: str) -> Policy:
     return replace(policy, **{name: "keep"})  # type: ignore[arg-type]
+
+
+def _again(layer: LayerSpec, shape: Shape) -> str | None:
+    """What is said of a layer that autograd runs again in part, of its policy's words."""
+    parts = again(layer, shape)
+    if WHOLE in parts:
+        return f"its input kept and all run again, for {parts[WHOLE]}"
+    told = [f"{PARTS[part]} run again, for {why}" for part, why in parts.items()]
+    return ", ".join(["{}", *told]) if told else None
 
 
 def _words(policy: Policy) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ..kernels.cross_entropy import chunk_rows
 from ..kernels.grouped import PACKED_ROWS, PARTS
 from .activation import inputs
-from .decoder import uncovered
 from .dispatch import CHUNK
+from .halves import runs_again
 from .recurrent import working_bytes
 from .residuals import Policy, bytes_per_token
 from .spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
@@ -22,9 +22,8 @@ class Shape:
     of a layer's adapters summed, whose narrow products are kept throughout; `tile`: how many tokens
     a dense MLP runs on at a time; `fp8`: whether frozen products are in fp8; `one_by_one`: whether
     experts run one after the other; `gradients`: bytes of the gradients of one layer, the one where
-    most is trained. Of what makes every layer run through autograd: `masked`: whether the batch
-    needs a mask, `dora`: whether adapters have magnitudes, `trained`: whether the layers' weights
-    are trained.
+    most is trained. Of what autograd runs again: `masked`: whether the batch needs a mask, `dora`:
+    whether adapters have magnitudes, `trained`: whether the layers' weights are trained.
     """
 
     batch: int
@@ -40,12 +39,6 @@ class Shape:
     fp8: bool = False
     one_by_one: bool = False
     gradients: int = 0
-
-    @property
-    def by_autograd(self) -> str | None:
-        """What of it makes every layer run through autograd."""
-        found = {"a mask": self.masked, "DoRA": self.dora, "trained weights": self.trained}
-        return " and ".join(why for why, is_so in found.items() if is_so) or None
 
     @property
     def tokens(self) -> int:
@@ -69,14 +62,27 @@ def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int
     return fixed + max(largest, on_device + passing + _head(spec, shape))
 
 
-def by_autograd(layer: LayerSpec, shape: Shape) -> str | None:
-    """What makes a layer run through autograd, which keeps its input and runs it again."""
-    return shape.by_autograd or uncovered(layer)
+WHOLE = "layer"
 
 
-def residual_bytes(layer: LayerSpec, spec: ModelSpec, shape: Shape, name: str) -> int:
-    """Bytes of one residual of a layer."""
-    return shape.tokens * bytes_per_token(layer, spec.dim, shape.itemsize)[name]
+def again(layer: LayerSpec, shape: Shape) -> dict[str, str]:
+    """Which parts of a layer autograd runs again, and why, as `halves.runs_again`; WHOLE: all of
+    it, of which nothing but the input is kept.
+    """
+    if shape.trained:
+        return {WHOLE: "trained weights"}
+    return runs_again(layer, masked=shape.masked, dora=shape.dora)
+
+
+def residual_bytes(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> dict[str, int]:
+    """Bytes of each residual of a layer: none of parts that run again."""
+    parts = again(layer, shape)
+    gone = {"qkv", "out"} if "attn" in parts else set()
+    gone |= {"gate_up"} if "mlp" in parts else set()
+    if WHOLE in parts:
+        gone = {"qkv", "out", "mid", "gate_up"}
+    each = bytes_per_token(layer, spec.dim, shape.itemsize)
+    return {name: 0 if name in gone else shape.tokens * n for name, n in each.items()}
 
 
 def mixture_bytes(spec: MoESpec, dim: int, shape: Shape) -> int:
@@ -178,22 +184,25 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     whichever needs more, with the q, k, v and output that were made again; some hidden states, two
     dequantized weights, and gradients before they are added to what is there of them.
     """
-    autograd = by_autograd(layer, shape) is not None
-    again = [n for n in ("qkv", "out") if autograd or getattr(policy, n) == "recompute"]
+    parts = again(layer, shape)
     mlp, width = layer.mlp, 0
     if isinstance(mlp, MoESpec):
         of_mlp = mixture_bytes(mlp, spec.dim, shape)
         width = mlp.shared.dim if mlp.shared else 0
     else:
         width = mlp.dim
-        if autograd:
+        if parts.keys() & {WHOLE, "mlp"}:
             of_mlp = _mlp(mlp, spec.dim, shape)
             if policy.tile is not None:
                 of_mlp = of_mlp * min(policy.tile, shape.tokens) // shape.tokens
         else:
             of_mlp = _fast_mlp(mlp, spec.dim, shape, policy)
     total = max(of_mlp, _attention(layer, spec, shape))
-    total += sum(residual_bytes(layer, spec, shape, name) for name in again)
+    each = bytes_per_token(layer, spec.dim, shape.itemsize)
+    anew = bool(parts.keys() & {WHOLE, "attn"})
+    total += shape.tokens * sum(
+        each[name] for name in ("qkv", "out") if anew or getattr(policy, name) == "recompute"
+    )
     total += 6 * shape.tokens * spec.dim * shape.itemsize
     if layer.attention is not None:
         width = max(width, layer.attention.widths[0])
@@ -206,21 +215,21 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
 def _sum(
     layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy, taken: Callable[[str], bool]
 ) -> int:
-    sizes = bytes_per_token(layer, spec.dim, shape.itemsize)
-    return shape.tokens * sum(n for name, n in sizes.items() if taken(getattr(policy, name)))
+    sizes = residual_bytes(layer, spec, shape)
+    return sum(n for name, n in sizes.items() if taken(getattr(policy, name)))
 
 
 def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
     """Bytes that a layer's residuals take on the device until its backward."""
-    if by_autograd(layer, shape) is not None:
-        return residual_bytes(layer, spec, shape, "x")
+    if WHOLE in again(layer, shape):
+        return residual_bytes(layer, spec, shape)["x"]
     narrow = shape.tokens * shape.ranks * shape.itemsize
     return narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
 
 
 def _away(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
     """Bytes that go to the host and come back."""
-    if by_autograd(layer, shape) is not None:
+    if WHOLE in again(layer, shape):
         return 0
     return _sum(layer, spec, shape, policy, lambda fate: fate == "offload")
 

@@ -10,7 +10,7 @@ from bridged import ids
 
 from purelm import FastLanguageModel
 from purelm.errors import ArgumentError
-from purelm.nn import fast_layer, host_table, mlp
+from purelm.nn import fast_mlp, host_table, mlp
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_tiles(folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(folder, how, unsloth_tiled_mlp=True)
     assert model.tile == model.spec.dim < tokens.numel()
     rows: list[int] = []
-    for module in (fast_layer, mlp):
+    for module in (fast_mlp, mlp):
         real = module.activated
 
         def activated(parts: Any, *rest: Any, real: Any = real) -> torch.Tensor:

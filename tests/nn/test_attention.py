@@ -9,7 +9,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 from purelm.kernels.attention import attention
-from purelm.nn import alibi, decoder, layout, rope
+from purelm.nn import alibi, decoder, layout, mixer, rope
 from purelm.nn.attention import visible
 from purelm.nn.cache import empty
 from purelm.nn.decode import decode, prefill
@@ -57,13 +57,13 @@ def test_sinks_are_gpt_oss(window):
     p = {n: dict(getattr(module, f"{n}_proj").named_parameters()) for n in "qkvo"}
     p["sinks"] = module.sinks
     table = rope.table(spec.rope, positions)
-    got = decoder.attention(x, p, None, spec, table, None)
+    got = mixer.attention(x, p, None, spec, table, None)
     assert_same(got, want)
     (wanted,) = torch.autograd.grad(want.pow(2).sum(), module.sinks)
     (found,) = torch.autograd.grad(got.pow(2).sum(), module.sinks)
     assert_same(found, wanted)
     # Under a mask the scores are written out: the same.
-    again = decoder.attention(x, p, None, spec, table, seen[None, None])
+    again = mixer.attention(x, p, None, spec, table, seen[None, None])
     assert_same(again, want)
 
 

@@ -9,11 +9,23 @@ import torch
 
 from purelm.errors import ArgumentError
 from purelm.kernels import attention
-from purelm.nn import decoder, fast_layer, layout, lora, loss, params, rope, tree
+from purelm.nn import decoder, fast_attention, layout, lora, loss, params, pulling, rope, tree
 from purelm.nn.fast_layer import Layer
+from purelm.nn.halves import runs_again
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy, bytes_per_token
-from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
+from purelm.nn.spec import (
+    AttentionSpec,
+    LatentSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from purelm.quant.nf4 import quantize
+from purelm.quant.stack import stack
 
 POLICIES = [
     Policy(*fates)
@@ -50,7 +62,10 @@ def build(
 
     def draw(path: str, p: params.ParamSpec) -> Any:
         drawn = torch.randn(p.shape, generator=g) * 0.2 + float(p.init == "ones")
-        return quantize(drawn.to(dtype)) if p.quantize and nf4 else drawn.to(dtype)
+        if not (p.quantize and nf4):
+            return drawn.to(dtype)
+        each = [quantize(t.to(dtype)) for t in (drawn if drawn.dim() == 3 else (drawn,))]
+        return stack(each) if drawn.dim() == 3 else each[0]
 
     base = tree.map_with_path(draw, params.param_specs(spec))
     adapters = lora.init(spec, generator=g, rank=4, dropout=dropout)
@@ -96,6 +111,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "soft-cap": {"attention": replace(ROTATED, softcap=2.0, window=6), "post_norm": True},
     "sinks": {"attention": replace(ROTATED, sinks=True, window=9)},
     "alibi": {"attention": AttentionSpec(4, 2, 8, 0.3, None, alibi=0.3), "parallel": True},
+    "gated": {"attention": replace(ROTATED, gated=True, qk_norm=NormSpec(1e-6))},
+    "scaled": {
+        "attention": replace(ROTATED, in_scale=1.2, out_scale=0.8),
+        "mlp": MLPSpec(64, gate_scale=0.7, down_scale=1.3),
+    },
     "width": {
         "attention": AttentionSpec(
             4,
@@ -113,7 +133,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
 def test_every_kind_of_layer(changes: dict[str, Any]) -> None:
     built = build(KINDS[2], torch.float32, **changes)
-    assert decoder.uncovered(built[0].layers[0]) is None and decoder.covers(built[1], None)
+    assert not runs_again(built[0].layers[0]) and decoder.covers(built[1])
     want, want_grads = run(built, None, 5)
     for policy in (KEEP, RECOMPUTE, OFFLOAD):
         value, grads = run(built, policy, 5)
@@ -174,18 +194,10 @@ def test_against_float64() -> None:
 
 
 def test_a_path_for_everything() -> None:
-    """Masks, trained params and transforms run through autograd, with the same gradients."""
+    """Trained params and transforms run through autograd, with the same gradients."""
     spec, base, adapters = build(KINDS[0], torch.float32, nf4=False)
-    mask = torch.ones(2, 17, dtype=torch.long)
-    mask[0, :4] = 0
-    padded = layout.from_mask(mask)
-    want = run((spec, base, adapters), None, None, layout=padded)
-    for policy in (KEEP, RECOMPUTE, OFFLOAD):
-        got = run((spec, base, adapters), policy, None, layout=padded)
-        assert torch.equal(got[0], want[0])
-        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
-    assert not decoder.covers(tree.map_tensors(lambda t: t.clone().requires_grad_(), base), None)
-    assert decoder.covers(base, None)
+    assert not decoder.covers(tree.map_tensors(lambda t: t.clone().requires_grad_(), base))
+    assert decoder.covers(base)
     ids = torch.arange(10)[None]
 
     def by_function(adapters: Any) -> torch.Tensor:
@@ -198,6 +210,51 @@ def test_a_path_for_everything() -> None:
         tree.tensors(pulled), torch.autograd.grad(value, tree.tensors(adapters)), strict=True
     ):
         assert (got - want_grad).norm() <= 1e-5 * want_grad.norm()
+
+
+MIXTURE = MoESpec(6, 2, MLPSpec(24), shared=MLPSpec(8), shared_gate=True)
+PARTS: dict[str, dict[str, Any]] = {
+    "mlp": {"mlp": MIXTURE, "post_norm": True},
+    "mlp-parallel": {"mlp": MIXTURE, "parallel": True},
+    "recurrent": {"recurrent": ShortConvSpec(32, 3)},
+    "recurrent-alone": {"recurrent": ShortConvSpec(32, 3), "attention": None},
+    "attn": {"attention": replace(ROTATED, latent=LatentSpec(16, 24, 8, NormSpec(1e-6)))},
+    "attn-mask": {},
+    "attn-mlp-dora": {},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_run_again(name: str) -> None:
+    """By autograd, beside others by hand: the gradients of plain autograd, equal to the bit under
+    every policy.
+    """
+    spec, base, adapters = build((False, False, 0.3, "silu"), torch.float32, **PARTS[name])
+    more: dict[str, Any] = {}
+    if "mask" in name:
+        mask = torch.ones(2, 17, dtype=torch.long)
+        mask[0, 4:9] = 0
+        more["layout"] = layout.from_mask(mask)
+    if "dora" in name:
+        g = torch.Generator().manual_seed(8)
+        adapters = tree.map(
+            lambda leaf: replace(
+                leaf, magnitude=torch.rand(len(leaf.b), generator=g).requires_grad_()
+            ),
+            adapters,
+        )
+    found = runs_again(spec.layers[0], adapters["layers"][0], masked="mask" in name)
+    assert sorted(found) == [part for part in ("attn", "mlp", "recurrent") if part in name]
+    built = spec, base, adapters
+    want, want_grads = run(built, None, 5, **more)
+    kept, kept_grads = run(built, KEEP, 5, **more)
+    assert torch.equal(kept, want)
+    for got, grad in zip(kept_grads, want_grads, strict=True):
+        assert (got - grad).norm() <= 1e-5 * grad.norm()
+    for policy in (RECOMPUTE, OFFLOAD, POLICIES[-1]):
+        value, grads = run(built, policy, 5, **more)
+        assert torch.equal(value, want)
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
 
 
 def test_documents() -> None:
@@ -231,13 +288,13 @@ def test_no_gradient_of_an_input_that_needs_none(
     x, dy = (torch.randn(2, 9, 32, generator=g) for _ in range(2))
     table = rope.table(layer.attention.rope, torch.arange(9)[None])
     needed: list[bool] = []
-    real = fast_layer.pull_input
+    real = pulling.pull_input
 
     def pull_input(*args: Any, **keywords: Any) -> Any:
         needed.append(keywords["need_x"])
         return real(*args, **keywords)
 
-    monkeypatch.setattr(fast_layer, "pull_input", pull_input)
+    monkeypatch.setattr(pulling, "pull_input", pull_input)
     found = []
     for x_needs in (True, False):
         given = x.clone().requires_grad_(x_needs)
@@ -247,7 +304,8 @@ def test_no_gradient_of_an_input_that_needs_none(
         found.append([t.grad for t in tree.tensors(adapter)])
         for t in tree.tensors(adapter):
             t.grad = None
-    assert needed == [True] * 7 + [False]  # down, gate and up, o, then q, k and v; twice
+    # Of down, of gate and up, of o, then of q, k and v; a parallel layer's MLP reads its input too.
+    assert needed == [True] * 5 + [not parallel, True, False]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -255,7 +313,7 @@ def test_memory_that_runs_out_in_backward(monkeypatch: pytest.MonkeyPatch) -> No
     def full(*args: Any, **keywords: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fast_layer, "attention_backward", full)
+    monkeypatch.setattr(fast_attention, "attention_backward", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run(build(KINDS[0], torch.float32), RECOMPUTE, None)
     assert "layer 2" in caught.value.__notes__[0] and "gate_up='recompute'" in str(
@@ -269,13 +327,14 @@ def test_bytes_per_token() -> None:
     layer = spec.layers[0]
     x = torch.randn(2, 9, 32)
     table = rope.table(layer.attention.rope, torch.arange(9)[None])
+    own = base["layers"][0], adapters["layers"][0]
     with torch.no_grad():
-        _, residuals = Layer(0, layer, None, KEEP, None, None).forward(
-            x, base["layers"][0], adapters["layers"][0], table
-        )
+        bound = Layer(0, layer, None, KEEP, None, None).bound(x.dtype, *own, table)
+        _, residuals = bound.forward(x)
     sizes = bytes_per_token(layer, spec.dim, 4)
     ranks = sum(leaf.rank for leaf in tree.leaves(adapters["layers"][0]))
-    assert tree.nbytes(residuals.pop("lows")) == ranks * 4 * 18
+    lows = [residuals.pop(name) for name in list(residuals) if name.startswith("low_")]
+    assert tree.nbytes(lows) == ranks * 4 * 18
     assert set(sizes) == set(residuals)
     for name, value in residuals.items():
         assert tree.nbytes(value) == sizes[name] * 18, name
@@ -296,7 +355,7 @@ def test_backends_that_keep_numbers_and_none(monkeypatch: pytest.MonkeyPatch) ->
 
     built = build(KINDS[0], torch.float32)
     want = [run(built, policy, None)[1] for policy in (None, KEEP)]
-    for module in (attention, fast_layer):
+    for module in (attention, fast_attention):
         monkeypatch.setattr(module, "attention_forward", forward)
         monkeypatch.setattr(module, "attention_backward", backward)
     for policy, grads in zip((None, KEEP), want, strict=True):

@@ -13,7 +13,7 @@ from purelm.nn import lora, loss, params, tree
 from purelm.nn.plan import GIB, Plan, plan
 from purelm.nn.residuals import KEEP, Policy, bytes_per_token, per_layer
 from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
-from purelm.nn.step_memory import Shape, peak
+from purelm.nn.step_memory import Shape, peak, residual_bytes
 
 
 def llama(dim: int, layers: int, f: int, heads: int, head_dim: int) -> ModelSpec:
@@ -143,20 +143,34 @@ def _least(spec: ModelSpec, shape: Shape) -> int:
     return int(str(problem.value).split("the least possible is ")[1].split()[0].replace(",", ""))
 
 
-@pytest.mark.parametrize("why", ["masked", "dora", "trained"])
-def test_what_runs_through_autograd(why: str) -> None:
+def test_what_is_trained_itself_runs_again_whole() -> None:
     """No policy helps: what it takes is counted, said, and refused where it is too much."""
     plain = Shape(8, 2048, 2)
-    shape = replace(plain, **{why: True})
+    shape = replace(plain, trained=True)
     found = plan(LARGE, shape, budget=2**60, fixed=GIB)
-    assert "layers 0-31: its input kept and all run again, for" in str(found) and set(
-        found.policies
-    ) == {KEEP}
-    assert found.peak > _least(LARGE, plain)
+    assert "layers 0-31: its input kept and all run again, for trained weights" in str(found)
+    assert set(found.policies) == {KEEP} and found.peak > _least(LARGE, plain)
     hidden = shape.tokens * 4096 * 2
     assert found.peak > GIB + 32 * hidden + 5 * shape.tokens * 14336 * 2
     with pytest.raises(ArgumentError, match="least possible"):
         plan(LARGE, shape, budget=found.peak - 1, fixed=GIB)
+
+
+@pytest.mark.parametrize(("why", "part"), [("masked", "attention"), ("dora", "MLP")])
+def test_parts_that_run_again_keep_nothing_of_their_own(why: str, part: str) -> None:
+    """Their halves' inputs are kept or sent away, as the policy says, and the rest with them."""
+    plain = Shape(8, 2048, 2)
+    shape = replace(plain, **{why: True})
+    found = plan(LARGE, shape, budget=2**60, fixed=GIB)
+    assert f"{part} run again, for {dict(masked='a mask', dora='DoRA')[why]}" in str(found)
+    sizes = bytes_per_token(LARGE.layers[0], 4096, 2)
+    gone = sizes["qkv"] + sizes["out"] + (sizes["gate_up"] if why == "dora" else 0)
+    kept, all_kept = (
+        sum(residual_bytes(LARGE.layers[0], LARGE, each).values()) for each in (shape, plain)
+    )
+    assert kept == all_kept - shape.tokens * gone
+    tight = plan(LARGE, shape, budget=found.peak - 1, fixed=GIB)
+    assert any(policy.offloads for policy in tight.policies)
     masked = peak(LARGE, replace(plain, masked=True), found.policies, 0)
     longer = peak(LARGE, Shape(4, 4096, 2, masked=True), found.policies, 0)
     assert longer - masked >= 3 * (4 * 4096**2 - 8 * 2048**2)

@@ -13,7 +13,7 @@ from purelm.convert.fused import parts
 from purelm.convert.load import Loaded, load_folder
 from purelm.nn import cache as kv
 from purelm.nn import decoder, layout, lora, loss, stacks, tree
-from purelm.nn.residuals import RECOMPUTE
+from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE
 from purelm.quant.nf4 import NF4, dequantize
 
 cases = pytest.mark.parametrize(("family", "switches"), CASES, ids=[name_of(c) for c in CASES])
@@ -229,7 +229,7 @@ def test_nf4(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [7, 20], ids=["short", "long"])
 def test_recomputed_layers(family: str, length: int, tmp_path: Path) -> None:
-    """Adapters get the gradients of plain autograd, whichever path runs the layers again."""
+    """Adapters get the gradients of plain autograd, equal to the bit under every policy."""
     _, loaded = load_both(family, {}, tmp_path)
     generator = torch.Generator().manual_seed(3)
     adapters = lora.init(loaded.spec, rank=3, generator=generator)
@@ -242,8 +242,11 @@ def test_recomputed_layers(family: str, length: int, tmp_path: Path) -> None:
         given = {"adapters": adapters, "residuals": policy}
         return torch.autograd.grad(loss.loss(loaded.params, loaded.spec, ids, ids, **given), leaves)
 
-    for ours, want in zip(grads(RECOMPUTE), grads(None), strict=True):
+    kept = grads(KEEP)
+    for ours, want in zip(kept, grads(None), strict=True):
         assert (ours - want).norm() <= 1e-5 * want.norm()
+    for policy in (RECOMPUTE, OFFLOAD):
+        assert all(torch.equal(a, b) for a, b in zip(grads(policy), kept, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,121 @@
+"""Attention with a hand-written backward, over raw heads and the attention's own residuals."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.attention import Documents, attention_backward, attention_forward
+from ..kernels.attention_reference import Keywords
+from . import rope, tree
+from .attention import gated, gates, prepared, terms
+from .half import Residuals
+from .linear import products, scaled, seed_after
+from .pulling import Found, Lows, Puller, picked
+from .residuals import Policy
+from .spec import AttentionSpec
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+QKV = ("q", "k", "v")
+
+
+@dataclass(frozen=True, slots=True)
+class FastAttention:
+    """A `half.Function`: what `mixer.attention` is without a mask, for frozen params."""
+
+    spec: AttentionSpec
+    table: rope.Table | None
+    documents: Documents | None
+    policy: Policy
+
+    def forward(
+        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+    ) -> tuple[torch.Tensor, Residuals]:
+        inner = scaled(inner, self.spec.in_scale)
+        heads, low_qkv = self._qkv(inner, p, adapters, seed)
+        q, gate = gates(heads[0], self.spec)
+        q, k, v = prepared(q, *heads[1:], p, self.spec, self.table)
+        saved = attention_forward(q, k, v, **self._sight(p, k))
+        residuals: Residuals = {"out": saved, "low_qkv": low_qkv}
+        if self.policy.qkv != "recompute":
+            residuals["qkv"] = heads
+        del heads, q, k, v
+        flat = gated(saved.out, gate).flatten(-2)
+        (o,), residuals["low_o"] = products(flat, *picked(p, adapters, ("o",)), seed_after(seed, 3))
+        return scaled(o, self.spec.out_scale), residuals
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        inner: torch.Tensor,
+        residuals: Residuals,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        need_inner: bool,
+    ) -> tuple[torch.Tensor | None, Found]:
+        found = Found()
+        o = Puller(p, adapters, ("o",), seed_after(seed, 3), found)
+        qkv = Puller(p, adapters, QKV, seed, found)
+        low_qkv = residuals.pop("low_qkv")
+        inner = scaled(inner, self.spec.in_scale)
+        if "qkv" not in residuals:
+            residuals["qkv"], _ = self._qkv(inner, p, adapters, seed, low_qkv)
+        with torch.enable_grad():
+            raw = tuple(t.detach().requires_grad_() for t in residuals.pop("qkv"))
+            q, gate = gates(raw[0], self.spec)
+            q, k, v = prepared(q, raw[1], raw[2], p, self.spec, self.table)
+        heads = (q.detach(), k.detach(), v.detach())
+        sight = self._sight(p, k)
+        saved = residuals.pop("out", None)
+        if saved is None:
+            saved = attention_forward(*heads, **sight)
+        dflat = o.input((scaled(dout, self.spec.out_scale),))
+        assert dflat is not None
+        made, pulled = [q, k, v], []
+        if gate is None:
+            flat, dattended = saved.out, dflat.view(saved.out.shape)
+        else:
+            flat, dattended, dgate = _pull_gate(saved.out, gate, dflat)
+            made, pulled = [*made, gate], [dgate]
+        o.weights(flat.flatten(-2), residuals.pop("low_o"))
+        del flat, dflat
+        pulled = [*attention_backward(dattended, *heads, saved, **sight), *pulled]
+        del saved, dattended, heads
+        draw = torch.autograd.grad(made, raw, pulled)
+        dinner = qkv.input([t.flatten(-2) for t in draw], need_inner)
+        qkv.weights(inner, low_qkv)
+        return None if dinner is None else scaled(dinner, self.spec.in_scale), found
+
+    def _qkv(
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        lows: Lows | None = None,
+    ) -> tuple[Heads, Lows]:
+        """The raw heads, before clipping, q/k norm and rotation."""
+        (q, k, v), lows = products(inner, *picked(p, adapters, QKV), seed, lows)
+        a, (b, s, _) = self.spec, inner.shape
+        heads = (
+            q.view(b, s, a.heads, -1),
+            k.view(b, s, a.kv_heads, a.head_dim),
+            v.view(b, s, a.kv_heads, a.head_dim),
+        )
+        return heads, lows
+
+    def _sight(self, p: tree.Tree, k: torch.Tensor) -> Keywords:
+        """What attention is told beside its tensors."""
+        how = terms(self.spec, p, k.shape[1], k.device)
+        return {**how, "documents": self.documents, "window": self.spec.window}
+
+
+def _pull_gate(
+    out: torch.Tensor, gate: torch.Tensor, dflat: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of `gated(out, gate)`: itself, and the gradients of both, each [b, s, h, d]."""
+    with torch.enable_grad():
+        out, gate = (t.detach().requires_grad_() for t in (out, gate))
+        made = gated(out, gate)
+    dout, dgate = torch.autograd.grad(made, (out, gate), dflat.view(made.shape))
+    return made.detach(), dout, dgate

@@ -1,0 +1,76 @@
+"""The dense MLP with a hand-written backward, over what its activation reads."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import tree
+from .activation import activated, inputs
+from .activation import pull as pull_activated
+from .half import Residuals
+from .linear import products, scaled, seed_after
+from .pulling import Found, Lows, Puller, picked
+from .residuals import Policy
+from .spec import MLPSpec
+
+
+@dataclass(frozen=True, slots=True)
+class FastMLP:
+    """A `half.Function`: what `mlp.mlp` is for frozen params."""
+
+    spec: MLPSpec
+    policy: Policy
+
+    def forward(
+        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+    ) -> tuple[torch.Tensor, Residuals]:
+        residuals = Residuals()
+        gate_up, residuals["low_gate_up"] = self._gate_up(inner, p, adapters, seed)
+        hidden = activated(gate_up, self.spec, p)
+        if self.policy.gate_up != "recompute":
+            residuals["gate_up"] = gate_up
+        del gate_up
+        (down,), residuals["low_down"] = products(
+            hidden, *picked(p, adapters, ("down",)), seed_after(seed, 2)
+        )
+        return scaled(down, self.spec.down_scale), residuals
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        inner: torch.Tensor,
+        residuals: Residuals,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        need_inner: bool,
+    ) -> tuple[torch.Tensor | None, Found]:
+        found = Found()
+        down = Puller(p, adapters, ("down",), seed_after(seed, 2), found)
+        wide = Puller(p, adapters, inputs(self.spec), seed, found)
+        gate_up, low_gate_up = residuals.pop("gate_up", None), residuals.pop("low_gate_up", None)
+        again = gate_up is None
+        if gate_up is None:
+            gate_up, _ = self._gate_up(inner, p, adapters, seed, low_gate_up)
+        dhidden = down.input((scaled(dout, self.spec.down_scale),))
+        assert dhidden is not None
+        hidden, dgate_up = pull_activated(dhidden, gate_up, self.spec, p, spend=again)
+        del gate_up, dhidden
+        down.weights(hidden, residuals.pop("low_down", None))
+        del hidden
+        dgate, *dup = dgate_up
+        dinner = wide.input((scaled(dgate, self.spec.gate_scale), *dup), need_inner)
+        wide.weights(inner, low_gate_up)
+        return dinner, found
+
+    def _gate_up(
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        lows: Lows | None = None,
+    ) -> tuple[list[torch.Tensor], Lows]:
+        """What the activation reads."""
+        (gate, *up), lows = products(inner, *picked(p, adapters, inputs(self.spec)), seed, lows)
+        return [scaled(gate, self.spec.gate_scale), *up], lows

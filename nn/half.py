@@ -1,0 +1,143 @@
+"""Half of a decoder layer, mixer or MLP: a norm and what reads it, with a hand-written backward.
+
+A half makes a branch, which the layer adds up. Behind the norm stands a `Function` (or two, whose
+outputs are summed): one written by hand over named residuals, or `again.Again` for any other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from . import tree
+from .linear import seed_after
+from .mlp import TILE_SEEDS
+from .norm import norm
+from .pulling import Found, added
+from .spec import NormSpec
+
+# By their names in `residuals.Policy`; "low_..." are the narrow products of adapters.
+Residuals = dict[str, Any]
+
+
+class Function(Protocol):
+    """Of normalised inputs [b, s, e] (or [t, e], if it sees each token alone), params, adapters and
+    the seed of their dropout.
+    """
+
+    def forward(
+        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+    ) -> tuple[torch.Tensor, Residuals]:
+        """What it makes, shaped as inner, and the residuals that are not sure to be run again."""
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        inner: torch.Tensor,
+        residuals: Residuals,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        need_inner: bool,
+    ) -> tuple[torch.Tensor | None, Found]:
+        """The gradients of inner (None if not needed) and of the adapters. Residuals are taken out
+        of the dict, to be freed in time; those that are not there are computed again.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """`functions` by the part of the layer's params and adapters that is theirs. norm: None where
+    the input goes in as it is; `weights` names its params. tile: how many tokens to run on at a
+    time, forward and backward, for functions that see each token alone.
+    """
+
+    functions: Mapping[str, Function]
+    norm: NormSpec | None
+    weights: str
+    seed: int | None
+    tile: int | None = None
+
+    def forward(
+        self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree
+    ) -> tuple[torch.Tensor, Residuals]:
+        """The branch of x [b, s, e], and its residuals: none of tiles."""
+        tiles = self._tiles(x)
+        if len(tiles) == 1:
+            return self._forward(x, p, adapters, self.seed)
+        rows = x.reshape(-1, x.shape[-1])
+        made = [self._forward(rows[tile], p, adapters, seed)[0] for tile, seed in tiles]
+        return torch.cat(made).view(x.shape), {}
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        x: torch.Tensor,
+        residuals: Residuals,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        need_x: bool = True,
+    ) -> tuple[torch.Tensor | None, Found]:
+        """dx, the branch's share of it, if it is needed, and the adapters' gradients by path."""
+        tiles = self._tiles(x)
+        if len(tiles) == 1:
+            return self._backward(dout, x, residuals, p, adapters, self.seed, need_x)
+        douts, rows = (t.reshape(-1, t.shape[-1]) for t in (dout, x))
+        dx, found = torch.empty_like(rows), Found()
+        for tile, seed in tiles:
+            made, more = self._backward(douts[tile], rows[tile], {}, p, adapters, seed, True)
+            assert made is not None
+            dx[tile] = made
+            found = added(found, more)
+        return dx.view(x.shape), found
+
+    def _tiles(self, x: torch.Tensor) -> list[tuple[slice, int | None]]:
+        """Which tokens to run on at a time, and the seed of their dropout."""
+        tokens = x.numel() // x.shape[-1]
+        if self.tile is None or self.tile >= tokens:
+            return [(slice(0, tokens), self.seed)]
+        return [
+            (slice(at, at + self.tile), seed_after(self.seed, TILE_SEEDS * (at // self.tile)))
+            for at in range(0, tokens, self.tile)
+        ]
+
+    def _inner(self, x: torch.Tensor, p: tree.Tree) -> torch.Tensor:
+        return x if self.norm is None else norm(x, p.get(self.weights), self.norm)
+
+    def _forward(
+        self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+    ) -> tuple[torch.Tensor, Residuals]:
+        inner, residuals = self._inner(x, p), Residuals()
+        out: torch.Tensor | None = None
+        for part, function in self.functions.items():
+            made, own = function.forward(inner, p[part], tree.get(adapters, part), seed)
+            residuals.update(own)
+            out = made if out is None else out + made
+        assert out is not None
+        return out, residuals
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        x: torch.Tensor,
+        residuals: Residuals,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        need_x: bool,
+    ) -> tuple[torch.Tensor | None, Found]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            inner = self._inner(x, p)
+        dinner: torch.Tensor | None = None
+        found = Found()
+        for part, function in self.functions.items():
+            own = p[part], tree.get(adapters, part)
+            made, grads = function.backward(dout, inner.detach(), residuals, *own, seed, need_x)
+            found.update({f"{part}.{path}": grad for path, grad in grads.items()})
+            if made is not None:
+                dinner = made if dinner is None else dinner + made
+        if dinner is None:
+            return None, found
+        return torch.autograd.grad(inner, x, dinner)[0], found

@@ -1,0 +1,100 @@
+"""A layer's two halves: which functions stand behind their norms, and which of them are not
+written by hand.
+"""
+
+from functools import partial
+from typing import cast
+
+import torch
+
+from ..kernels.attention import Documents
+from ..quant.fake import Fake
+from . import recurrent, rope, tree
+from .again import Again
+from .attention import Visible
+from .experts import moe
+from .fast_attention import FastAttention
+from .fast_mlp import FastMLP
+from .half import Function, Half
+from .linear import seed_after
+from .mixer import attention
+from .mlp import mlp
+from .residuals import Policy
+from .spec import LayerSpec, MoESpec
+
+# What the parts of a layer's params are called.
+PARTS = {"attn": "attention", "recurrent": "the recurrent mixer", "mlp": "the MLP"}
+
+
+def halves(
+    spec: LayerSpec,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    table: rope.Table | None,
+    seen: Visible,
+    starts: torch.Tensor | None,
+    policy: Policy,
+    seed: int | None,
+) -> tuple[Half, Half]:
+    """(mixer, MLP) of a layer with frozen params; arguments as of `decoder.layer`."""
+    masked = isinstance(seen, torch.Tensor)
+    rounded = any(isinstance(leaf, Fake) for leaf in tree.leaves(p))
+    again = runs_again(spec, adapters, masked=masked, rounded=rounded)
+    mixers: dict[str, Function] = {}
+    if spec.attention is not None:
+        mixers["attn"] = (
+            Again(partial(attention, spec=spec.attention, table=table, seen=seen))
+            if "attn" in again
+            else FastAttention(spec.attention, table, cast("Documents | None", seen), policy)
+        )
+    if spec.recurrent is not None:
+        mixers["recurrent"] = Again(partial(recurrent.mix, spec=spec.recurrent, starts=starts))
+    mixer = Half(mixers, spec.norm if spec.pre_norm else None, "attn_norm", seed)
+    function: Function
+    tile = None
+    if isinstance(spec.mlp, MoESpec):
+        function = Again(partial(moe, spec=spec.mlp))
+    else:
+        function = (
+            Again(partial(mlp, spec=spec.mlp)) if "mlp" in again else FastMLP(spec.mlp, policy)
+        )
+        tile = policy.tile
+    shared = spec.parallel and not spec.own_norms
+    own = "attn_norm" if shared else "mlp_norm"
+    return mixer, Half({"mlp": function}, mixer.norm, own, seed_after(seed, 4), tile)
+
+
+def by_hand(half: Half, part: str) -> bool:
+    """Whether a part's function is written by hand, and reads its adapters cast."""
+    return not isinstance(half.functions[part], Again)
+
+
+def runs_again(
+    spec: LayerSpec,
+    adapters: tree.Tree = None,
+    *,
+    masked: bool = False,
+    dora: bool = False,
+    rounded: bool = False,
+) -> dict[str, str]:
+    """Which parts of a layer autograd runs again in backward, and what makes it so.
+
+    masked: whether the batch needs a mask; dora: whether all parts have adapters with magnitudes;
+    rounded: whether weights are rounded in training.
+    """
+    found: dict[str, str] = {}
+    if spec.recurrent is not None:
+        found["recurrent"] = "mixers other than attention"
+    if spec.attention is not None and masked:
+        found["attn"] = "a mask"
+    elif spec.attention is not None and spec.attention.latent is not None:
+        found["attn"] = "latent attention"
+    if isinstance(spec.mlp, MoESpec):
+        found["mlp"] = "mixtures of experts"
+    for part in ("attn", "mlp") if spec.attention is not None else ("mlp",):
+        own = tree.leaves(tree.get(adapters, part))
+        if dora or any(leaf.magnitude is not None for leaf in own):
+            found.setdefault(part, "DoRA")
+        elif rounded:
+            found.setdefault(part, "weights that are rounded in training")
+    return found
