@@ -3,15 +3,14 @@
 import torch
 import torch.nn.functional as F
 
-from . import delta_rule, tree
-from .activation import act
+from ..kernels import delta_rule_reference
+from ..kernels.delta_rule import delta_rule
+from . import tree
 from .linear import linear, project, seed_after
 from .short_conv import causal_conv, conv_state
 from .spec import DeltaNetSpec
 
 State = dict[str, torch.Tensor]
-# Beside the squares of a query's or a key's features, as in flash-linear-attention.
-_EPS = 1e-6
 
 
 def mix(
@@ -31,8 +30,9 @@ def mix(
     names = spec.inputs
     made = project(x, [p[name] for name in names], [get(name) for name in names], seed)
     qkv, gate, beta, decay = _taken_apart(made, spec) if spec.by_key_head else made
-    mixed = act(causal_conv(qkv, p["conv"], starts, state), spec.activation)
+    mixed = causal_conv(qkv, p["conv"], starts, state, spec.activation)
     y = _ruled(mixed, beta, decay, p, spec, starts, state)
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
     y = F.rms_norm(y, y.shape[-1:], eps=spec.norm.eps) * p["norm"]["weight"].to(y.dtype)
     y = y.flatten(-2) * F.silu(gate.to(y.dtype))
     return linear(y.to(x.dtype), p["out"], get("out"), seed_after(seed, len(names)))
@@ -57,8 +57,8 @@ def working_bytes(spec: DeltaNetSpec, itemsize: int) -> int:
     projected = 3 * (spec.channels + values + 2 * spec.value_heads) * itemsize
     wide = (spec.kernel + 3) * spec.channels + 4 * keys + 8 * values
     solved = 6 * spec.value_heads * (spec.key_dim + spec.value_dim)
-    inside = 8 * spec.value_heads * delta_rule.CHUNK
-    states = 4 * values * spec.key_dim // delta_rule.CHUNK
+    inside = 8 * spec.value_heads * delta_rule_reference.CHUNK
+    states = 4 * values * spec.key_dim // delta_rule_reference.CHUNK
     return projected + 4 * (wide + solved + inside + states)
 
 
@@ -82,23 +82,18 @@ def _ruled(
     starts: torch.Tensor | None,
     state: State | None,
 ) -> torch.Tensor:
-    """q, k and v [b, s, c], raw rates and decays [b, s, h] -> [b, s, h, p] in fp32."""
+    """q, k and v [b, s, c], raw rates and decays [b, s, h] -> [b, s, h, p]."""
     wide = torch.promote_types(mixed.dtype, torch.float32)
-    mixed, beta = mixed.to(wide), beta.to(wide).sigmoid()
+    beta = beta.to(wide).sigmoid()
     decay = F.softplus(decay.to(wide) + p["dt_bias"].to(wide)) * -p["A_log"].to(wide).exp()
     keys, values = spec.widths
     q, k, v = mixed.split_with_sizes([keys, keys, values], -1)
     lead = mixed.shape[:2]
-    q, k = (_unit(t.reshape(*lead, spec.key_heads, spec.key_dim)) for t in (q, k))
+    q, k = (t.reshape(*lead, spec.key_heads, spec.key_dim) for t in (q, k))
     v = v.reshape(*lead, spec.value_heads, spec.value_dim)
-    taken = q * spec.key_dim**-0.5, k, v, beta, decay, starts
-    if state is None:
-        return delta_rule.scan(*taken, None)[0]
-    rule = delta_rule.step if mixed.shape[1] == 1 else delta_rule.scan
-    y, last = rule(*taken, state["delta"])
-    state["delta"].copy_(last)
+    before = None if state is None else state["delta"]
+    y, last = delta_rule(q, k, v, beta, decay, starts, before)
+    if state is not None:
+        assert last is not None
+        state["delta"].copy_(last)
     return y
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS)

@@ -5,8 +5,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from . import ssd, tree
-from .activation import act
+from ..kernels import ssd_reference as ssd
+from . import tree
 from .linear import linear, seed_after
 from .short_conv import causal_conv, conv_state
 from .spec import Mamba2Spec
@@ -31,7 +31,7 @@ def mix(
     if any(scale != 1.0 for scale in spec.scales):
         inner = inner * _scales(spec, inner.dtype, inner.device)
     gate, mixed, dt = inner.split_with_sizes([spec.dim, spec.channels, spec.heads], -1)
-    mixed = act(causal_conv(mixed, p["conv"], starts, state), spec.activation)
+    mixed = causal_conv(mixed, p["conv"], starts, state, spec.activation)
     y = _scanned(mixed, dt, p, spec, starts, state)
     out = linear(_gated(y, gate, p, spec).to(x.dtype), p["out"], get("out"), seed_after(seed, 1))
     return out if spec.out_scale == 1.0 else out * spec.out_scale

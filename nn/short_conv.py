@@ -1,11 +1,12 @@
 """Short causal convolutions over the tokens of a row, each feature for itself."""
 
 import torch
-import torch.nn.functional as F
 
+from ..kernels.short_conv import short_conv
 from . import tree
+from .activation import act
 from .linear import linear, seed_after
-from .spec import ShortConvSpec
+from .spec import Activation, ShortConvSpec
 
 State = dict[str, torch.Tensor]
 
@@ -48,37 +49,13 @@ def causal_conv(
     p: tree.Tree,
     starts: torch.Tensor | None,
     state: State | None = None,
+    activation: Activation | None = None,
 ) -> torch.Tensor:
-    """y_t = sum_j w_j x_{t - kernel + 1 + j} + bias for x [b, s, c], summed in fp32, in x's dtype.
-
-    Weight [c, 1, kernel] as in torch's Conv1d. `starts` [b, s]: no token sees beyond the last of
-    these at or before it. state["conv"] [b, kernel - 1, c] holds what came before x, zeros where
-    nothing did, and is written in place.
+    """`kernels.short_conv` of x [b, s, c] with the weight [c, 1, kernel] of torch's Conv1d, then
+    the activation. state["conv"] [b, kernel - 1, c] holds what came before x, zeros where nothing
+    did, and is written in place.
     """
-    weight = p["weight"][:, 0]
-    before = weight.shape[1] - 1
-    if state is None:
-        past = x.new_zeros(x.shape[0], before, x.shape[2])
-    else:
-        past = state["conv"]
-    narrow, s = torch.cat([past.to(x.dtype), x], 1), x.shape[1]
-    wide = narrow.to(torch.promote_types(x.dtype, torch.float32))
-    weight = weight.to(wide.dtype)
-    segments = None
-    if starts is not None:
-        # Of the tokens before x, 0: they belong to its first ones unless a start lies between.
-        segments = F.pad(starts.cumsum(1), (before, 0))
-    y: torch.Tensor = wide[:, before:] * weight[:, before]
-    for j in range(before):
-        tap = wide[:, j : j + s]
-        if segments is not None:
-            tap = tap * (segments[:, j : j + s] == segments[:, before:])[..., None]
-        y = torch.addcmul(y, tap, weight[:, j])
-    if "bias" in p:
-        y = y + p["bias"]
-    if state is not None:
-        last = narrow[:, s:]
-        if segments is not None:
-            last = last * (segments[:, s:] == segments[:, -1:])[..., None]
-        state["conv"].copy_(last)
-    return y.to(x.dtype)
+    past = None if state is None else state["conv"]
+    fused = activation == "silu"
+    y = short_conv(x, p["weight"][:, 0], p.get("bias"), starts, past, fused)
+    return y if fused or activation is None else act(y, activation)

@@ -39,6 +39,7 @@ from purelm.kernels import (
     nf4_tensor,
     rms_norm,
     rope,
+    short_conv,
 )
 from purelm.kernels.launch import Kernel, power_of_two
 
@@ -429,6 +430,39 @@ def flash_cases(every: bool, arch: int) -> Iterator[Case]:
             )
 
 
+def short_conv_cases(every: bool) -> Iterator[Case]:
+    """Rows of what published mixers convolve, in documents or not; LFM2's has no SiLU."""
+    kinds = ((8192, 4, True, True), (6144, 4, True, False), (2048, 3, False, False))
+    for (channels, kernel, silu, packed), dtype in itertools.product(
+        kinds, (F32, F16, BF16) if every else (BF16,)
+    ):
+        starts, bias = U8 if packed else None, dtype if channels == 6144 else None
+        shape = {"ROWS": short_conv.ROWS, "BLOCK": short_conv.BLOCK, "num_warps": short_conv.WARPS}
+        style = {"SILU": silu, "KERNEL": kernel}
+        sizes = (2048, channels, 2048 * channels, channels)
+        name = f"{channels}x{kernel} {silu=} {packed=} {dtype}"
+        for past in (None, dtype):
+            yield Case(
+                f"short_conv {name} past={past is not None}",
+                short_conv._forward_kernel,
+                (dtype, past, dtype, bias, starts, dtype, *sizes),
+                style | shape,
+            )
+        for shares in (None, F32):
+            yield Case(
+                f"short_conv_backward {name} dw={shares is not None}",
+                short_conv._backward_kernel,
+                (dtype, dtype, dtype, bias, starts, dtype, shares, *sizes),
+                style | shape | {"BLOCK": short_conv.PULLED},
+            )
+        yield Case(
+            f"short_conv_step {name}",
+            short_conv._step_kernel,
+            (dtype, dtype, dtype, bias, starts, dtype, channels, channels),
+            style | {"BLOCK": short_conv.STEP, "num_warps": short_conv.WARPS},
+        )
+
+
 def other_cases(every: bool) -> Iterator[Case]:
     count = 16384 * 14336
     for activation, dtype in itertools.product(gated.ACTIVATIONS, (F32, F16, BF16)):
@@ -488,6 +522,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from rope_cases(every)
     yield from head_step_cases(every, arch)
     yield from decode_attention_cases(every, arch)
+    yield from short_conv_cases(every)
     yield from other_cases(every)
 
 

@@ -4,7 +4,7 @@ import scans
 import torch
 from hypothesis import given, settings
 
-from purelm.nn import delta_rule
+from purelm.kernels import delta_rule_reference as delta_rule
 
 Inputs = tuple[torch.Tensor, ...]
 

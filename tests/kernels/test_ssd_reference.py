@@ -4,7 +4,7 @@ import scans
 import torch
 from hypothesis import given, settings
 
-from purelm.nn import ssd
+from purelm.kernels import ssd_reference as ssd
 
 Inputs = tuple[torch.Tensor, ...]
 

@@ -1,0 +1,113 @@
+"""The gated delta rule over the fastest backend that serves, its math as in `delta_rule_reference`.
+
+flash-linear-attention's Triton kernels where that is installed (the extra `fla`); else the
+plain-torch reference, which also serves fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import delta_rule_reference as reference
+
+Backend = Literal["fla", "reference"]
+# Beside the squares of a query's or a key's features, as in flash-linear-attention.
+EPS = 1e-6
+# The oldest release whose kernels have groups of values that share a key.
+OLDEST = (0, 6)
+# The most features of a key in its kernels.
+WIDEST = 256
+# The logarithm of what is left of a state at a start. Those kernels subtract sums of decays in a
+# chunk, which minus infinity would make nan and a larger number inexact: 1e-22 is nothing.
+FORGOTTEN = -50.0
+
+
+def backend_for(q: Tensor) -> Backend:
+    """Which backend runs queries like q [b, s, g, n]: of its device, dtype and shape, and of what
+    is installed.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > WIDEST:
+        return "reference"
+    if torch._C._are_functorch_transforms_active():
+        return "reference"
+    return "reference" if _chunked() is None else "fla"
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor,
+    starts: Tensor | None,
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """q and k [b, s, g, n], v [b, s, h, p], beta and decay fp32 [b, s, h] -> y [b, s, h, p] and,
+    with `before`, the last state fp32 [b, h, n, p].
+
+    Queries and keys are made as long as 1 here, and queries scaled by n**-0.5. starts bool [b, s]
+    and before [b, h, n, p] as in `delta_rule_reference.scan`. y is fp32 from the reference, which
+    computes in it (fp64 of wider inputs), and of v's dtype from other backends. Differentiable in
+    all but `starts`.
+    """
+    if q.shape[1] > 1 and backend_for(q) == "fla":
+        chunked = _chunked()
+        assert chunked is not None
+        if starts is not None:
+            decay = decay.masked_fill(starts[..., None], FORGOTTEN)
+        y, last = chunked(
+            q, k, v, decay, beta, initial_state=before, output_final_state=before is not None,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        return y, last
+    wide = torch.promote_types(v.dtype, torch.float32)
+    q, k = (_unit(t.to(wide)) for t in (q, k))
+    taken = q * q.shape[-1] ** -0.5, k, v.to(wide), beta, decay, starts
+    if before is None:
+        return reference.scan(*taken, None)[0], None
+    return (reference.step if v.shape[1] == 1 else reference.scan)(*taken, before)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+
+
+@functools.cache
+def _chunked() -> Callable[..., Any] | None:
+    """flash-linear-attention's chunked rule, looked for once; None where it is not installed, or
+    cannot be used, which a warning says.
+    """
+    if importlib.util.find_spec("fla") is None:
+        return None
+    try:
+        import fla
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except Exception as error:  # whatever a broken install raises
+        _say(f"cannot be imported ({type(error).__name__}: {error})")
+        return None
+    found = str(getattr(fla, "__version__", "unknown"))
+    if not _new_enough(found):
+        _say(f"is version {found}, expected {'.'.join(map(str, OLDEST))} or newer")
+        return None
+    rule: Callable[..., Any] = chunk_gated_delta_rule
+    return rule
+
+
+def _new_enough(version: str) -> bool:
+    parts = version.split(".")[:2]
+    return all(part.isdigit() for part in parts) and tuple(map(int, parts)) >= OLDEST
+
+
+def _say(what: str) -> None:
+    warnings.warn(
+        f"the installed flash-linear-attention {what}: gated delta nets run in plain torch, "
+        "many times slower; repair it (pip install 'purelm[fla]') or uninstall it",
+        stacklevel=2,
+    )

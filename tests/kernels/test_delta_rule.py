@@ -1,0 +1,121 @@
+"""Which backend runs the gated delta rule, and that what it is given means what ours means."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from purelm.kernels import delta_rule, delta_rule_reference
+
+
+def forgotten():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
+        del sys.modules[name]
+    delta_rule._chunked.cache_clear()
+
+
+@pytest.fixture
+def fresh():
+    """As in a process that has not looked for flash-linear-attention yet."""
+    forgotten()
+    yield
+    forgotten()
+
+
+def package(folder, version, rule):
+    (folder / "fla/ops/gated_delta_rule").mkdir(parents=True)
+    (folder / "fla/__init__.py").write_text(f"__version__ = {version!r}\n")
+    (folder / "fla/ops/__init__.py").write_text("")
+    (folder / "fla/ops/gated_delta_rule/__init__.py").write_text(rule)
+
+
+def on_cuda(dtype=torch.bfloat16, width=128):
+    """Enough of a tensor on a GPU for the choice."""
+
+    class Tensor:
+        is_cuda = True
+        shape = (1, 64, 16, width)
+
+    Tensor.dtype = dtype
+    return Tensor()
+
+
+def test_backends(monkeypatch):
+    assert delta_rule.backend_for(torch.zeros(1, 4, 2, 8).bfloat16()) == "reference"
+    monkeypatch.setattr(delta_rule, "_chunked", lambda: None)
+    assert delta_rule.backend_for(on_cuda()) == "reference"
+    monkeypatch.setattr(delta_rule, "_chunked", lambda: print)
+    assert delta_rule.backend_for(on_cuda()) == "fla"
+    assert delta_rule.backend_for(on_cuda(torch.float32)) == "reference"
+    assert delta_rule.backend_for(on_cuda(width=512)) == "reference"
+    seen = []
+    torch.func.grad(lambda x: seen.append(delta_rule.backend_for(on_cuda())) or x)(torch.ones(()))
+    assert seen == ["reference"]
+
+
+def test_none_is_silent(monkeypatch, fresh):
+    monkeypatch.setattr(delta_rule.importlib.util, "find_spec", lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert delta_rule._chunked() is None
+
+
+def test_installed(monkeypatch, fresh, tmp_path):
+    package(tmp_path, "0.10.2", "def chunk_gated_delta_rule(): return 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rule = delta_rule._chunked()
+    assert rule is not None and rule() == 7
+
+
+@pytest.mark.parametrize(
+    "version, rule, said",
+    [
+        ("0.6.0", "raise RuntimeError('no such symbol')", "RuntimeError: no such symbol"),
+        ("0.6.0", "import a_module_that_is_missing", "a_module_that_is_missing"),
+        ("0.5.1", "chunk_gated_delta_rule = print", "version 0.5.1"),
+        ("dev", "chunk_gated_delta_rule = print", "version dev"),
+    ],
+)
+def test_broken_says_so_once(monkeypatch, fresh, tmp_path, version, rule, said):
+    package(tmp_path, version, rule)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match=said):
+        assert delta_rule._chunked() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert delta_rule._chunked() is None
+
+
+@pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
+@pytest.mark.parametrize("documents", [False, True])
+def test_their_rule_is_ours(monkeypatch, documents):
+    """Of flash-linear-attention's own recurrence in plain torch, by the names of its chunks."""
+    naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
+    g = torch.Generator().manual_seed(0)
+    b, s, groups, heads, n, p = 2, 9, 2, 4, 8, 6
+    q, k = (torch.randn(b, s, groups, n, generator=g) for _ in "qk")
+    v, before = torch.randn(b, s, heads, p, generator=g), torch.randn(b, heads, n, p, generator=g)
+    beta = torch.rand(b, s, heads, generator=g)
+    decay = -torch.rand(b, s, heads, generator=g)
+    starts = torch.rand(b, s, generator=g) < 0.3 if documents else None
+
+    def theirs(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel):
+        assert use_qk_l2norm_in_kernel
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        q, k = (x.repeat_interleave(heads // groups, 2) for x in (q, k))
+        return naive.naive_recurrent_gated_delta_rule(
+            q, k, v, beta, g, initial_state=initial_state, output_final_state=output_final_state
+        )
+
+    want = delta_rule.delta_rule(q, k, v, beta, decay, starts, before)
+    monkeypatch.setattr(delta_rule, "backend_for", lambda q: "fla")
+    monkeypatch.setattr(delta_rule, "_chunked", lambda: theirs)
+    torch.testing.assert_close(delta_rule.delta_rule(q, k, v, beta, decay, starts, before), want)
+    alone, none = delta_rule.delta_rule(q, k, v, beta, decay, starts, None)
+    assert none is None
+    unit = [x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k)]
+    torch.testing.assert_close(
+        alone,
+        delta_rule_reference.scan(unit[0] * n**-0.5, unit[1], v, beta, decay, starts, None)[0],
+    )
