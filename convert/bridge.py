@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..nn import decoder, loss, qat, tree
+from ..nn.kept_steps import KeptSteps
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
@@ -88,6 +89,8 @@ class CausalLM(Saving, Wearing):
         self.fast_inference: FastInference | None = None
         # Of keys and values while generating; None: what is computed in.
         self.cache_dtype: torch.dtype | None = None
+        # Of `generate`, for its next call; training gets their memory back.
+        self.kept_steps = KeptSteps()
         self.tokenizer: Any = None
         self._dtype = dtype
         # The dropout of step n is drawn from (seed, n), so that it can be repeated and resumed.
@@ -282,6 +285,12 @@ class CausalLM(Saving, Wearing):
         """Evaluation mode; returns the model."""
         return self.eval()
 
+    def train(self, mode: bool = True) -> "CausalLM":
+        """Training mode, or evaluation mode; returns the model."""
+        if mode:
+            self.kept_steps.clear()
+        return super().train(mode)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What is trained: adapters and trained copies, or all under full fine-tuning."""
         full = super().state_dict(*args, **kwargs)
@@ -314,6 +323,7 @@ class CausalLM(Saving, Wearing):
                 "loading; pass dtype= to from_pretrained"
             )
 
+        self.kept_steps.clear()
         table: Any = self._params["embed"]["weight"] if self.embeds_on_host else None
 
         def keep_dtype(t: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,9 @@ def generate(
     seed or generator: what samples are drawn from; without both a fresh seed. No other generator
     moves. Adapters' dropout is off; the model's training mode is neither read nor changed.
 
+    On a GPU the graphs of a call and their cache are kept for calls of the same batch size, rules
+    and nearly the same length, up to a tenth of the device's memory, until `for_training()`.
+
     Raises ArgumentError, InputError; NotImplementedError for keywords of transformers that do not
     work yet, set to anything but their default; TypeError for unknown ones.
     """
@@ -196,6 +199,8 @@ def generate(
         common["on_token"] = lambda token: streamer.put(token.cpu())
     try:
         drawn_from = generator_of(seed, generator) if samples else None
+        # What is derived is made anew each time, so graphs over it are of no use to another call.
+        common["kept"] = None if model.derives() else model.kept_steps
         sequences = run(params, model.spec, ids, generator=drawn_from, **common)
     finally:
         # Also after an error: whoever reads the stream in another thread would wait for ever.

@@ -15,7 +15,7 @@ from . import cache as kv
 from . import tree
 from .decode import decode
 from .generate import OnScores, Stop
-from .prompt import Prompt, prepared, raise_if_broken, read, so_far
+from .prompt import Prompt, empty_cache, prepared, raise_if_broken, read, so_far
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
@@ -179,9 +179,8 @@ def _run(
     width = max(2, 1 + eos.numel()) * n
     open_ = torch.ones(batch, 1, dtype=torch.bool, device=device)
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    logits, cache = read(
-        params, spec, prompt.ids, real, limit=limit, adapters=adapters, columns=cache_dtype
-    )
+    cache = empty_cache(params, spec, prompt, kv.room(start, limit), cache_dtype)
+    logits, cache = read(params, spec, prompt.ids, real, cache, adapters=adapters)
     logits, cache = logits[each], kv.select(cache, each)
     while True:
         ids = running.ids[:, :, :end].flatten(0, 1)
@@ -212,18 +211,17 @@ def _run(
         full = how.early_stopping is True and bool(finished.ended.all())
         if full or not bool(open_.any()) or bool(ended.all()):
             return finished
+        if cache.length == cache.capacity:
+            cache = kv.grow(cache, kv.room(cache.capacity, limit))
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
             whole, mask = so_far(running.ids[:, :, :end].flatten(0, 1), wide_real, spec.vocab)
-            logits, cache = read(
-                params, spec, whole, mask, limit=limit, adapters=adapters, columns=cache_dtype
-            )
+            cache = kv.emptied(cache)
+            logits, cache = read(params, spec, whole, mask, cache, adapters=adapters)
             continue
         parents = running.rows[:, :, end - 1 - start].flatten()
         if not torch.equal(parents, torch.arange(batch * n, device=device)):
             cache = kv.select(cache, parents)
-        if cache.length == cache.capacity:
-            cache = kv.grow(cache, min(limit, cache.capacity + kv.CHUNK))
         last = running.ids[:, :, end - 1].flatten()
         logits, cache = decode(params, spec, last, cache, adapters=adapters)
 

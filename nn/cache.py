@@ -22,6 +22,8 @@ Buffers = tuple[State, int | torch.Tensor]
 
 # A cache grows by so many tokens: copying it then costs under 1% of reading it for attention.
 CHUNK = 512
+# Capacities are whole multiples, so that prompts of nearly one length make caches of one shape.
+ROUND = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,20 @@ def empty(
     segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device) if padded else None
     first, end = torch.zeros((2, batch), dtype=torch.int64, device=device).unbind(0)
     return Cache(tuple(map(state, spec.layers)), capacity, segments, 0, first, end)
+
+
+def room(length: int, limit: int) -> int:
+    """The capacity for `length` tokens and some to come, at most `limit` of them together."""
+    return -(-min(limit, length + CHUNK) // ROUND) * ROUND
+
+
+def emptied(cache: Cache) -> Cache:
+    """The cache without tokens, over the same memory."""
+    states = [x for state in cache.layers for name, x in state.items() if name not in COLUMNS]
+    segments = [] if cache.segments is None else [cache.segments]
+    for x in (*states, *segments, cache.first, cache.end):
+        x.zero_()
+    return replace(cache, length=0)
 
 
 def write(buffer: torch.Tensor, new: torch.Tensor, at: int | torch.Tensor) -> torch.Tensor:
@@ -139,6 +155,21 @@ def grow(cache: Cache, capacity: int) -> Cache:
         capacity=capacity,
         segments=None if cache.segments is None else grown(cache.segments),
     )
+
+
+def copied(source: Cache, target: Cache) -> Cache:
+    """`target`, of the same rows and at least as much room, with what `source` holds, in place."""
+    for ours, theirs in zip(target.layers, source.layers, strict=True):
+        for name, x in theirs.items():
+            if name in COLUMNS:
+                ours[name][:, : source.length] = x[:, : source.length]
+            else:
+                ours[name].copy_(x)
+    if target.segments is not None and source.segments is not None:
+        target.segments[:, : source.length] = source.segments[:, : source.length]
+    target.first.copy_(source.first)
+    target.end.copy_(source.end)
+    return replace(target, length=source.length)
 
 
 def cut(cache: Cache, length: int) -> Cache:

@@ -1,7 +1,8 @@
 """Generation: the prompt in one pass, then one token at a time over the key-value cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -9,8 +10,18 @@ from . import cache as kv
 from . import sampling as rules
 from . import tree
 from .decode import decode, waits_for
-from .graph import capture
-from .prompt import Prompt, prepared, raise_if_broken, read, so_far, tokens_seen, unpadded
+from .graph import capture, replayable
+from .kept_steps import KeptSteps, Step, places
+from .prompt import (
+    Prompt,
+    empty_cache,
+    prepared,
+    raise_if_broken,
+    read,
+    so_far,
+    tokens_seen,
+    unpadded,
+)
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
@@ -43,6 +54,7 @@ def generate(
     on_scores: OnScores | None = None,
     cache_dtype: torch.dtype | None = None,
     graphs: bool = True,
+    kept: KeptSteps | None = None,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, on the device of the params.
 
@@ -56,10 +68,10 @@ def generate(
 
     With `graphs` a GPU captures a step as a CUDA graph and replays it, unless adjust, on_scores or
     rules that read the row run on the host between, or the model waits (`decode.waits_for`); the
-    ids are the same. On a GPU the host waits
-    for the device every PAUSE tokens where there are eos_ids, to see whether all rows have ended,
-    and every token where stop or on_token must know; else nothing waits. Draws come from
-    `generator` alone.
+    ids are the same. `kept` holds the graphs of earlier calls, and then those of this one, with
+    their caches: a call like an earlier one captures nothing. On a GPU the host waits for the
+    device every PAUSE tokens where there are eos_ids, to see whether all rows have ended, and every
+    token where stop or on_token must know; else nothing waits. Draws come from `generator` alone.
 
     Raises ArgumentError for values that cannot be used; InputError for empty prompts, a mask that
     does not fit, ids outside of the vocabulary, more tokens than the model has positions, and
@@ -90,6 +102,7 @@ def generate(
             on_scores=on_scores,
             cache_dtype=cache_dtype,
             graphs=graphs,
+            kept=kept,
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(new.device), new], 1)
@@ -110,24 +123,47 @@ def _run(
     on_scores: OnScores | None,
     cache_dtype: torch.dtype | None,
     graphs: bool,
+    kept: KeptSteps | None,
 ) -> torch.Tensor:
     """The new tokens [b, n] after prompts [b, s]."""
-    (batch, start), device, real, eos = prompt.ids.shape, prompt.ids.device, prompt.real, prompt.eos
+    (batch, start), device, real = prompt.ids.shape, prompt.ids.device, prompt.real
     end, limit = start, start + max_new_tokens
     ids = prompt.ids.new_full((batch, limit), prompt.pad_id, dtype=torch.int64)
     ids[:, :start] = prompt.ids
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
-    broken = torch.zeros_like(ended)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = tokens_seen(unpadded(prompt.ids, real), spec.vocab)
-
-    turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
-    logits, cache = read(
-        params, spec, prompt.ids, real, limit=limit, adapters=adapters, columns=cache_dtype
+    can_end = stop is not None or prompt.eos.numel() > 0
+    on_host = adjust is not None or on_scores is not None or sampling.reads_ids()
+    graphs = (
+        graphs
+        and replayable(device)
+        and not on_host
+        and max_new_tokens >= WORTH_A_GRAPH
+        and waits_for(params, spec, adapters) is None
     )
+    kind: Hashable = None
+    if graphs and kept is not None:
+        rules_of_it = sampling, tuple(prompt.eos.tolist()), prompt.pad_id, cache_dtype
+        kind = spec, batch, real is None, rules_of_it, places(params, adapters)
+    turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
 
-    def pick(logits: torch.Tensor) -> None:
+    def step_of(capacity: int) -> Step:
+        """The kept step of this kind and capacity, or a new one."""
+        found = None if kept is None else kept.take((capacity, kind))
+        if found is None:
+            cache = empty_cache(params, spec, prompt, capacity, cache_dtype)
+            found = Step.empty(
+                cache,
+                prompt.eos,
+                draws=sampling.temperature > 0,
+                vocab=spec.vocab if sampling.repetition_penalty != 1 else None,
+            )
+        return found
+
+    def keep() -> None:
+        """What is done with may serve another call."""
+        if graphs and kept is not None:
+            kept.give((step.cache.capacity, kind), step)
+
+    def pick(step: Step, logits: torch.Tensor) -> None:
         """Choose the tokens of the next column and note which rows they end."""
         scores = row_scores(
             logits,
@@ -135,82 +171,81 @@ def _run(
             sampling,
             start=start,
             real=real,
-            eos=eos,
+            eos=step.eos,
             adjust=adjust,
-            seen=seen,
+            seen=step.seen,
         )
         if on_scores is not None:
             on_scores(logits, scores)
         top, best = scores.max(-1)
-        broken.logical_or_(~(ended | top.isfinite()))
-        token.copy_(best if uniform is None else rules.look_up(scores, uniform))
-        shown.copy_(torch.where(ended, prompt.pad_id, token))
-        ids.index_copy_(1, column, shown[:, None])
-        column.add_(1)
-        used.add_((~ended).any())
-        ended.logical_or_(broken | (token[:, None] == eos).any(-1))
-        if seen is not None:
-            seen.scatter_(1, token[:, None], True)
+        ended, token = step.ended, step.token
+        step.broken.logical_or_(~(ended | top.isfinite()))
+        token.copy_(best if step.uniform is None else rules.look_up(scores, step.uniform))
+        step.shown.copy_(torch.where(ended, prompt.pad_id, token))
+        step.used.add_((~ended).any())
+        ended.logical_or_(step.broken | (token[:, None] == step.eos).any(-1))
+        if step.seen is not None:
+            step.seen.scatter_(1, token[:, None], True)
 
-    def step() -> None:
+    def advance(step: Step) -> None:
         """The tokens of one more column, from those of the last; changes tensors alone."""
         # An ended row goes on with what it drew: a pad id need not be one the model knows.
-        logits, longer = decode(params, spec, token, cache, adapters=adapters)
-        cache.end.copy_(longer.end)
-        pick(logits)
+        logits, longer = decode(params, spec, step.token, step.cache, adapters=adapters)
+        step.cache.end.copy_(longer.end)
+        pick(step, logits)
 
-    token = ids.new_zeros(batch)
-    shown, column = torch.zeros_like(token), torch.full_like(token[:1], start)
-    used = torch.zeros_like(token[0])
-    uniform = None
-    if sampling.temperature > 0:
-        uniform = torch.empty(batch, dtype=torch.float64, device=device)
-    can_end = stop is not None or eos.numel() > 0
-    on_host = adjust is not None or on_scores is not None or sampling.reads_ids()
-    graphs = (
-        graphs
-        and ids.is_cuda
-        and not on_host
-        and max_new_tokens >= WORTH_A_GRAPH
-        and waits_for(params, spec, adapters) is None
-    )
+    def read_all(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """Run rows into the step's cache; the logits of what follows."""
+        cache = kv.emptied(step.cache)
+        logits, longer = read(params, spec, ids, real, cache, adapters=adapters)
+        cache.first.copy_(longer.first)
+        cache.end.copy_(longer.end)
+        step.cache = replace(cache, length=longer.length)
+        return logits
+
+    step = step_of(kv.room(start, limit))
+    if step.seen is not None:
+        step.seen.copy_(tokens_seen(unpadded(prompt.ids, real), spec.vocab))
+    logits = read_all(prompt.ids, real)
     # Whoever watches the tokens gets none after the end; else a look now and then is enough.
     pause = PAUSE if ids.is_cuda and stop is None and on_token is None else 1
-    replay: Callable[[], None] | None = None
-    warm = False
-    fresh = True
+    warm, fresh = False, True
     while True:
-        if uniform is not None and generator is not None:
-            uniform.copy_(rules.uniforms(batch, generator), non_blocking=True)
+        if step.uniform is not None and generator is not None:
+            step.uniform.copy_(rules.uniforms(batch, generator), non_blocking=True)
         if fresh:
-            pick(logits)
+            pick(step, logits)
             fresh = False
         else:
+            early = end - start < sampling.min_new_tokens
+            replay = step.replays.get(early)
             if replay is None and graphs and warm:
-                replay = capture(step, device)
-                graphs = replay is not None
-            (replay or step)()
+                replay = capture(partial(advance, step), device)
+                if replay is None:
+                    graphs = False
+                else:
+                    step.replays[early] = replay
+            (replay or partial(advance, step))()
             warm = True
-            cache = replace(cache, length=cache.length + 1)
+            step.cache = replace(step.cache, length=step.cache.length + 1)
+        ids[:, end] = step.shown
         end += 1
-        if end - start == sampling.min_new_tokens:
-            replay = None  # ends are allowed from here on
         if on_token is not None:
-            on_token(shown.clone())
+            on_token(step.shown.clone())
         if stop is not None:
-            ended.logical_or_(stop(ids[:, :end]).to(ended.device))
-        if end == limit or (can_end and (end - start) % pause == 0 and bool(ended.all())):
+            step.ended.logical_or_(stop(ids[:, :end]).to(device))
+        if end == limit or (can_end and (end - start) % pause == 0 and bool(step.ended.all())):
             break
+        if step.cache.length == step.cache.capacity:
+            longer = step_of(kv.room(step.cache.capacity, limit))
+            longer.go_on(step)
+            keep()
+            step = longer
         if end - 1 in turns:
             # Past here LongRoPE has other frequencies: the cached keys were turned by the old.
-            replay, fresh = None, True
-            whole, mask = so_far(ids[:, :end], real, spec.vocab)
-            logits, cache = read(
-                params, spec, whole, mask, limit=limit, adapters=adapters, columns=cache_dtype
-            )
-        elif cache.length == cache.capacity:
-            cache, replay = kv.grow(cache, min(limit, cache.capacity + kv.CHUNK)), None
+            fresh, logits = True, read_all(*so_far(ids[:, :end], real, spec.vocab))
     if can_end and pause > 1:
-        end = start + int(used)
-    raise_if_broken(broken)
+        end = start + int(step.used)
+    raise_if_broken(step.broken)
+    keep()
     return ids[:, start:end]

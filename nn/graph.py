@@ -5,6 +5,11 @@ from collections.abc import Callable
 import torch
 
 
+def replayable(device: torch.device) -> bool:
+    """Can `capture` be asked for on `device`?"""
+    return device.type == "cuda"
+
+
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
     """A function that does on `device` what `step` does, as one CUDA graph; None where it cannot
     be captured, such as where `step` asks the device for a value.

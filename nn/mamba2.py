@@ -1,6 +1,6 @@
 """The Mamba 2 mixer: a short convolution, then a state that each token decays and adds to."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def _gated(y: torch.Tensor, gate: torch.Tensor, p: tree.Tree, spec: Mamba2Spec) 
     return y * gate if spec.norm_first else y
 
 
-@lru_cache(maxsize=16)
+@cache  # for good: graphs read it
 def _scales(spec: Mamba2Spec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The multipliers of all that the input projection makes, copied once to the device."""
     sizes = (spec.dim, spec.dim, *[spec.groups * spec.state] * 2, spec.heads)

@@ -52,28 +52,37 @@ def prepared(
     return Prompt(ids, real, eos, next(iter(eos_ids), 0) if pad_id is None else pad_id)
 
 
+def empty_cache(
+    params: tree.Tree,
+    spec: ModelSpec,
+    prompt: Prompt,
+    capacity: int,
+    columns: torch.dtype | None,
+) -> kv.Cache:
+    """A cache for the prompt's rows, of `capacity` tokens each; columns: as in `cache.empty`."""
+    return kv.empty(
+        spec,
+        len(prompt.ids),
+        capacity,
+        padded=prompt.real is not None,
+        dtype=params["embed"]["weight"].dtype,
+        columns=columns,
+        device=prompt.ids.device,
+    )
+
+
 def read(
     params: tree.Tree,
     spec: ModelSpec,
     ids: torch.Tensor,
     real: torch.Tensor | None,
+    cache: kv.Cache,
     *,
-    limit: int,
     adapters: tree.Tree,
-    columns: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, kv.Cache]:
-    """Prompts ids [b, s] into a cache of their own, of at most `limit` tokens: the logits [b, v] of
-    what follows the last, and the cache. columns: as in `cache.empty`.
+    """Run prompts ids [b, s] into an empty cache, of which real [b, s] is no padding: the logits
+    [b, v] of what follows the last, and the cache.
     """
-    cache = kv.empty(
-        spec,
-        len(ids),
-        min(limit, ids.shape[1] + kv.CHUNK),
-        padded=real is not None,
-        dtype=params["embed"]["weight"].dtype,
-        columns=columns,
-        device=ids.device,
-    )
     return prefill(params, spec, ids, cache, layout=layout_of(ids, real), adapters=adapters)
 
 

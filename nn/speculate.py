@@ -17,7 +17,7 @@ from .decode import decode
 from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
 from .generate import OnScores, OnToken, Stop
 from .pages import shared_length
-from .prompt import Prompt, layout_from, prepared, raise_if_broken, read, unpadded
+from .prompt import Prompt, empty_cache, layout_from, prepared, raise_if_broken, read, unpadded
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
@@ -125,9 +125,8 @@ def _run(
     ids = shown.clone()
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)
-    logits, cache = read(
-        params, spec, prompt.ids, real, limit=limit, adapters=adapters, columns=cache_dtype
-    )
+    cache = empty_cache(params, spec, prompt, kv.room(start, limit), cache_dtype)
+    logits, cache = read(params, spec, prompt.ids, real, cache, adapters=adapters)
     ahead, drafted = logits[:, None], Drafted(ids[:, :0])
     while True:
         scores = torch.stack(
@@ -180,7 +179,7 @@ def _run(
         drafted = _narrowed(drafted, ~ended)
         guesses = drafted.tokens.shape[1]
         if cache.capacity < end + guesses:
-            cache = kv.grow(cache, min(limit, end + guesses + kv.CHUNK))
+            cache = kv.grow(cache, kv.room(end + guesses, limit))
         last = ids[:, end - 1 : end]
         if guesses == 0:
             logits, cache = decode(params, spec, last[:, 0], cache, adapters=adapters)

@@ -166,14 +166,15 @@ def test_the_cache_grows_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     ids, mask = padded([prompt(0, 1, 3)[0], prompt(1, 1, 9)[0]], "left")
     once = run(tree, spec, ids, mask=mask, max_new_tokens=40)
     monkeypatch.setattr(kv, "CHUNK", 3)
+    monkeypatch.setattr(kv, "ROUND", 1)
     sizes: list[int] = []
-    grow = kv.grow
+    copied = kv.copied
 
-    def noted(cache: kv.Cache, capacity: int) -> kv.Cache:
-        sizes.append(capacity)
-        return grow(cache, capacity)
+    def noted(source: kv.Cache, target: kv.Cache) -> kv.Cache:
+        sizes.append(target.capacity)
+        return copied(source, target)
 
-    monkeypatch.setattr(kv, "grow", noted)
+    monkeypatch.setattr(kv, "copied", noted)
     assert torch.equal(run(tree, spec, ids, mask=mask, max_new_tokens=40), once)
     assert sizes[:2] == [15, 18] and max(sizes) <= 49
 
