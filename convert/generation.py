@@ -9,11 +9,12 @@ import torch
 from ..errors import ArgumentError
 from ..nn.beam import search
 from ..nn.generate import generate as run
+from ..nn.speculate import speculate
 from .bridge import CausalLM
 from .end_ids import end_ids
 from .generation_hooks import any_of, criterion_hook, generator_of, processed
 from .generation_keywords import check_options, check_waiting, fields_of
-from .generation_method import beams_of
+from .generation_method import beams_of, draft_of
 from .generation_output import GenerationOutput, Record
 from .generation_prompt import begin, check_shapes, new_tokens
 from .generation_rules import sampling_of
@@ -59,6 +60,11 @@ def generate(
     length_penalty: float | None = None,
     early_stopping: bool | str | None = None,
     renormalize_logits: bool | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    max_matching_ngram_size: int | None = None,
+    assistant_model: CausalLM | None = None,
+    num_assistant_tokens: int | None = None,
+    assistant_confidence_threshold: float | None = None,
     return_dict_in_generate: bool | None = None,
     output_scores: bool | None = None,
     output_logits: bool | None = None,
@@ -84,6 +90,14 @@ def generate(
     object with put and end. logits_processor and stopping_criteria: callables (input_ids, scores).
     presence_penalty and frequency_penalty are OpenAI's. num_beams: beam search, see
     `nn.beam.BeamSearch`; the best num_return_sequences answers of each prompt.
+
+    prompt_lookup_num_tokens or assistant_model: guess so many tokens ahead and check them in one
+    pass, by what followed the last max_matching_ngram_size (2) tokens or fewer before, or by a
+    smaller model with the same tokens, which guesses num_assistant_tokens (20) and stops at one
+    less likely than assistant_confidence_threshold (0.4). Greedy ids are those without guesses;
+    samples are other draws from the same distribution. It pays for few rows: all go on by what the
+    row keeps that keeps fewest.
+
     return_dict_in_generate: the answer as a `GenerationOutput`, with output_scores and
     output_logits what every token was chosen from.
     seed or generator: what samples are drawn from; without both a fresh seed. No other generator
@@ -132,6 +146,19 @@ def generate(
         samples=samples,
         copies=copies,
         streamer=streamer,
+    )
+    guesses = {
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        "max_matching_ngram_size": max_matching_ngram_size,
+        "num_assistant_tokens": num_assistant_tokens,
+        "assistant_confidence_threshold": assistant_confidence_threshold,
+    }
+    draft = draft_of(
+        model,
+        assistant_model,
+        lambda name, default: setting(name, guesses[name], default),
+        lambda name: _first(guesses[name], given.get(name)),
+        searches=beams is not None,
     )
     if beams is None and (copies < 1 or (copies > 1 and not samples)):
         raise ArgumentError(
@@ -199,9 +226,13 @@ def generate(
         common["on_token"] = lambda token: streamer.put(token.cpu())
     try:
         drawn_from = generator_of(seed, generator) if samples else None
-        # What is derived is made anew each time, so graphs over it are of no use to another call.
-        common["kept"] = None if model.derives() else model.kept_steps
-        sequences = run(params, model.spec, ids, generator=drawn_from, **common)
+        common["generator"] = drawn_from
+        if draft is not None:
+            sequences = speculate(params, model.spec, ids, draft, **common)
+        else:
+            # What is derived is made anew each time: graphs over it are of no use to another call.
+            kept = None if model.derives() else model.kept_steps
+            sequences = run(params, model.spec, ids, kept=kept, **common)
     finally:
         # Also after an error: whoever reads the stream in another thread would wait for ever.
         if streamer is not None:

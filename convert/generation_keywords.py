@@ -9,7 +9,7 @@ from ..errors import ArgumentError
 # transformers' keywords that do not work yet, each with the values that ask for nothing.
 WAITING: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (),
-    "assistant_model": (),
+    "assistant_tokenizer": (),
     "begin_suppress_tokens": (),
     "cache_implementation": ("dynamic", "static", "hybrid"),
     "constraints": (),
@@ -29,6 +29,7 @@ WAITING: dict[str, tuple[Any, ...]] = {
     "max_time": (),
     "negative_prompt_attention_mask": (),
     "negative_prompt_ids": (),
+    "num_assistant_tokens_schedule": ("constant",),
     "num_beam_groups": (1,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
@@ -36,7 +37,6 @@ WAITING: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0.0,),
     "position_ids": (),
     "prefix_allowed_tokens_fn": (),
-    "prompt_lookup_num_tokens": (),
     "remove_invalid_values": (False,),
     "speculation_type": (),
     "synced_gpus": (False,),

@@ -38,16 +38,24 @@ class NGrams:
 
 @dataclass(frozen=True, slots=True)
 class DraftModel:
-    """What a smaller model of the same tokens draws by the same rules; its cache so far."""
+    """What a smaller model of the same tokens draws by the same rules; its cache so far.
+
+    tokens: at most so many are drafted. confidence: none after one that had less than this
+    probability in some row.
+    """
 
     params: tree.Tree
     spec: ModelSpec
     adapters: tree.Tree = None
     tokens: int = 5
+    confidence: float = 0.0
     cache: Cache | None = None
 
     def __post_init__(self) -> None:
         _require_whole("num_assistant_tokens", self.tokens)
+        p = self.confidence
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+            raise ArgumentError(f"assistant_confidence_threshold is {p!r}, expected one in 0..1")
 
 
 Draft = NGrams | DraftModel
@@ -71,7 +79,7 @@ class Drafted:
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows under way, for whoever drafts: ids [b, limit], of which `end` columns are filled and the
-    next may be written to; start and real as in `row_scores`.
+    next may be written to; start and real as in `row_scores`; waiting [b] bool: who has not ended.
     """
 
     ids: torch.Tensor
@@ -79,6 +87,7 @@ class Rows:
     start: int
     real: torch.Tensor | None
     eos: torch.Tensor
+    waiting: torch.Tensor
 
 
 def by_ngrams(ids: torch.Tensor, how: NGrams, count: int) -> torch.Tensor:
@@ -163,10 +172,21 @@ def by_model(
         ids[:, end + i] = rules.choose(scores, sampling, generator)
         if sampling.temperature > 0:
             chances.append(scores.double().softmax(-1))
+        if how.confidence > 0 and not _sure(scores, ids[:, end + i], how, rows.waiting):
+            count = i + 1
+            break
     drafted = Drafted(
         ids[:, end : end + count].clone(), torch.stack(chances, 1) if chances else None
     )
     return drafted, replace(how, cache=cache)
+
+
+def _sure(
+    scores: torch.Tensor, token: torch.Tensor, how: DraftModel, waiting: torch.Tensor
+) -> bool:
+    """Did every waiting row's token [b] have the probability that is asked for?"""
+    p = scores.softmax(-1).gather(-1, token[:, None])[:, 0]
+    return bool(((p >= how.confidence) | ~waiting).all())
 
 
 def _as_wide(logits: torch.Tensor, vocab: int) -> torch.Tensor:

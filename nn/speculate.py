@@ -162,7 +162,7 @@ def _run(
                 return shown[:, start:end]
         # What the last step saw after the tokens that were kept has not been.
         cache = kv.cut(cache, end - 1)
-        rows = Rows(ids, end, start, real, eos)
+        rows = Rows(ids, end, start, real, eos, ~ended)
         most = limit - end - 1
         if isinstance(draft, NGrams):
             drafted = Drafted(by_ngrams(unpadded(ids[:, :end], real), draft, most))

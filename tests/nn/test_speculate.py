@@ -13,7 +13,7 @@ from purelm.errors import ArgumentError, InputError
 from purelm.nn import cache as kv
 from purelm.nn import decoder, params
 from purelm.nn import tree as trees
-from purelm.nn.draft import Draft, Drafted, DraftModel, NGrams, by_ngrams
+from purelm.nn.draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
 from purelm.nn.generate import generate
 from purelm.nn.prompt import layout_from, layout_of
 from purelm.nn.sampling import GREEDY, Sampling
@@ -33,8 +33,9 @@ def noisy(tree: Any, amount: float) -> Any:
 def drafts(kind: str, spec: Any, tree: Any) -> Draft:
     if kind == "ngrams":
         return NGrams(4, 2)
-    amount = {"same": 0.0, "near": 0.15, "far": 3.0}[kind]
-    return DraftModel(noisy(tree, amount), spec, tokens=3)
+    amount = {"same": 0.0, "near": 0.15, "unsure": 0.15, "far": 3.0}[kind]
+    confidence = 0.5 if kind == "unsure" else 0.0
+    return DraftModel(noisy(tree, amount), spec, tokens=3, confidence=confidence)
 
 
 def padded(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +51,7 @@ def padded(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @settings(max_examples=30, deadline=None)
 @given(
     mixer=st.sampled_from(["full", "window", "chunk", "latent"]),
-    kind=st.sampled_from(["ngrams", "same", "near", "far"]),
+    kind=st.sampled_from(["ngrams", "same", "near", "unsure", "far"]),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     seed=st.integers(0, 99),
     new=st.integers(1, 24),
@@ -94,6 +95,34 @@ def test_guesses_are_kept_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> No
     draft = DraftModel(noisy(tree, 0.0), spec, tokens=3)
     speculate(tree, spec, hybrids.prompt(0, 1, 5), draft, max_new_tokens=21)
     assert widths == [5, 4, 4, 4, 4, 4]
+
+
+def test_an_unsure_draft_model_says_no_more() -> None:
+    """Nothing after a guess less likely than is asked for, in a row that still waits."""
+    spec, tree = hybrids.small("full")
+    ids = hybrids.prompt(0, 2, 5).repeat(1, 2)
+
+    def width(confidence: float, waiting: list[bool]) -> int:
+        draft = DraftModel(tree, spec, tokens=4, confidence=confidence)
+        room = torch.cat([ids, torch.zeros(2, 8, dtype=torch.int64)], 1)
+        rows = Rows(room, 10, 10, None, torch.empty(0, dtype=torch.int64), torch.tensor(waiting))
+        drafted, _ = by_model(draft, rows, 9, GREEDY, vocab=50, generator=None, adjust=None)
+        return drafted.tokens.shape[1]
+
+    x = ids.clone()
+    chances = []
+    for _ in range(4):
+        p = decoder.forward(tree, spec, x)[:, -1].softmax(-1).max(-1)
+        chances.append(p.values)
+        x = torch.cat([x, p.indices[:, None]], 1)
+    low = torch.stack(chances, 1)
+    # Just over the least of row 0: it ends there at the latest, unless the row has ended.
+    most = float(low[0].min()) * (1 + 1e-9)
+    first = [int((row < most).long().argmax()) if bool((row < most).any()) else 3 for row in low]
+    assert width(0.0, [True, True]) == 4
+    assert width(most, [True, True]) == min(first) + 1
+    assert width(most, [False, True]) == first[1] + 1
+    assert width(most, [False, False]) == 4 and width(1.0, [True, True]) == 1
 
 
 def test_hooks_and_stops_see_every_token() -> None:
@@ -151,7 +180,7 @@ def test_what_is_accepted_has_the_targets_distribution(drawn: bool) -> None:
         chi_square_fits(counts, scores[row, 0].double().softmax(-1))
 
 
-@pytest.mark.parametrize("kind", ["ngrams", "near", "far"])
+@pytest.mark.parametrize("kind", ["ngrams", "near", "unsure", "far"])
 def test_samples_follow_the_model(kind: str) -> None:
     """Three tokens each of a batch of two, over the tree of all that can come."""
     spec, tree = hybrids.small("full")
@@ -262,6 +291,8 @@ def test_bad_input() -> None:
         NGrams(0)
     with pytest.raises(ArgumentError, match="num_assistant_tokens is 1.5"):
         DraftModel(tree, spec, tokens=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="assistant_confidence_threshold is 1.5"):
+        DraftModel(tree, spec, confidence=1.5)
     tree["norm"]["weight"][3] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         speculate(tree, spec, ids, NGrams(), max_new_tokens=3)
