@@ -32,8 +32,9 @@ class Engine:
 
     Every request gets the tokens that `generate` gives it alone with the same sampling and seed:
     its draws come from its own generator. Beginnings that prompts share with earlier ones are not
-    run again. Adapters and trained weights are read from the model at every step, so updates are
-    seen at once. On a GPU a request's tokens come a step late, so that no step waits for the host.
+    run again. No tokens are guessed ahead: what checking them takes, other rows use. Adapters and
+    trained weights are read from the model at every step, so updates are seen at once. On a GPU a
+    request's tokens come a step late, so that no step waits for the host.
 
     `add` and `cancel` may be called from other threads than the one that calls `step`. Raises
     ArgumentError.
