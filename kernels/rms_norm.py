@@ -1,63 +1,53 @@
-"""RMS normalisation over the last dim, forward and backward.
+"""RMS normalisation over the last dim, forward and backward, with a residual added in either.
 
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467). Statistics are
-fp32.
+fp32. The Triton launches are in rms_norm_launch.py.
 """
-
-# Kernels are written in Triton's language: they have no Python types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .launch import apply, ceil_div, jit, on_gpu, once, operator, ops, power_of_two
-from .launch import language as tl
+from . import rms_norm_launch
+from .launch import apply, on_gpu, once, ops
 
-MAX_WIDTH = 65536
-PARTIALS = 512  # programs, and so partial sums, of the weight's gradient
-
-
-class Config(NamedTuple):
-    """How a launch cuts its rows: rows and columns of a tile, warps."""
-
-    rows: int
-    block: int
-    num_warps: int
-
-
-def config_for(width: int) -> Config:
-    """Whole rows in registers, 16 values a thread; short rows (heads) share a program."""
-    block = power_of_two(width)
-    rows = max(1, 2048 // block)
-    return Config(rows, block, min(16, max(4, rows * block // 512)))
+MAX_WIDTH = rms_norm_launch.MAX_WIDTH
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast_first: bool = True
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast_first: bool = True,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """x [..., e] over its root mean square, times (offset + weight [e]); the dtype of `x`.
 
     `cast_first` rounds to the dtype of `x` before the weight is applied (transformers'
     LlamaRMSNorm); without it everything is fp32 and the rounding comes last (Gemma, with offset
-    1). Raises KernelError.
+    1). `onto` [..., e], of the dtype of `x`, is added to the rounded result. Raises KernelError.
     """
-    if weight.shape != x.shape[-1:]:
-        raise KernelError(f"weight {list(weight.shape)} for an input {list(x.shape)}: expected [e]")
-    if not on_gpu(x, weight):
-        return rms_norm_reference(x, weight, eps, offset=offset, cast_first=cast_first)
-    if x.shape[-1] > MAX_WIDTH:
-        raise KernelError(f"rows of {x.shape[-1]} values: the kernel takes up to {MAX_WIDTH}")
-    y: Tensor = apply(_RMSNorm, x, weight, eps, offset, cast_first)[0]
+    _check(x, weight, onto)
+    if not on_gpu(x, weight, onto):
+        return rms_norm_reference(x, weight, eps, offset=offset, cast_first=cast_first, onto=onto)
+    y: Tensor = apply(_RMSNorm, x, weight, onto, eps, offset, cast_first)[0]
     return y
 
 
 def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast_first: bool = True
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast_first: bool = True,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """Plain torch, as transformers' LlamaRMSNorm (cast_first) or Gemma2RMSNorm (offset 1)
     computes it.
@@ -66,9 +56,50 @@ def rms_norm_reference(
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if cast_first:
         scale = weight if offset == 0.0 else weight + offset
-        return (scale * normed.to(x.dtype)).to(x.dtype)
-    scale = weight.to(wide.dtype)
-    return (normed * (scale if offset == 0.0 else offset + scale)).to(x.dtype)
+        y = (scale * normed.to(x.dtype)).to(x.dtype)
+    else:
+        scale = weight.to(wide.dtype)
+        y = (normed * (scale if offset == 0.0 else offset + scale)).to(x.dtype)
+    return y if onto is None else onto + y
+
+
+def rms_norm_pull(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast_first: bool = True,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """dx [..., e] of `rms_norm` from the gradient dy of its result, for a weight that is not
+    trained; plus `onto` [..., e], the gradient that passes beside the norm, before the rounding.
+
+    The statistics are made again from x. Builds no graph. Raises KernelError as `rms_norm` does.
+    """
+    _check(x, weight, onto)
+    _check(x, weight, dy)
+    if on_gpu(dy, x, weight, onto):
+        dx: Tensor = once(ops.rms_norm_dx, dy, x, weight, None, onto, eps, offset, cast_first)
+        return dx
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = rms_norm_reference(x, weight.detach(), eps, offset=offset, cast_first=cast_first)
+    dx = torch.autograd.grad(y, x, dy)[0]
+    return dx if onto is None else dx + onto
+
+
+def _check(x: Tensor, weight: Tensor, beside: Tensor | None) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise KernelError(f"weight {list(weight.shape)} for an input {list(x.shape)}: expected [e]")
+    if beside is not None and (beside.shape != x.shape or beside.dtype != x.dtype):
+        raise KernelError(
+            f"{beside.dtype} {list(beside.shape)} beside an input {x.dtype} {list(x.shape)}: "
+            "expected the same"
+        )
+    if x.shape[-1] > MAX_WIDTH and on_gpu(x, weight):
+        raise KernelError(f"rows of {x.shape[-1]} values: the kernel takes up to {MAX_WIDTH}")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -76,222 +107,25 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+        x: Tensor, weight: Tensor, onto: Tensor | None, eps: float, offset: float, cast_first: bool
     ) -> tuple[Tensor, Tensor]:
-        y, rstd = ops.rms_norm(x, weight, eps, offset, cast_first)
+        y, rstd = ops.rms_norm(x, weight, onto, eps, offset, cast_first)
         return y, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, ctx.offset, ctx.cast_first = inputs
+        x, weight, _, ctx.eps, ctx.offset, ctx.cast_first = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, rstd = ctx.saved_tensors
+        dx = dweight = None
         if ctx.needs_input_grad[1]:
             op = ops.rms_norm_backward
             dx, dweight = once(op, dy, x, weight, rstd, ctx.offset, ctx.cast_first)
-        else:
-            op = ops.rms_norm_dx
-            dx, dweight = once(op, dy, x, weight, rstd, ctx.offset, ctx.cast_first), None
-        return dx, dweight, None, None, None
-
-
-@jit
-def _forward_kernel(
-    p_x,
-    p_w,
-    p_y,
-    p_rstd,
-    num_rows,
-    width,
-    stride_x,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_col = tl.arange(0, BLOCK)
-    m_row = o_row < num_rows
-    m_col = o_col < width
-    mask = m_row[:, None] & m_col[None, :]
-    b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
-    b_w = tl.load(p_w + o_col, mask=m_col, other=0.0)[None, :]
-    b_wide = b_x.to(tl.float32)
-    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_wide * b_wide, axis=1) / width + EPS)
-    b_normed = b_wide * b_rstd[:, None]
-    if CAST_FIRST:
-        if OFFSET != 0.0:
-            b_w = (b_w.to(tl.float32) + OFFSET).to(p_w.dtype.element_ty)
-        b_normed = b_normed.to(p_y.dtype.element_ty).to(tl.float32)
-        b_scale = b_w.to(tl.float32)
-    else:
-        b_scale = b_w.to(tl.float32) + OFFSET
-    b_y = (b_normed * b_scale).to(p_y.dtype.element_ty)
-    tl.store(p_y + o_row[:, None] * width + o_col[None, :], b_y, mask=mask)
-    tl.store(p_rstd + o_row, b_rstd, mask=m_row)
-
-
-@jit
-def _backward_kernel(
-    p_dy,
-    p_x,
-    p_w,
-    p_rstd,
-    p_dx,
-    p_partial,
-    num_rows,
-    width,
-    stride_dy,
-    stride_x,
-    turns,
-    OFFSET: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # With x^ = x * rstd and g = dy * scale: dx = rstd * (g - x^ * mean(g * x^)), dscale = sum of
-    # dy * x^.
-    i_program = tl.program_id(0).to(tl.int64)
-    o_col = tl.arange(0, BLOCK)
-    m_col = o_col < width
-    b_scale = tl.load(p_w + o_col, mask=m_col, other=0.0).to(tl.float32) + OFFSET
-    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for i_turn in range(turns):
-        o_row = (i_program * turns + i_turn) * ROWS + tl.arange(0, ROWS)
-        m_row = o_row < num_rows
-        mask = m_row[:, None] & m_col[None, :]
-        b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
-        b_dy = tl.load(p_dy + o_row[:, None] * stride_dy + o_col[None, :], mask=mask, other=0.0)
-        b_rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)[:, None]
-        b_normed = b_x.to(tl.float32) * b_rstd
-        b_dy = b_dy.to(tl.float32)
-        b_g = b_dy * b_scale[None, :]
-        b_mean = tl.sum(b_g * b_normed, axis=1)[:, None] / width
-        b_dx = (b_g - b_normed * b_mean) * b_rstd
-        o_out = o_row[:, None] * width + o_col[None, :]
-        tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=mask)
-        if PARTIAL:
-            if CAST_FIRST:
-                b_normed = b_normed.to(p_x.dtype.element_ty).to(tl.float32)
-            b_sum += tl.sum(b_dy * b_normed, axis=0)
-    if PARTIAL:
-        tl.store(p_partial + i_program * width + o_col, b_sum, mask=m_col)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[rows, e] with unit stride within a row; copies only a layout that has none."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@operator(
-    "rms_norm(Tensor x, Tensor weight, float eps, float offset, bool cast_first)"
-    " -> (Tensor, Tensor)",
-    fake=lambda x, *_: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(x.shape[:-1], dtype=torch.float32),
-    ),
-    rows=(0,),
-)
-def _launch_forward(
-    x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    rows, weight = _rows(x), weight.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    count, width = rows.shape
-    config = config_for(width)
-    _forward_kernel(
-        (ceil_div(count, config.rows),),
-        rows,
-        weight,
-        y,
-        rstd,
-        count,
-        width,
-        rows.stride(0),
-        EPS=eps,
-        OFFSET=offset,
-        CAST_FIRST=cast_first,
-        ROWS=config.rows,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-        enable_fp_fusion=True,
-    )
-    return y, rstd
-
-
-def _launch_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    offset: float,
-    cast_first: bool,
-    partial: bool,
-) -> tuple[Tensor, Tensor | None]:
-    grads, rows, weight = _rows(dy), _rows(x), weight.contiguous()
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    count, width = rows.shape
-    config = config_for(width)
-    tiles = ceil_div(count, config.rows)
-    turns = max(1, ceil_div(tiles, PARTIALS)) if partial else 1
-    programs = ceil_div(tiles, turns)
-    sums = x.new_empty((programs, width), dtype=torch.float32) if partial else None
-    _backward_kernel(
-        (programs,),
-        grads,
-        rows,
-        weight,
-        rstd.contiguous(),
-        dx,
-        sums,
-        count,
-        width,
-        grads.stride(0),
-        rows.stride(0),
-        turns,
-        OFFSET=offset,
-        CAST_FIRST=cast_first,
-        PARTIAL=partial,
-        ROWS=config.rows,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-        enable_fp_fusion=True,
-    )
-    return dx, sums
-
-
-def _like_x(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@operator(
-    "rms_norm_dx(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool cast_first)"
-    " -> Tensor",
-    fake=_like_x,
-    rows=(0, 1, 3),
-)
-def _launch_dx(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast_first: bool
-) -> Tensor:
-    return _launch_backward(dy, x, weight, rstd, offset, cast_first, False)[0]
-
-
-@operator(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset,"
-    " bool cast_first) -> (Tensor, Tensor)",
-    fake=lambda dy, x, weight, *_: (_like_x(dy, x), torch.empty_like(weight)),
-)
-def _launch_both(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    dx, sums = _launch_backward(dy, x, weight, rstd, offset, cast_first, True)
-    assert sums is not None
-    return dx, sums.sum(0).to(weight.dtype)
+        elif ctx.needs_input_grad[0]:
+            how = (ctx.eps, ctx.offset, ctx.cast_first)
+            dx = once(ops.rms_norm_dx, dy, x, weight, rstd, None, *how)
+        return dx, dweight, dy if ctx.needs_input_grad[2] else None, None, None, None

@@ -37,7 +37,7 @@ from purelm.kernels import (
     nf4_matvec_launch,
     nf4_products,
     nf4_tensor,
-    rms_norm,
+    rms_norm_launch,
     rope,
     short_conv,
 )
@@ -297,24 +297,32 @@ def nf4_products_cases(every: bool) -> Iterator[Case]:
 def rms_norm_cases(every: bool) -> Iterator[Case]:
     widths = (64, 128, 576, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
     for width in widths if every else (128, 576, 2048, 4096, 8192):
-        config = rms_norm.config_for(width)
+        config = rms_norm_launch.config_for(width)
         shape = {"ROWS": config.rows, "BLOCK": config.block, "num_warps": config.num_warps}
         for dtype, gemma in itertools.product((F32, BF16) if every else (BF16,), (False, True)):
-            style = {"OFFSET": float(gemma), "CAST_FIRST": not gemma}
-            yield Case(
-                f"rms_norm e={width} {dtype} gemma={gemma}",
-                rms_norm._forward_kernel,
-                (dtype, dtype, dtype, F32, 16384, width, width),
-                {"EPS": 1e-5, **style, **shape},
-            )
-            for partial in (False, True):
+            style = {"EPS": 1e-5, "OFFSET": float(gemma), "CAST_FIRST": not gemma}
+            for onto in (False, True):
+                beside = (dtype if onto else None, dtype)
                 yield Case(
-                    f"rms_norm_backward e={width} {dtype} gemma={gemma} dweight={partial}",
-                    rms_norm._backward_kernel,
-                    (dtype, dtype, dtype, F32, dtype, F32 if partial else None)
-                    + (16384, width, width, width, 32 if partial else 1),
-                    {"PARTIAL": partial, **style, **shape},
+                    f"rms_norm e={width} {dtype} {gemma=} {onto=}",
+                    rms_norm_launch._forward_kernel,
+                    (dtype, dtype, *beside, F32, 16384, width, width, width),
+                    {**style, **shape},
                 )
+                # In training the statistics are made again where a residual is added.
+                yield Case(
+                    f"rms_norm_backward e={width} {dtype} {gemma=} {onto=}",
+                    rms_norm_launch._backward_kernel,
+                    (dtype, dtype, dtype, None if onto else F32, *beside, None)
+                    + (16384, width, width, width, width, 1),
+                    {"PARTIAL": False, **style, **shape},
+                )
+            yield Case(
+                f"rms_norm_backward e={width} {dtype} {gemma=} dweight",
+                rms_norm_launch._backward_kernel,
+                (dtype, dtype, dtype, F32, None, dtype, F32, 16384, width, width, width, 0, 32),
+                {"PARTIAL": True, **style, **shape},
+            )
 
 
 def rope_cases(every: bool) -> Iterator[Case]:

@@ -12,13 +12,13 @@ import hypothesis
 import mutants
 import pytest
 
-from purelm.kernels import cross_entropy_rows, gated, rms_norm, rope
+from purelm.kernels import cross_entropy_rows, gated, rms_norm_launch, rope
 
 HERE = Path(__file__).parent
 EXAMPLES, COUNT = 12, 60
 FAMILIES: dict[str, ModuleType] = {
     "gated": gated,
-    "rms_norm": rms_norm,
+    "rms_norm": rms_norm_launch,
     "rope": rope,
     "cross_entropy": cross_entropy_rows,
 }

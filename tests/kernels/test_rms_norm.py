@@ -13,8 +13,8 @@ from oracles import assert_rows
 
 from purelm.errors import KernelError
 from purelm.kernels import launch
-from purelm.kernels import rms_norm as module
-from purelm.kernels.rms_norm import rms_norm, rms_norm_reference
+from purelm.kernels import rms_norm_launch as module
+from purelm.kernels.rms_norm import rms_norm, rms_norm_pull, rms_norm_reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 STYLES = [{}, {"offset": 1.0, "cast_first": False}, {"cast_first": False}, {"offset": 1.0}]
@@ -73,6 +73,41 @@ def test_launch(interpreted, poisoned, rows, width, seed, dtype, style, size, pa
         assert_rows(mine, theirs, truth)
 
 
+@given(**SHAPES)
+def test_a_residual_is_added(interpreted, poisoned, rows, width, seed, dtype, style, size):
+    """To the norm, and to its input's gradient, each read where it is written; with strides."""
+    x, w, dy = drawn(rows, width, seed, dtype, size)
+    onto = drawn(rows, 2 * width, seed + 1, dtype)[0][:, width:]
+
+    def run(f, x, w, onto, dy):
+        x, onto = x.detach().requires_grad_(), onto.detach().requires_grad_()
+        y = f(x, w, 1e-6, **style, onto=onto)
+        return y.detach(), *torch.autograd.grad(y, (x, onto), dy)
+
+    wide = (t.double() for t in (x, w, onto, dy))
+    ours, eager = (run(f, x, w, onto, dy) for f in (rms_norm, rms_norm_reference))
+    exact = run(rms_norm_reference, *wide)
+    count = 1 if width < 16 else 2  # as in test_launch
+    for mine, theirs, truth in zip(ours[:count], eager, exact, strict=False):
+        assert_rows(mine, theirs, truth)
+    assert torch.equal(ours[2], dy)
+    for beside in (None, onto):
+        pulled = rms_norm_pull(dy, x, w, 1e-6, **style, onto=beside)
+        assert pulled.dtype == dtype and not pulled.requires_grad
+        if width >= 16:
+            sums = [d if beside is None else d + onto.to(d.dtype) for d in (eager[1], exact[1])]
+            assert_rows(pulled, *sums)
+
+
+def test_a_pull_without_a_launch():
+    x, w, dy = (t.double() for t in drawn(3, 20, 4, torch.float32))
+    onto = dy.flip(0)
+    y = rms_norm(x.requires_grad_(), w, 1e-6)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(rms_norm_pull(dy, x, w, 1e-6), dx)
+    assert torch.equal(rms_norm_pull(dy, x, w, 1e-6, onto=onto), dx + onto)
+
+
 def test_frozen_weight_gets_the_same_dx(interpreted, poisoned):
     x, w, dy = drawn(5, 96, 1, torch.bfloat16)
     x.requires_grad_()
@@ -82,7 +117,7 @@ def test_frozen_weight_gets_the_same_dx(interpreted, poisoned):
 
 
 def test_partial_sums_of_many_rows(interpreted, poisoned, monkeypatch):
-    monkeypatch.setattr("purelm.kernels.rms_norm.PARTIALS", 3)
+    monkeypatch.setattr("purelm.kernels.rms_norm_launch.PARTIALS", 3)
     x, w, dy = drawn(50, 300, 2, torch.float32)
     ours = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, w, dy)
     with shim.checking(reverse=True):
@@ -129,6 +164,20 @@ def test_transforms(interpreted):
     ):
         torch.testing.assert_close(make(loss(rms_norm)), make(loss(rms_norm_reference)))
 
+    def onto(norm):
+        return lambda x, onto: norm(x, w, 1e-6, onto=onto).pow(3).sum()
+
+    for make in (
+        lambda f: torch.func.grad(f, argnums=(0, 1))(x, x + 1),
+        lambda f: torch.func.vmap(f, (0, None))(xs, x[:1]),
+        lambda f: torch.func.vmap(torch.func.grad(f, argnums=(0, 1)), (None, 0))(x[:1], xs),
+    ):
+        torch.testing.assert_close(make(onto(rms_norm)), make(onto(rms_norm_reference)))
+    pulled = torch.func.vmap(lambda dy, onto: rms_norm_pull(dy, x[:1], w, 1e-6, onto=onto))
+    torch.testing.assert_close(
+        pulled(xs, xs), rms_norm_pull(x, x[:1].expand(4, 32), w, 1e-6, onto=x)[:, None]
+    )
+
 
 def test_second_derivative_raises(interpreted):
     x, w, _ = drawn(2, 8, 5, torch.float32)
@@ -148,6 +197,10 @@ def test_float64_takes_the_reference(interpreted):
 def test_bad_input():
     with pytest.raises(KernelError, match="weight"):
         rms_norm(torch.ones(2, 8), torch.ones(4), 1e-6)
+    with pytest.raises(KernelError, match="beside an input"):
+        rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6, onto=torch.ones(1, 8))
+    with pytest.raises(KernelError, match="beside an input"):
+        rms_norm_pull(torch.ones(2, 8).half(), torch.ones(2, 8), torch.ones(8), 1e-6)
     with launch.interpreting(), pytest.raises(KernelError, match="up to 65536"):
         rms_norm(torch.ones(1, 65537), torch.ones(65537), 1e-6)
     with pytest.raises(KernelError, match="different devices"):

@@ -1,0 +1,259 @@
+"""The Triton launches behind rms_norm.py, which has their reference and defines the arithmetic."""
+
+# Kernels are written in Triton's language: they have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import ceil_div, jit, operator, power_of_two
+from .launch import language as tl
+
+MAX_WIDTH = 65536
+PARTIALS = 512  # programs, and so partial sums, of the weight's gradient
+
+
+class Config(NamedTuple):
+    """How a launch cuts its rows: rows and columns of a tile, warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def config_for(width: int) -> Config:
+    """Whole rows in registers, 16 values a thread; short rows (heads) share a program."""
+    block = power_of_two(width)
+    rows = max(1, 2048 // block)
+    return Config(rows, block, min(16, max(4, rows * block // 512)))
+
+
+@jit
+def _forward_kernel(
+    p_x,
+    p_w,
+    p_onto,
+    p_y,
+    p_rstd,
+    num_rows,
+    width,
+    stride_x,
+    stride_onto,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_col = tl.arange(0, BLOCK)
+    m_row = o_row < num_rows
+    m_col = o_col < width
+    mask = m_row[:, None] & m_col[None, :]
+    b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
+    b_w = tl.load(p_w + o_col, mask=m_col, other=0.0)[None, :]
+    b_wide = b_x.to(tl.float32)
+    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_wide * b_wide, axis=1) / width + EPS)
+    b_normed = b_wide * b_rstd[:, None]
+    if CAST_FIRST:
+        if OFFSET != 0.0:
+            b_w = (b_w.to(tl.float32) + OFFSET).to(p_w.dtype.element_ty)
+        b_normed = b_normed.to(p_y.dtype.element_ty).to(tl.float32)
+        b_scale = b_w.to(tl.float32)
+    else:
+        b_scale = b_w.to(tl.float32) + OFFSET
+    b_y = (b_normed * b_scale).to(p_y.dtype.element_ty)
+    if p_onto is not None:
+        o_onto = o_row[:, None] * stride_onto + o_col[None, :]
+        b_onto = tl.load(p_onto + o_onto, mask=mask, other=0.0).to(tl.float32)
+        b_y = (b_onto + b_y.to(tl.float32)).to(p_y.dtype.element_ty)
+    tl.store(p_y + o_row[:, None] * width + o_col[None, :], b_y, mask=mask)
+    tl.store(p_rstd + o_row, b_rstd, mask=m_row)
+
+
+@jit
+def _backward_kernel(
+    p_dy,
+    p_x,
+    p_w,
+    p_rstd,
+    p_onto,
+    p_dx,
+    p_partial,
+    num_rows,
+    width,
+    stride_dy,
+    stride_x,
+    stride_onto,
+    turns,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # With x^ = x * rstd and g = dy * scale: dx = rstd * (g - x^ * mean(g * x^)), dscale = sum of
+    # dy * x^.
+    i_program = tl.program_id(0).to(tl.int64)
+    o_col = tl.arange(0, BLOCK)
+    m_col = o_col < width
+    b_scale = tl.load(p_w + o_col, mask=m_col, other=0.0).to(tl.float32) + OFFSET
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for i_turn in range(turns):
+        o_row = (i_program * turns + i_turn) * ROWS + tl.arange(0, ROWS)
+        m_row = o_row < num_rows
+        mask = m_row[:, None] & m_col[None, :]
+        b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
+        b_dy = tl.load(p_dy + o_row[:, None] * stride_dy + o_col[None, :], mask=mask, other=0.0)
+        b_x = b_x.to(tl.float32)
+        if p_rstd is not None:
+            b_rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)[:, None]
+        else:
+            b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / width + EPS)[:, None]
+        b_normed = b_x * b_rstd
+        b_dy = b_dy.to(tl.float32)
+        b_g = b_dy * b_scale[None, :]
+        b_mean = tl.sum(b_g * b_normed, axis=1)[:, None] / width
+        b_dx = (b_g - b_normed * b_mean) * b_rstd
+        if p_onto is not None:
+            o_onto = o_row[:, None] * stride_onto + o_col[None, :]
+            b_dx += tl.load(p_onto + o_onto, mask=mask, other=0.0).to(tl.float32)
+        o_out = o_row[:, None] * width + o_col[None, :]
+        tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+        if PARTIAL:
+            if CAST_FIRST:
+                b_normed = b_normed.to(p_x.dtype.element_ty).to(tl.float32)
+            b_sum += tl.sum(b_dy * b_normed, axis=0)
+    if PARTIAL:
+        tl.store(p_partial + i_program * width + o_col, b_sum, mask=m_col)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[rows, e] with unit stride within a row; copies only a layout that has none."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _new(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator(
+    "rms_norm(Tensor x, Tensor weight, Tensor? onto, float eps, float offset, bool cast_first)"
+    " -> (Tensor, Tensor)",
+    fake=lambda x, *_: (_new(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
+    rows=(0, 2),
+)
+def _launch_forward(
+    x: Tensor, weight: Tensor, onto: Tensor | None, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    rows, weight = _rows(x), weight.contiguous()
+    beside = None if onto is None else _rows(onto)
+    y, rstd = _new(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    count, width = rows.shape
+    config = config_for(width)
+    _forward_kernel(
+        (ceil_div(count, config.rows),),
+        rows,
+        weight,
+        beside,
+        y,
+        rstd,
+        count,
+        width,
+        rows.stride(0),
+        0 if beside is None else beside.stride(0),
+        EPS=eps,
+        OFFSET=offset,
+        CAST_FIRST=cast_first,
+        ROWS=config.rows,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )
+    return y, rstd
+
+
+def _launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None,
+    onto: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+    partial: bool,
+) -> tuple[Tensor, Tensor | None]:
+    grads, rows, weight = _rows(dy), _rows(x), weight.contiguous()
+    beside = None if onto is None else _rows(onto)
+    dx = _new(x)
+    count, width = rows.shape
+    config = config_for(width)
+    tiles = ceil_div(count, config.rows)
+    turns = max(1, ceil_div(tiles, PARTIALS)) if partial else 1
+    programs = ceil_div(tiles, turns)
+    sums = x.new_empty((programs, width), dtype=torch.float32) if partial else None
+    _backward_kernel(
+        (programs,),
+        grads,
+        rows,
+        weight,
+        None if rstd is None else rstd.contiguous(),
+        beside,
+        dx,
+        sums,
+        count,
+        width,
+        grads.stride(0),
+        rows.stride(0),
+        0 if beside is None else beside.stride(0),
+        turns,
+        EPS=eps,
+        OFFSET=offset,
+        CAST_FIRST=cast_first,
+        PARTIAL=partial,
+        ROWS=config.rows,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )
+    return dx, sums
+
+
+@operator(
+    "rms_norm_dx(Tensor dy, Tensor x, Tensor weight, Tensor? rstd, Tensor? onto, float eps,"
+    " float offset, bool cast_first) -> Tensor",
+    fake=lambda dy, x, *_: _new(x),
+    rows=(0, 1, 3, 4),
+)
+def _launch_dx(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None,
+    onto: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+) -> Tensor:
+    """rstd: as the forward made it, or None, which makes it again from x."""
+    return _launch_backward(dy, x, weight, rstd, onto, eps, offset, cast_first, False)[0]
+
+
+@operator(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset,"
+    " bool cast_first) -> (Tensor, Tensor)",
+    fake=lambda dy, x, weight, *_: (_new(x), torch.empty_like(weight)),
+)
+def _launch_both(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    dx, sums = _launch_backward(dy, x, weight, rstd, None, 0.0, offset, cast_first, True)
+    assert sums is not None
+    return dx, sums.sum(0).to(weight.dtype)
