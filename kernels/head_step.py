@@ -10,8 +10,6 @@ only.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -19,20 +17,11 @@ from ..errors import KernelError
 from .launch import jit, on_gpu, operator, ops, power_of_two
 from .launch import language as tl
 from .rms_norm import rms_norm_reference
-from .rope import rope_reference
+from .rms_norm_launch import _scale, _weigh
+from .rope import HeadNorm, rope_reference
 
 # Of e4m3.
 LARGEST = 448.0
-
-
-class HeadNorm(NamedTuple):
-    """RMSNorm of every head: weights [d] of q and of k, and how, as in `rms_norm`."""
-
-    q: Tensor
-    k: Tensor
-    eps: float
-    offset: float
-    cast_first: bool
 
 
 def head_step(
@@ -200,12 +189,10 @@ def _stored(b_x, DTYPE: tl.constexpr, NARROW: tl.constexpr):
 
 @jit
 def _weighed(b_x, b_rms, p_weight, mask, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
-    """x over its root mean square, weighed, in the dtype of x."""
-    b_weight = tl.load(p_weight, mask=mask, other=0.0).to(tl.float32) + OFFSET
-    b_y = b_x.to(tl.float32) * b_rms
-    if CAST_FIRST:
-        b_y = b_y.to(b_x.dtype).to(tl.float32)
-    return (b_y * b_weight).to(b_x.dtype)
+    """x over its root mean square, weighed, rounded to the dtype of x."""
+    b_w = tl.load(p_weight, mask=mask, other=0.0)
+    b_scale = _scale(b_w, b_w.dtype, OFFSET, CAST_FIRST)
+    return _weigh(b_x.to(tl.float32) * b_rms, b_scale, b_x.dtype, CAST_FIRST).to(b_x.dtype)
 
 
 @operator(

@@ -122,10 +122,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, rstd = ctx.saved_tensors
         dx = dweight = None
+        how = (ctx.eps, ctx.offset, ctx.cast_first)
         if ctx.needs_input_grad[1]:
-            op = ops.rms_norm_backward
-            dx, dweight = once(op, dy, x, weight, rstd, ctx.offset, ctx.cast_first)
+            dx, dweight = once(ops.rms_norm_backward, dy, x, weight, rstd, *how)
         elif ctx.needs_input_grad[0]:
-            how = (ctx.eps, ctx.offset, ctx.cast_first)
             dx = once(ops.rms_norm_dx, dy, x, weight, rstd, None, *how)
         return dx, dweight, dy if ctx.needs_input_grad[2] else None, None, None, None

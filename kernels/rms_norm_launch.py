@@ -33,6 +33,27 @@ def config_for(width: int) -> Config:
 
 
 @jit
+def _scale(b_w, dtype: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """offset + weight in fp32, for a weight of this dtype, in which the sum is rounded with
+    CAST_FIRST.
+    """
+    b_scale = b_w.to(tl.float32)
+    if OFFSET != 0.0:
+        b_scale += OFFSET
+        if CAST_FIRST:
+            b_scale = b_scale.to(dtype).to(tl.float32)
+    return b_scale
+
+
+@jit
+def _weigh(b_normed, b_scale, dtype: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """What is normalised, in fp32, times the scale, rounded to `dtype`; still in fp32."""
+    if CAST_FIRST:
+        b_normed = b_normed.to(dtype).to(tl.float32)
+    return (b_normed * b_scale).to(dtype).to(tl.float32)
+
+
+@jit
 def _forward_kernel(
     p_x,
     p_w,
@@ -58,20 +79,13 @@ def _forward_kernel(
     b_w = tl.load(p_w + o_col, mask=m_col, other=0.0)[None, :]
     b_wide = b_x.to(tl.float32)
     b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_wide * b_wide, axis=1) / width + EPS)
-    b_normed = b_wide * b_rstd[:, None]
-    if CAST_FIRST:
-        if OFFSET != 0.0:
-            b_w = (b_w.to(tl.float32) + OFFSET).to(p_w.dtype.element_ty)
-        b_normed = b_normed.to(p_y.dtype.element_ty).to(tl.float32)
-        b_scale = b_w.to(tl.float32)
-    else:
-        b_scale = b_w.to(tl.float32) + OFFSET
-    b_y = (b_normed * b_scale).to(p_y.dtype.element_ty)
+    b_scale = _scale(b_w, p_w.dtype.element_ty, OFFSET, CAST_FIRST)
+    b_y = _weigh(b_wide * b_rstd[:, None], b_scale, p_y.dtype.element_ty, CAST_FIRST)
     if p_onto is not None:
         o_onto = o_row[:, None] * stride_onto + o_col[None, :]
-        b_onto = tl.load(p_onto + o_onto, mask=mask, other=0.0).to(tl.float32)
-        b_y = (b_onto + b_y.to(tl.float32)).to(p_y.dtype.element_ty)
-    tl.store(p_y + o_row[:, None] * width + o_col[None, :], b_y, mask=mask)
+        b_y += tl.load(p_onto + o_onto, mask=mask, other=0.0).to(tl.float32)
+    o_y = o_row[:, None] * width + o_col[None, :]
+    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=mask)
     tl.store(p_rstd + o_row, b_rstd, mask=m_row)
 
 
@@ -102,7 +116,8 @@ def _backward_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BLOCK)
     m_col = o_col < width
-    b_scale = tl.load(p_w + o_col, mask=m_col, other=0.0).to(tl.float32) + OFFSET
+    b_w = tl.load(p_w + o_col, mask=m_col, other=0.0)
+    b_scale = _scale(b_w, p_w.dtype.element_ty, OFFSET, CAST_FIRST)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i_turn in range(turns):
         o_row = (i_program * turns + i_turn) * ROWS + tl.arange(0, ROWS)
@@ -247,13 +262,19 @@ def _launch_dx(
 
 
 @operator(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset,"
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? rstd, float eps, float offset,"
     " bool cast_first) -> (Tensor, Tensor)",
     fake=lambda dy, x, weight, *_: (_new(x), torch.empty_like(weight)),
 )
 def _launch_both(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, cast_first: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    dx, sums = _launch_backward(dy, x, weight, rstd, None, 0.0, offset, cast_first, True)
+    dx, sums = _launch_backward(dy, x, weight, rstd, None, eps, offset, cast_first, True)
     assert sums is not None
     return dx, sums.sum(0).to(weight.dtype)

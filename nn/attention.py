@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..kernels.attention import Documents, attention, fused
 from ..kernels.decode_attention import decode_attention
-from ..kernels.rope import rope_qk
+from ..kernels.rope import HeadNorm, rope_qk
 from . import alibi, tree
 from .layout import Layout
 from .norm import norm
@@ -54,16 +54,30 @@ def prepared(
     """
     if spec.clip is not None:
         q, k, v = (x.clamp(-spec.clip, spec.clip) for x in (q, k, v))
-    if not spec.qk_norm_after:
+    turns = spec.rope is not None and spec.rope.dim and table is not None
+    together = head_norm(p, spec) if turns else None
+    if not spec.qk_norm_after and together is None:
         q, k = _normed(q, k, p, spec)
     if spec.rope is not None and table is not None:
         if spec.rope.dim:
-            q, k = rope_qk(q, k, table.cos, table.sin, interleaved=spec.rope.interleaved)
+            angles, pairs = (table.cos, table.sin), spec.rope.interleaved
+            q, k = rope_qk(q, k, *angles, interleaved=pairs, norm=together)
         if table.query_scale is not None:
             q = q * table.query_scale[..., None, None].to(q.dtype)
     if spec.qk_norm_after:
         q, k = _normed(q, k, p, spec)
     return q, k, v
+
+
+def head_norm(p: tree.Tree, spec: AttentionSpec) -> HeadNorm | None:
+    """The norm of each head of q and k if it runs with their rotation: an RMSNorm before it."""
+    how = spec.qk_norm
+    if how is None or how.kind != "rms" or not how.weight:
+        return None
+    if spec.qk_norm_over != "head" or spec.qk_norm_after:
+        return None
+    weights = p["q_norm"]["weight"], p["k_norm"]["weight"]
+    return HeadNorm(*weights, how.eps, how.offset, how.cast_first)
 
 
 def _normed(

@@ -8,9 +8,9 @@ import torch
 
 from ..kernels.decode_attention import decode_attention
 from ..kernels.gated import ACTIVATIONS
-from ..kernels.head_step import HeadNorm, head_step
+from ..kernels.head_step import head_step
 from . import packed, rope, tree
-from .attention import Span, reach, terms
+from .attention import Span, head_norm, reach, terms
 from .cache import Buffers
 from .linear import Projection
 from .lora import LoRA
@@ -97,7 +97,7 @@ def layer(
         values,
         at,
         interleaved=how.rope.interleaved,
-        norm=_head_norm(p["attn"], how),
+        norm=head_norm(p["attn"], how),
     )
     own = terms(how, p["attn"], reach(keys, seen), keys.device)
     out = decode_attention(q, keys, values, *seen, **own).flatten(1)
@@ -106,12 +106,3 @@ def layer(
     inner = norm(x, p.get("mlp_norm"), spec.norm)
     hidden = packed.project(inner, *gate_up, activation=mlp.activation)
     return packed.project(hidden, *down, residual=x, residual_scale=scale)
-
-
-def _head_norm(p: tree.Tree, spec: AttentionSpec) -> HeadNorm | None:
-    if spec.qk_norm is None:
-        return None
-    how = spec.qk_norm
-    return HeadNorm(
-        p["q_norm"]["weight"], p["k_norm"]["weight"], how.eps, how.offset, how.cast_first
-    )

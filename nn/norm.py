@@ -5,23 +5,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import rms_norm, rms_norm_pull
 from .spec import LayerSpec, NormSpec
 
 
-def norm(x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec) -> torch.Tensor:
-    """x [..., d] normalised and weighted, in its dtype; the weight is [d], or [h, d] per head.
+def norm(
+    x: torch.Tensor,
+    p: dict[str, torch.Tensor] | None,
+    spec: NormSpec,
+    onto: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., d] normalised and weighted, in its dtype, added to `onto` if there is that; the
+    weight is [d], or [h, d] per head.
 
     `p` is None where the spec has no weight.
     """
+    if p is not None and spec.kind == "rms":
+        how: dict[str, Any] = {"offset": spec.offset, "cast_first": spec.cast_first}
+        return rms_norm(x, p["weight"], spec.eps, **how, onto=onto)
+    made = _plain(x, p, spec)
+    return made if onto is None else onto + made
+
+
+def _plain(x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec) -> torch.Tensor:
+    """A norm without a kernel of ours."""
     if p is None and spec.kind == "rms":
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, x.shape[-1:], eps=spec.eps).to(x.dtype)
     if p is None:
         return F.layer_norm(x, x.shape[-1:], eps=spec.eps)
     weight, bias = p["weight"], p.get("bias")
-    if spec.kind == "rms":
-        return rms_norm(x, weight, spec.eps, offset=spec.offset, cast_first=spec.cast_first)
     if weight.ndim == 1:
         weight = weight + spec.offset if spec.offset else weight
         return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
@@ -30,8 +43,30 @@ def norm(x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec) -> 
     return (wide if bias is None else wide + bias).to(x.dtype)
 
 
+def pull(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    p: dict[str, torch.Tensor] | None,
+    spec: NormSpec,
+    onto: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The backward of `norm` to x, for a frozen weight: dy [..., d] of its result to dx, plus
+    `onto`, what reaches x beside the norm. Builds no graph.
+    """
+    if p is not None and spec.kind == "rms":
+        how: dict[str, Any] = {"offset": spec.offset, "cast_first": spec.cast_first}
+        return rms_norm_pull(dy, x, p["weight"], spec.eps, **how, onto=onto)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        normed = norm(x, p, spec)
+    dx: torch.Tensor = torch.autograd.grad(normed, x, dy)[0]
+    return dx if onto is None else dx + onto
+
+
 def add(x: torch.Tensor, branch: torch.Tensor, p: Any, spec: LayerSpec) -> torch.Tensor:
     """x plus what a branch made, normalised and scaled where the layer does that."""
+    if p is not None and spec.residual_scale == 1.0:
+        return norm(branch, p, spec.norm, onto=x)
     if p is not None:
         branch = norm(branch, p, spec.norm)
     return x + (branch if spec.residual_scale == 1.0 else branch * spec.residual_scale)
@@ -45,8 +80,4 @@ def add_backward(
     if p is None:
         return dy
     assert branch is not None
-    with torch.enable_grad():
-        branch = branch.detach().requires_grad_()
-        normed = norm(branch, p, spec.norm)
-    found: torch.Tensor = torch.autograd.grad(normed, branch, dy)[0]
-    return found
+    return pull(dy, branch, p, spec.norm)

@@ -38,7 +38,7 @@ from purelm.kernels import (
     nf4_products,
     nf4_tensor,
     rms_norm_launch,
-    rope,
+    rope_launch,
     short_conv,
 )
 from purelm.kernels.launch import Kernel, power_of_two
@@ -328,22 +328,27 @@ def rms_norm_cases(every: bool) -> Iterator[Case]:
 def rope_cases(every: bool) -> Iterator[Case]:
     shapes = ((32, 8, 64, 64), (32, 8, 128, 128), (16, 8, 256, 256), (9, 3, 64, 64), (8, 8, 80, 32))
     for heads, heads_k, dim, rot in shapes:
+        config = rope_launch.config_for(heads, rot // 2)
         for dtype in (F32, BF16) if every else (BF16,):
-            for interleaved, inverse in itertools.product((False, True), repeat=2):
+            for normed, interleaved, inverse in itertools.product((False, True), repeat=3):
+                raws = (dtype if normed and inverse else None,) * 2
                 yield Case(
-                    f"rope {heads}+{heads_k}x{dim}/{rot} {dtype} {interleaved=} {inverse=}",
-                    rope._rope_kernel,
-                    (dtype, dtype, F32, F32, dtype, dtype, 2048, heads, heads_k, dim, rot)
-                    + (2048 * heads * dim, heads * dim, dim)
+                    f"rope {heads}+{heads_k}x{dim}/{rot} {dtype} {normed=} {interleaved=}"
+                    f" {inverse=}",
+                    rope_launch._rope_kernel,
+                    (dtype, dtype, *raws, *(dtype if normed else None,) * 2, F32, F32, dtype, dtype)
+                    + (2048, heads, heads_k, dim, rot, 2048 * heads * dim, heads * dim, dim)
                     + (2048 * heads_k * dim, heads_k * dim, dim, 0),
                     {
+                        "EPS": 1e-6,
+                        "OFFSET": 0.0,
+                        "CAST_FIRST": True,
                         "INTERLEAVED": interleaved,
                         "INVERSE": inverse,
-                        "HEADS_Q": power_of_two(heads),
-                        "HEADS_K": power_of_two(heads_k),
+                        "HEADS": config.heads,
                         "HALF": power_of_two(rot // 2),
                         "REST": 0 if rot == dim else power_of_two(dim - rot),
-                        "num_warps": rope.config_for(heads, rot // 2),
+                        "num_warps": config.num_warps,
                     },
                 )
 
@@ -574,7 +579,7 @@ def main(arch: int, every: bool) -> None:
             nf4_launch._dequantize_kernel,
             fp8_launch._cast_kernel,
             fp8_launch._nf4_kernel,
-            rope._rope_kernel,
+            rope_launch._rope_kernel,
         )
         made = case.kernel.jitted.warmup(
             *case.args, **case.options, enable_fp_fusion=not exact, grid=(1,)

@@ -12,14 +12,14 @@ import hypothesis
 import mutants
 import pytest
 
-from purelm.kernels import cross_entropy_rows, gated, rms_norm_launch, rope
+from purelm.kernels import cross_entropy_rows, gated, rms_norm_launch, rope_launch
 
 HERE = Path(__file__).parent
 EXAMPLES, COUNT = 12, 60
 FAMILIES: dict[str, ModuleType] = {
     "gated": gated,
     "rms_norm": rms_norm_launch,
-    "rope": rope,
+    "rope": rope_launch,
     "cross_entropy": cross_entropy_rows,
 }
 

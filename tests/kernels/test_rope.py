@@ -5,10 +5,12 @@ import shim
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_elementwise
+from oracles import assert_elementwise, assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels.rope import rope, rope_qk, rope_reference
+from purelm.kernels import launch
+from purelm.kernels.rms_norm import rms_norm_reference
+from purelm.kernels.rope import HeadNorm, rope, rope_qk, rope_reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -103,6 +105,93 @@ def test_launch(
     assert torch.equal(alone, ours[0])
 
 
+def norm_of(dim: int, seed: int, dtype, style) -> HeadNorm:
+    weights = 1 + 0.2 * heads((2, dim), seed, torch.float32)
+    offset, cast_first = style
+    return HeadNorm(*(weights - offset).to(dtype).unbind(0), 1e-6, offset, cast_first)
+
+
+def apart(q, k, cos, sin, norm, interleaved=False):
+    """The norm and the rotation as two references."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    how = {"offset": norm.offset, "cast_first": norm.cast_first}
+    normed = [rms_norm_reference(x, w, norm.eps, **how) for x, w in ((q, norm.q), (k, norm.k))]
+    cos, sin = cos.to(wide), sin.to(wide)
+    return [rope_reference(x, cos, sin, interleaved=interleaved) for x in normed]
+
+
+@given(
+    batch=st.integers(1, 2),
+    count_q=st.sampled_from([1, 3, 9]),
+    count_k=st.sampled_from([1, 2, 9]),
+    half=st.integers(1, 20),
+    rest=st.sampled_from([0, 0, 1, 17]),
+    shared=st.booleans(),
+    interleaved=st.booleans(),
+    strided=st.booleans(),
+    style=st.sampled_from([(0.0, True), (1.0, False), (1.0, True)]),
+    train=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**31),
+)
+def test_normed_heads(
+    interpreted, poisoned, batch, count_q, count_k, half, rest, shared, interleaved, strided,
+    style, train, dtype, seed,
+):  # fmt: skip
+    dim, length = 2 * half + rest, 2
+    packed = heads((batch, length, count_q + count_k, dim), seed, dtype)
+    q, k = packed.split([count_q, count_k], 2)
+    if strided:
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    cos, sin = table(1 if shared else batch, length, 2 * half, seed, interleaved)
+    norm = norm_of(dim, seed, dtype, style)
+    g = heads(packed.shape, seed + 1, dtype).split([count_q, count_k], 2)
+
+    def run(f, q, k, norm, g):
+        q, k, wq, wk = (t.detach().requires_grad_() for t in (q, k, norm.q, norm.k))
+        if not train:
+            wq, wk = wq.detach(), wk.detach()
+        out = f(q, k, cos, sin, norm=norm._replace(q=wq, k=wk), interleaved=interleaved)
+        wanted = (q, k, wq, wk) if train else (q, k)
+        return [t.detach() for t in out] + list(torch.autograd.grad(out, wanted, g))
+
+    def wide(norm):
+        return norm._replace(q=norm.q.double(), k=norm.k.double())
+
+    ours, eager = run(rope_qk, q, k, norm, g), run(apart, q, k, norm, g)
+    exact = run(apart, q.double(), k.double(), wide(norm), [t.double() for t in g])
+    # Of few values the gradient is a difference of nearly equal numbers.
+    count = len(ours) if dim >= 16 else 2
+    for mine, theirs, truth in zip(ours[:count], eager, exact, strict=False):
+        assert_rows(mine, theirs, truth)
+    assert ours[0].is_contiguous()
+    with launch.interpreting(False):
+        plain = run(rope_qk, q, k, norm, g)
+    assert all(torch.equal(a, b) for a, b in zip(plain, eager, strict=True))
+
+
+def test_normed_heads_under_transforms(interpreted):
+    q, k = heads((3, 1, 4, 2, 18), 0, torch.float32), heads((3, 1, 4, 1, 18), 1, torch.float32)
+    cos, sin = table(1, 4, 16, 2)
+    norm = norm_of(18, 3, torch.float32, (0.0, True))
+
+    def loss(f):
+        def total(q, k, w):
+            a, b = f(q, k, cos, sin, norm=norm._replace(q=w))
+            return (a * a.cumsum(1)).sum() + b.pow(3).sum()
+
+        return total
+
+    for make in (
+        lambda f: torch.func.grad(f, argnums=(0, 1, 2))(q[0], k[0], norm.q),
+        lambda f: torch.func.vmap(torch.func.grad(f, argnums=(0, 1)), (0, 0, None))(q, k, norm.q),
+        lambda f: torch.func.grad(lambda q: torch.func.vmap(f, (0, 0, None))(q, k, norm.q).sum())(
+            q
+        ),
+    ):
+        torch.testing.assert_close(make(loss(rope_qk)), make(loss(apart)))
+
+
 def test_inverse_undoes(interpreted):
     x = heads((1, 3, 2, 8), 0, torch.float32).requires_grad_()
     cos, sin = table(1, 3, 8, 1)
@@ -155,3 +244,6 @@ def test_bad_input():
         rope(x, torch.ones(1, 3, 7), torch.ones(1, 3, 7))
     with pytest.raises(KernelError, match="do not fit"):
         rope_qk(x, x.double(), good, good)
+    norm = HeadNorm(torch.ones(8), torch.ones(4), 1e-6, 0.0, True)
+    with pytest.raises(KernelError, match=r"twice \[d\]"):
+        rope_qk(x, x, good, good, norm=norm)
