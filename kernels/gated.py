@@ -30,13 +30,17 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     "gelu" is exact (erf), "gelu_tanh" its tanh form, "relu2" relu squared. The launch computes in
     fp32 and rounds once; its backward reads gate and up only. Raises KernelError.
     """
-    if activation not in ACTIVATIONS:
-        raise KernelError(f"activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-    _check_pair(gate, up)
+    _check(gate, up, activation)
     if not on_gpu(gate, up):
         return gated_reference(gate, up, activation)
     h: Tensor = apply(_Gated, gate, up, activation)
     return h
+
+
+def _check(gate: Tensor, up: Tensor, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    _check_pair(gate, up)
 
 
 def _check_pair(gate: Tensor, up: Tensor) -> None:

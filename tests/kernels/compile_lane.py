@@ -26,6 +26,7 @@ from purelm.kernels import (
     flash,
     flash_launch,
     fp8_launch,
+    fp8_made,
     gated,
     grouped_dense_launch,
     grouped_nf4_launch,
@@ -234,6 +235,29 @@ def fp8_cases(every: bool) -> Iterator[Case]:
             (dtype,) * len(parts) + (None,) * none + (E4M3, F32, *strides, *strides, sum(parts)),
             {"X": x, "Y": y, "Z": z, "CHUNK": fp8_launch.CHUNK, "num_warps": warps},
         )
+    for width, dtype in itertools.product(
+        (576, 4096, 14336), (F32, F16, BF16) if every else (BF16,)
+    ):
+        shape = {"BLOCK": power_of_two(width), "num_warps": fp8_made.warps_for(width, 16)}
+        yield Case(
+            f"fp8_norm_rows {width} {dtype}",
+            fp8_made._norm_kernel,
+            (dtype, dtype, dtype, E4M3, F32, width),
+            {"EPS": 1e-5, "OFFSET": 0.0, "CAST_FIRST": True, **shape},
+        )
+        for activation in gated.ACTIVATIONS if every else ("silu",):
+            yield Case(
+                f"fp8_gated_rows {width} {activation} {dtype}",
+                fp8_made._gated_kernel,
+                (dtype, dtype, dtype, E4M3, F32, width),
+                {"ACTIVATION": activation, **shape},
+            )
+            yield Case(
+                f"fp8_gated_pull_rows {width} {activation} {dtype}",
+                fp8_made._gated_pull_kernel,
+                (dtype, dtype, dtype, dtype, dtype, E4M3, F32, width),
+                {"ACTIVATION": activation, **shape},
+            )
     for block, width, double, transposed in itertools.product(
         (32, 64, 4096) if every else (64,), (4096, 592), (False, True), (False, True)
     ):

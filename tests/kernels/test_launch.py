@@ -57,18 +57,24 @@ def test_the_path_is_picked_by_device_and_dtype():
 def test_ops_have_right_schemas_and_fakes(interpreted):
     ops = torch.ops.purelm
     x, w = torch.randn(3, 5, 16), torch.randn(16)
-    y, rstd = ops.rms_norm(x, w, 1e-6, 0.0, True)
+    y, rstd = ops.rms_norm(x, w, None, 1e-6, 0.0, True)
     q, k, angle = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.rand(1, 3, 8)
     packed, absmax = ops.nf4_quantize(torch.randn(500), 64)
     codes, scale = ops.nf4_quantize_absmax(absmax, absmax.mean())
     parts = (packed, codes, scale, absmax.mean())
     labels = torch.tensor([1, -100, 3])
     for op, args in [
-        (ops.rms_norm, (x, w, 1e-6, 0.0, True)),
-        (ops.rms_norm_dx, (y, x, w, rstd, 0.0, True)),
-        (ops.rms_norm_backward, (y, x, w, rstd, 0.0, True)),
+        (ops.rms_norm, (x, w, x.transpose(0, 1).contiguous().transpose(0, 1), 1e-6, 0.0, True)),
+        (ops.rms_norm_dx, (y, x, w, rstd, None, 1e-6, 0.0, True)),
+        (ops.rms_norm_dx, (y, x, w, None, y, 1e-6, 0.0, True)),
+        (ops.rms_norm_backward, (y, x, w, rstd, 1e-6, 0.0, True)),
         (ops.rope, (q.transpose(1, 2).contiguous().transpose(1, 2), angle, angle, False, False)),
         (ops.rope_qk, (q, k, angle, angle, True, True)),
+        (ops.norm_rope_qk, (q, k, w[:8], w[8:], angle, angle, 1e-6, 0.0, True, False)),
+        (
+            ops.norm_rope_qk_dx,
+            (q, k, q, k, w[:8], w[8:], angle, angle, 1e-6, 0.0, True, False),
+        ),
         (ops.gated, (x, x.transpose(0, 1).contiguous().transpose(0, 1), "silu")),
         (ops.gated_backward, (x, x, x, "gelu")),
         (ops.nf4_quantize, (torch.randn(500), 64)),
