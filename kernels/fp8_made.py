@@ -55,7 +55,9 @@ def norm_rows(
         return Made(y, fp8.cast_rows(y.reshape(-1, y.shape[-1])))
     rms_norm._check(x, weight, None)
     fp8.check_device(x.device)
-    y, codes, scale = ops.fp8_norm_rows(x.contiguous(), weight.contiguous(), eps, offset, cast_first)
+    y, codes, scale = ops.fp8_norm_rows(
+        x.contiguous(), weight.contiguous(), eps, offset, cast_first
+    )
     return Made(y, Rows(codes, scale))
 
 
