@@ -16,6 +16,7 @@ from .end_ids import end_ids
 from .engine_request import Event, Request, Running, failed, next_token
 from .engine_rows import EngineRows, Launched
 from .engine_stats import Stats
+from .grammar import Grammar
 from .tokenizer import Tokenizer
 
 
@@ -127,9 +128,20 @@ class Engine:
                 f"{self.slots} and {self.max_queue}; come again later"
             )
         eos = self.eos_ids if request.eos_ids is None else request.eos_ids
-        running = Running.start(next(self._ids), request, eos, self.tokenizer)
+        vocab = self.model.spec.vocab
+        running = Running.start(next(self._ids), request, eos, self.tokenizer, vocab)
         self._waiting.append(running)
         return running.id
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Compile the requests' constraints, which may take a while: `add` finds them then.
+
+        May be called from any thread. Raises ArgumentError for one that cannot be used.
+        """
+        for constraint, eos in {(r.constraint, r.eos_ids) for r in requests}:
+            if constraint is not None:
+                ends = self.eos_ids if eos is None else eos
+                Grammar(constraint, self.tokenizer, self.model.spec.vocab, ends)
 
     def cancel(self, request_id: int) -> None:
         """End a request at the next step, which frees its slot; nothing where it has ended."""

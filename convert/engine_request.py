@@ -12,6 +12,8 @@ from ..errors import ArgumentError, InputError
 from ..nn import sample_rows
 from ..nn import sampling as rules
 from ..nn.sampling import GREEDY, Sampling
+from .constraint import Constraint
+from .grammar import Follower, Grammar
 from .stop_strings import stop_strings as stop_at
 
 
@@ -20,7 +22,8 @@ class Request:
     """prompt: token ids. It ends after max_new_tokens, with a token of eos_ids (None: all that the
     model's files name), or with the token that completes one of stop_strings in the answer.
     seed: of its draws (None: a fresh one). logprobs: also give each token's log-probability under
-    the model, and those of so many of the likeliest. Raises ArgumentError.
+    the model, and those of so many of the likeliest. constraint: what the answer's text keeps to.
+    Raises ArgumentError.
     """
 
     prompt: tuple[int, ...]
@@ -30,6 +33,7 @@ class Request:
     eos_ids: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("logprobs", 0)):
@@ -84,6 +88,7 @@ class Running:
     eos: tuple[int, ...]
     generator: torch.Generator
     stop: Callable[[torch.Tensor], torch.Tensor] | None
+    follower: Follower | None = None
     ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     known: int = 0
@@ -93,8 +98,10 @@ class Running:
     _drawn: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, id: int, request: Request, eos: tuple[int, ...], tokenizer: Any) -> Running:
-        """Raises ArgumentError for stop strings that cannot be used."""
+    def start(
+        cls, id: int, request: Request, eos: tuple[int, ...], tokenizer: Any, vocab: int
+    ) -> Running:
+        """Raises ArgumentError for stop strings and constraints that cannot be used."""
         generator = torch.Generator()
         if request.seed is None:
             generator.seed()
@@ -102,7 +109,10 @@ class Running:
             generator.manual_seed(request.seed)
         strings = request.stop_strings
         stop = stop_at(strings, tokenizer) if strings else None
-        return cls(id, request, eos, generator, stop, list(request.prompt))
+        follower = None
+        if request.constraint is not None:
+            follower = Follower(Grammar(request.constraint, tokenizer, vocab, eos))
+        return cls(id, request, eos, generator, stop, follower, list(request.prompt))
 
     @property
     def answered(self) -> int:
@@ -131,7 +141,7 @@ class Running:
     def _known_to_device(self) -> bool:
         sampling = self.request.sampling
         needs = sample_rows.asked(sampling)
-        if needs is None or self.request.logprobs is not None:
+        if needs is None or self.follower is not None or self.request.logprobs is not None:
             return False
         # Tokens that the host chose are not noted there.
         return not (sampling.min_new_tokens and self.eos and needs & {"seen", "counts"})
@@ -148,7 +158,24 @@ class Running:
         if self.eos and self.answered < sampling.min_new_tokens:
             banned = torch.tensor(self.eos, device=device)
         start = len(self.request.prompt)
-        return rules.scores(logits, sampling, seen=seen, ids=ids, start=start, banned=banned)
+        return rules.scores(
+            logits,
+            sampling,
+            seen=seen,
+            ids=ids,
+            start=start,
+            banned=banned,
+            adjust=None if self.follower is None else self._constrained,
+        )
+
+    def _constrained(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the scores [1, v], those of tokens that the constraint allows."""
+        assert self.follower is not None
+        allowed = self.follower.allowed(self.ids[len(self.request.prompt) :])
+        self.follower.turn()
+        if allowed is None:
+            return scores
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
     def take(self, token: int, logprobs: TokenLogprobs | None = None) -> Event:
         """Note the next token, and whether it is the last."""

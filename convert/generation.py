@@ -11,13 +11,22 @@ from ..nn.beam import search
 from ..nn.generate import generate as run
 from ..nn.speculate import speculate
 from .bridge import CausalLM
+from .constraint import read as read_constraint
 from .end_ids import end_ids
-from .generation_hooks import any_of, criterion_hook, generator_of, processed
+from .generation_hooks import (
+    allowed_by,
+    any_of,
+    constrained,
+    criterion_hook,
+    generator_of,
+    processed,
+)
 from .generation_keywords import check_options, check_waiting, fields_of
 from .generation_method import beams_of, draft_of
 from .generation_output import GenerationOutput, Record
 from .generation_prompt import begin, check_shapes, new_tokens
 from .generation_rules import sampling_of
+from .grammar import Grammar
 from .stop_strings import stop_strings as stop_at
 
 Ids = int | Sequence[int] | torch.Tensor | None
@@ -54,6 +63,8 @@ def generate(
     tokenizer: Any = None,
     streamer: Any = None,
     logits_processor: Sequence[Callable[..., Any]] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], Any] | None = None,
+    constraint: Any = None,
     stopping_criteria: Sequence[Callable[..., Any]] | None = None,
     num_return_sequences: int | None = None,
     num_beams: int | None = None,
@@ -88,8 +99,11 @@ def generate(
 
     stop_strings: see `stop_strings.stop_strings`; tokenizer defaults to the model's. streamer: any
     object with put and end. logits_processor and stopping_criteria: callables (input_ids, scores).
-    presence_penalty and frequency_penalty are OpenAI's. num_beams: beam search, see
-    `nn.beam.BeamSearch`; the best num_return_sequences answers of each prompt.
+    prefix_allowed_tokens_fn: (prompt's number, ids of a row) -> ids that may come next. constraint:
+    a `Constraint` that every answer's text keeps to, or one or None for each prompt; it needs the
+    tokenizer and ends with an end token. presence_penalty and frequency_penalty are OpenAI's.
+    num_beams: beam search, see `nn.beam.BeamSearch`; the best num_return_sequences answers of each
+    prompt.
 
     prompt_lookup_num_tokens or assistant_model: guess so many tokens ahead and check them in one
     pass, by what followed the last max_matching_ngram_size (2) tokens or fewer before, or by a
@@ -165,6 +179,7 @@ def generate(
             f"num_return_sequences is {copies}; several need do_sample=True or num_beams: greedy "
             "ones are equal"
         )
+    prompts = len(ids)
     if beams is None:
         ids = ids.repeat_interleave(copies, 0)
         if attention_mask is not None:
@@ -205,6 +220,12 @@ def generate(
     strings = setting("stop_strings", stop_strings, None)
     if strings is not None:
         stops.append(stop_at(strings, tokenizer))
+    processors = [*(logits_processor or ())]
+    if prefix_allowed_tokens_fn is not None:
+        processors.append(allowed_by(prefix_allowed_tokens_fn, prompts))
+    if constraint is not None:
+        grammars = _grammars(constraint, prompts, tokenizer, model.spec.vocab, eos)
+        processors.append(constrained(grammars))
     common: dict[str, Any] = {
         "mask": attention_mask,
         "adapters": model.adapters,
@@ -212,7 +233,7 @@ def generate(
         "sampling": sampling,
         "eos_ids": eos,
         "pad_id": named_pad,
-        "adjust": processed(logits_processor) if logits_processor else None,
+        "adjust": processed(processors) if processors else None,
         "stop": any_of(stops) if stops else None,
         "on_scores": record if recorded else None,
         "cache_dtype": model.cache_dtype,
@@ -242,3 +263,15 @@ def generate(
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
+
+
+def _grammars(
+    given: Any, prompts: int, tokenizer: Any, vocab: int, eos: list[int]
+) -> list[Grammar | None]:
+    """One a prompt."""
+    many = isinstance(given, list | tuple)
+    every = [read_constraint(one) for one in (given if many else [given] * prompts)]
+    if len(every) != prompts:
+        raise ArgumentError(f"{len(every)} constraints for {prompts} prompts")
+    made = {one: Grammar(one, tokenizer, vocab, eos) for one in every if one is not None}
+    return [None if one is None else made[one] for one in every]

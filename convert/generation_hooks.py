@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from .grammar import Follower, Grammar
 
 
 def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
@@ -42,5 +43,49 @@ def processed(
         for process in processors:
             scores = process(ids, scores)
         return scores
+
+    return adjust
+
+
+def constrained(
+    grammars: Sequence[Grammar | None],
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Rules out what a prompt's grammar does not allow next; each prompt has as many rows."""
+    followers = [None if grammar is None else Follower(grammar) for grammar in grammars]
+    start: int | None = None
+
+    def adjust(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal start
+        if start is None:
+            start = ids.shape[1]
+        banned = torch.zeros(scores.shape, dtype=torch.bool)
+        rows = len(banned) // len(followers)
+        for i, answer in enumerate(ids[:, start:].tolist()):
+            follower = followers[i // rows]
+            allowed = None if follower is None else follower.allowed(answer)
+            if allowed is not None:
+                banned[i] = ~allowed
+        for follower in followers:
+            if follower is not None:
+                follower.turn()
+        return scores.masked_fill(banned.to(scores.device), -torch.inf)
+
+    return adjust
+
+
+def allowed_by(
+    choose: Callable[[int, torch.Tensor], Any], prompts: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """transformers' `prefix_allowed_tokens_fn`: (prompt's number, its ids) -> ids that may come."""
+
+    def adjust(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        banned = torch.ones_like(scores, dtype=torch.bool)
+        rows = len(ids) // prompts
+        for i, row in enumerate(ids):
+            allowed = torch.as_tensor(choose(i // rows, row), dtype=torch.int64).to(ids.device)
+            if allowed.numel() == 0:
+                raise ArgumentError("prefix_allowed_tokens_fn allows no token")
+            banned[i, allowed] = False
+        return scores.masked_fill(banned, -torch.inf)
 
     return adjust

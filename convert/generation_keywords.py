@@ -36,7 +36,6 @@ WAITING: dict[str, tuple[Any, ...]] = {
     "past_key_values": (),
     "penalty_alpha": (0.0,),
     "position_ids": (),
-    "prefix_allowed_tokens_fn": (),
     "remove_invalid_values": (False,),
     "speculation_type": (),
     "synced_gpus": (False,),

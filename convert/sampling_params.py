@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..nn.sampling import Sampling
+from . import constraint
+from .constraint import Constraint
 from .engine_request import Request
 
 
@@ -17,7 +19,9 @@ class SamplingParams:
     the model's context. stop: texts that end an answer and are left out of its text;
     stop_token_ids: tokens that do. ignore_eos: the model's own ends do not. seed: of the draws, the
     i-th answer's is seed + i; None: fresh ones. logprobs: of the chosen token, and of so many of
-    the likeliest. bad_words: texts that must not come.
+    the likeliest. bad_words: texts that must not come. structured_outputs: what the
+    answer's text keeps to, a `Constraint`, a dict or vLLM's, whose older `guided_decoding` is read
+    as the same.
     """
 
     n: int = 1
@@ -40,14 +44,13 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: Any = None
 
 
 # What vLLM's have beyond these, and the values that ask for nothing.
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "logits_processors": (None, []),
-    "guided_decoding": (None,),
-    "structured_outputs": (None,),
     "truncate_prompt_tokens": (None,),
     "allowed_token_ids": (None, []),
     "best_of": (None, 1),
@@ -66,12 +69,13 @@ def read(given: Any) -> SamplingParams:
         return given
     names = [field.name for field in fields(SamplingParams)]
     if isinstance(given, dict):
-        unknown = sorted(set(given) - {*names, *_NOT_HERE})
+        unknown = sorted(set(given) - {*names, "guided_decoding", *_NOT_HERE})
         if unknown:
             raise ArgumentError(f"sampling_params has {unknown}, expected some of {names}")
         found = dict(given)
     else:
-        found = {n: getattr(given, n) for n in (*names, *_NOT_HERE) if hasattr(given, n)}
+        read = (*names, "guided_decoding", *_NOT_HERE)
+        found = {n: getattr(given, n) for n in read if hasattr(given, n)}
         if "temperature" not in found:
             raise ArgumentError(
                 f"sampling_params is {given!r:.100}, expected purelm's or vLLM's SamplingParams, "
@@ -80,6 +84,9 @@ def read(given: Any) -> SamplingParams:
     for name, idle in _NOT_HERE.items():
         if found.pop(name, None) not in idle:
             raise NotImplementedError(f"sampling_params' {name} is not implemented yet")
+    older = found.pop("guided_decoding", None)
+    if older is not None:
+        found["structured_outputs"] = older
     return SamplingParams(**found)
 
 
@@ -107,6 +114,7 @@ def requests(
     if most is None:
         most = max(1, longest - len(prompt))
     own = () if params.ignore_eos else eos_ids
+    wanted: Constraint | None = constraint.read(params.structured_outputs)
     greedy = 0 <= params.temperature < 1e-5
     sampling = Sampling(
         temperature=0.0 if greedy else params.temperature,
@@ -129,6 +137,7 @@ def requests(
             eos_ids=tuple(dict.fromkeys((*own, *(params.stop_token_ids or ())))),
             stop_strings=stops(params),
             logprobs=params.logprobs,
+            constraint=wanted,
         )
         for i in range(params.n)
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .convert.constraint import Constraint as Constraint
     from .convert.engine import Engine as Engine
     from .convert.engine_request import Request as Request
     from .convert.load import load as load
@@ -23,6 +24,7 @@ _HOME = {
     "FastLanguageModel": "convert.pretrained",
     "load": "convert.load",
     "Tokenizer": "convert.tokenizer",
+    "Constraint": "convert.constraint",
     "Engine": "convert.engine",
     "Request": "convert.engine_request",
     "Sampling": "nn.sampling",
@@ -32,6 +34,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Constraint",
     "Engine",
     "FastLanguageModel",
     "ModelSpec",

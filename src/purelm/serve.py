@@ -76,6 +76,8 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
         return await answer(request, "completion", asked)
 
     async def answer(request: HttpRequest, kind: str, asked: Asked) -> Response:
+        # A schema may take long to compile: not in the loop, where all others would wait.
+        await asyncio.to_thread(engine.prepare, asked.requests)
         ids, events = worker.submit(asked.requests)
         made = Answer(kind, options.name, asked, tokenizer, engine.eos_ids)
         if asked.stream:

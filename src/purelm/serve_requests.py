@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .convert.constraint import Constraint
 from .convert.engine_request import Request
 from .convert.tokenizer import Tokenizer
 from .errors import PurelmError
 from .nn.sampling import Sampling
 from .serve_options import Options
+
+MAX_SCHEMA = 64 * 1024  # characters of a JSON schema
 
 
 class Refusal(Exception):
@@ -43,13 +47,13 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "modalities": (["text"],),
 }
 SHARED = frozenset(
     "model max_tokens temperature top_p n stream stream_options stop presence_penalty "
-    "frequency_penalty logit_bias logprobs seed top_k min_p repetition_penalty min_tokens".split()
+    "frequency_penalty logit_bias logprobs seed top_k min_p repetition_penalty min_tokens "
+    "response_format".split()
 )
 
 
@@ -168,6 +172,7 @@ def _asked(
         min_new_tokens=fields.whole("min_tokens", 0, 0, options.max_tokens),
         sequence_bias=_biases(fields.body.get("logit_bias")),
     )
+    constraint = _format(fields.body.get("response_format"))
     requests = tuple(
         Request(
             prompt,
@@ -177,6 +182,7 @@ def _asked(
             seed=None if seed is None else (seed + choice) % 2**63,
             stop_strings=_stops(fields.body.get("stop")),
             logprobs=logprobs,
+            constraint=constraint,
         )
         for prompt in prompts
         for choice in range(n)
@@ -186,6 +192,31 @@ def _asked(
         raise Refusal("stream_options must be an object", param="stream_options")
     usage = bool(options_of_stream.get("include_usage"))
     return Asked(requests, len(prompts), fields.flag("stream"), usage)
+
+
+def _format(value: Any) -> Constraint | None:
+    """OpenAI's response_format: text, json_object, or json_schema with its schema."""
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint(json_object=True)
+    described = value.get("json_schema") if kind == "json_schema" else None
+    schema = described.get("schema") if isinstance(described, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise Refusal(
+            "response_format must be of type text, json_object, or json_schema with a schema",
+            param="response_format",
+        )
+    text = json.dumps(schema)
+    if len(text) > MAX_SCHEMA:
+        raise Refusal(
+            f"the schema has {len(text)} characters, at most {MAX_SCHEMA} are taken",
+            param="response_format",
+        )
+    return Constraint(json=text)
 
 
 def _stops(value: Any) -> tuple[str, ...]:

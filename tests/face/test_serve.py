@@ -213,9 +213,28 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": 3}, "stream_options"),
     ({"tools": [{"type": "function"}]}, "tools is not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format must be"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "with a schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "cat"}}}},
+        "the constraint cannot be read",
+    ),
     ({"temprature": 1}, "unknown parameter: temprature"),
 ]
+
+
+def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
+    values = {"type": "integer", "minimum": 3, "maximum": 5}
+    schema = {"type": "object", "properties": {"n": values}, "required": ["n"]}
+    schema |= {"additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    asked: Any = {"model": NAME, "messages": TALK, "max_tokens": 150, "response_format": wanted}
+    whole = client.chat.completions.create(**asked, n=2, seed=1)
+    streamed = client.chat.completions.create(**asked, stream=True)
+    texts = [choice.message.content or "" for choice in whole.choices]
+    texts.append("".join(c.choices[0].delta.content or "" for c in streamed))
+    for text in texts:
+        assert json.loads(text)["n"] in (3, 4, 5)
 
 
 @pytest.mark.parametrize(("wrong", "says"), BAD, ids=[s for _, s in BAD])
