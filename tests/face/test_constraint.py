@@ -245,3 +245,19 @@ def test_what_a_constraint_needs(loaded: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "xgrammar", None)
     with pytest.raises(ArgumentError, match="purelm.constrained"):
         Grammar(Constraint(regex="ab"), tokenizer, model.spec.vocab, [0])
+
+
+@pytest.mark.parametrize("how", [{}, {"do_sample": True, "seed": 3, "temperature": 3.0}])
+def test_guesses_keep_to_it(loaded: Any, how: dict[str, Any]) -> None:
+    model, tokenizer = loaded
+    ids = torch.tensor([tokenizer("Once upon a time")["input_ids"]] * 2)
+    wanted = [Constraint(regex="(ab, )+c"), Constraint(regex="(no )*yes")]
+    for guess in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": model}):
+        out = model.generate(ids, max_new_tokens=40, constraint=wanted, **guess, **how)
+        if not how:
+            plain = model.generate(ids, max_new_tokens=40, constraint=wanted)
+            assert torch.equal(out, plain)
+        for row, one in zip(out, wanted, strict=True):
+            text = tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
+            partial = one.regex.startswith("(ab") and re.match("(ab, )*a?b?,? ?c?$", text)
+            assert partial or re.match("(no )*(n|no|y|ye|yes)?$", text), text
