@@ -172,6 +172,28 @@ def copied(source: Cache, target: Cache) -> Cache:
     return replace(target, length=source.length)
 
 
+def shared(cache: Cache, first: torch.Tensor, end: torch.Tensor) -> Cache:
+    """The cache's memory for b * w rows of `decode`, w of one row [b] after another: first [b],
+    end [b, w]. They read each other's columns, and write there.
+    """
+    batch, width = end.shape
+    pages = cache.capacity // ROUND
+    table = torch.arange(batch * pages, device=end.device).view(batch, pages)
+
+    def paged(x: torch.Tensor) -> torch.Tensor:
+        return x.view(batch * pages, ROUND, *x.shape[2:])
+
+    return Cache(
+        tuple({name: paged(x) for name, x in state.items()} for state in cache.layers),
+        cache.capacity,
+        None,
+        0,
+        first.repeat_interleave(width, 0),
+        end.flatten(),
+        table.repeat_interleave(width, 0),
+    )
+
+
 def cut(cache: Cache, length: int) -> Cache:
     """The cache as it was when every row had `length` tokens; the buffers are shared, not copied.
 

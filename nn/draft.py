@@ -3,19 +3,17 @@
 No guess changes which answers are given, nor how often: only how many tokens a step verifies.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import ArgumentError
 from . import cache as kv
-from . import decoder, tree
 from . import sampling as rules
-from .cache import Cache
-from .decode import decode
+from . import tree
 from .pages import shared_length
-from .prompt import layout_from
+from .passes import Passes
 from .row_scores import Adjust, row_scores
 from .sampling import Sampling
 from .spec import ModelSpec
@@ -38,7 +36,7 @@ class NGrams:
 
 @dataclass(frozen=True, slots=True)
 class DraftModel:
-    """What a smaller model of the same tokens draws by the same rules; its cache so far.
+    """What a smaller model of the same tokens draws by the same rules.
 
     tokens: at most so many are drafted. confidence: none after one that had less than this
     probability in some row.
@@ -49,7 +47,6 @@ class DraftModel:
     adapters: tree.Tree = None
     tokens: int = 5
     confidence: float = 0.0
-    cache: Cache | None = None
 
     def __post_init__(self) -> None:
         _require_whole("num_assistant_tokens", self.tokens)
@@ -116,8 +113,35 @@ def by_ngrams(ids: torch.Tensor, how: NGrams, count: int) -> torch.Tensor:
     return ids.gather(1, at.clamp(max=m - 1)).masked_fill(~known, -1)
 
 
+def passes_of(
+    how: DraftModel, rows: torch.Tensor, real: torch.Tensor | None, *, graphs: bool
+) -> Passes:
+    """The draft model over rows of ids [b, limit], of which it has seen none."""
+    batch, limit = rows.shape[0], min(rows.shape[1], shared_length(how.spec))
+    cache = kv.empty(
+        how.spec,
+        batch,
+        kv.room(1, limit),
+        padded=real is not None,
+        dtype=how.params["embed"]["weight"].dtype,
+        device=rows.device,
+    )
+    # It has not seen the last guess that was kept, and what came after that.
+    return Passes(
+        how.params,
+        how.spec,
+        cache,
+        real,
+        limit=limit,
+        widest=2,
+        adapters=how.adapters,
+        graphs=graphs,
+    )
+
+
 def by_model(
     how: DraftModel,
+    passes: Passes,
     rows: Rows,
     count: int,
     sampling: Sampling,
@@ -125,41 +149,22 @@ def by_model(
     vocab: int,
     generator: torch.Generator | None,
     adjust: Adjust | None,
-) -> tuple[Drafted, DraftModel]:
-    """Up to min(count, how.tokens) guesses a row, and the draft model with its cache grown.
+) -> Drafted:
+    """Up to min(count, how.tokens) guesses a row by the draft model, whose `passes` run on.
 
-    They are drawn by the rules of `sampling`, or the likeliest at temperature 0. What the cache
-    holds beyond `rows` is cut off first. None are drafted where the draft model has no positions
-    left, or its rope scaling would change its frequencies.
+    They are drawn by the rules of `sampling`, or the likeliest at temperature 0. What the passes
+    have seen beyond `rows` is cut off first. None are drafted where the draft model has no
+    positions left, or its rope scaling would change its frequencies.
     """
-    ids, end, (batch, limit) = rows.ids, rows.end, rows.ids.shape
+    ids, end = rows.ids, rows.end
     count = max(0, min(count, how.tokens, shared_length(how.spec) - end))
     if count == 0:
-        return Drafted(ids[:, :0]), how
-    cache = how.cache
-    if cache is None:
-        dtype, padded = how.params["embed"]["weight"].dtype, rows.real is not None
-        room = min(limit, end + kv.CHUNK)
-        cache = kv.empty(how.spec, batch, room, padded=padded, dtype=dtype, device=ids.device)
-    cache = kv.cut(cache, min(cache.length, end - 1))
-    if cache.capacity < end + count:
-        cache = kv.grow(cache, min(limit, end + count + kv.CHUNK))
-    known = ids[:, :end].clamp(max=how.spec.vocab - 1)
-    where = layout_from(known, rows.real, cache.length)
-    x, cache = decoder.extend(
-        how.params,
-        how.spec,
-        known[:, cache.length :],
-        cache,
-        layout=where,
-        adapters=how.adapters,
-    )
-    logits = decoder.logits(how.params, how.spec, x[:, -1])
+        return Drafted(ids[:, :0])
+    passes.cut(end - 1)
     chances = []
     for i in range(count):
-        if i > 0:
-            token = ids[:, end + i - 1].clamp(max=how.spec.vocab - 1)
-            logits, cache = decode(how.params, how.spec, token, cache, adapters=how.adapters)
+        known = ids[:, : end + i].clamp(max=how.spec.vocab - 1)
+        logits = passes.run(known, end + i, last=True)[:, 0]
         scores = row_scores(
             _as_wide(logits, vocab),
             ids[:, : end + i],
@@ -175,10 +180,7 @@ def by_model(
         if how.confidence > 0 and not _sure(scores, ids[:, end + i], how, rows.waiting):
             count = i + 1
             break
-    drafted = Drafted(
-        ids[:, end : end + count].clone(), torch.stack(chances, 1) if chances else None
-    )
-    return drafted, replace(how, cache=cache)
+    return Drafted(ids[:, end : end + count].clone(), torch.stack(chances, 1) if chances else None)
 
 
 def _sure(

@@ -6,18 +6,19 @@ they are looked at, so each row still has the distribution it has alone.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..errors import ArgumentError
 from . import cache as kv
-from . import decoder, tree
 from . import sampling as rules
-from .decode import decode
-from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
+from . import tree
+from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams, passes_of
 from .generate import OnScores, OnToken, Stop
 from .pages import shared_length
-from .prompt import Prompt, empty_cache, layout_from, prepared, raise_if_broken, read, unpadded
+from .passes import Passes
+from .prompt import Prompt, empty_cache, prepared, raise_if_broken, unpadded
 from .row_scores import Adjust, row_scores
 from .sampling import GREEDY, Sampling
 from .spec import ModelSpec
@@ -41,12 +42,14 @@ def speculate(
     stop: Stop | None = None,
     on_scores: OnScores | None = None,
     cache_dtype: torch.dtype | None = None,
+    graphs: bool = True,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, as `generate.generate` gives them.
 
     At temperature 0 the ids are those of `generate`; sampled ones have the same distribution, from
     other draws. The arguments and errors are those of `generate`; the hooks are called for every
-    token that is kept. A `draft` is verified in one pass over its tokens.
+    token that is kept. A `draft` is verified in one pass over its tokens, which with `graphs` a GPU
+    captures and replays, where no model waits (`decode.waits_for`).
 
     Raises ArgumentError too for models with recurrent layers, whose states cannot go back, and
     where a rope scaling would change its frequencies on the way.
@@ -77,6 +80,7 @@ def speculate(
             stop=stop,
             on_scores=on_scores,
             cache_dtype=cache_dtype,
+            graphs=graphs,
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(new.device), new], 1)
@@ -115,6 +119,7 @@ def _run(
     stop: Stop | None,
     on_scores: OnScores | None,
     cache_dtype: torch.dtype | None,
+    graphs: bool,
 ) -> torch.Tensor:
     """The new tokens [b, n] after prompts [b, s]."""
     (batch, start), device, real, eos = prompt.ids.shape, prompt.ids.device, prompt.real, prompt.eos
@@ -125,25 +130,17 @@ def _run(
     ids = shown.clone()
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)
+    can_end = stop is not None or eos.numel() > 0
     cache = empty_cache(params, spec, prompt, kv.room(start, limit), cache_dtype)
-    logits, cache = read(params, spec, prompt.ids, real, cache, adapters=adapters)
-    ahead, drafted = logits[:, None], Drafted(ids[:, :0])
+    how: dict[str, Any] = {"adapters": adapters, "widest": draft.tokens + 1, "graphs": graphs}
+    passes = Passes(params, spec, cache, real, limit=limit, **how)
+    drafting = None
+    if isinstance(draft, DraftModel):
+        drafting = passes_of(draft, ids, real, graphs=graphs)
+    ahead, drafted = passes.run(ids, start, last=True), Drafted(ids[:, :0])
+    rules_of_rows: dict[str, Any] = {"start": start, "real": real, "eos": eos, "adjust": adjust}
     while True:
-        scores = torch.stack(
-            [
-                row_scores(
-                    ahead[:, i],
-                    ids[:, : end + i],
-                    sampling,
-                    start=start,
-                    real=real,
-                    eos=eos,
-                    adjust=adjust,
-                )
-                for i in range(ahead.shape[1])
-            ],
-            1,
-        )
+        scores = _scores(ahead, ids, end, sampling, **rules_of_rows)
         kept = accepted(scores, drafted, sampling, generator, waiting=~ended)
         for i in range(kept.shape[1]):
             token = kept[:, i]
@@ -157,19 +154,21 @@ def _run(
             end += 1
             if stop is not None:
                 ended |= stop(shown[:, :end]).to(device)
-            if end == limit or bool(ended.all()):
+            if end == limit or (can_end and bool(ended.all())):
                 raise_if_broken(broken)
                 return shown[:, start:end]
         # What the last step saw after the tokens that were kept has not been.
-        cache = kv.cut(cache, end - 1)
-        rows = Rows(ids, end, start, real, eos, ~ended)
+        passes.cut(end - 1)
         most = limit - end - 1
-        if isinstance(draft, NGrams):
+        if drafting is None:
+            assert isinstance(draft, NGrams)
             drafted = Drafted(by_ngrams(unpadded(ids[:, :end], real), draft, most))
         else:
-            drafted, draft = by_model(
+            assert isinstance(draft, DraftModel)
+            drafted = by_model(
                 draft,
-                rows,
+                drafting,
+                Rows(ids, end, start, real, eos, ~ended),
                 most,
                 sampling,
                 vocab=spec.vocab,
@@ -178,23 +177,43 @@ def _run(
             )
         drafted = _narrowed(drafted, ~ended)
         guesses = drafted.tokens.shape[1]
-        if cache.capacity < end + guesses:
-            cache = kv.grow(cache, kv.room(end + guesses, limit))
-        last = ids[:, end - 1 : end]
-        if guesses == 0:
-            logits, cache = decode(params, spec, last[:, 0], cache, adapters=adapters)
-            ahead = logits[:, None]
-            continue
         ids[:, end : end + guesses] = drafted.tokens
-        x, cache = decoder.extend(
-            params,
-            spec,
-            ids[:, end - 1 : end + guesses],
-            cache,
-            layout=layout_from(ids[:, : end + guesses], real, end - 1),
-            adapters=adapters,
+        ahead = passes.run(ids, end + guesses)
+
+
+def _scores(
+    ahead: torch.Tensor,
+    ids: torch.Tensor,
+    end: int,
+    sampling: Sampling,
+    *,
+    start: int,
+    real: torch.Tensor | None,
+    eos: torch.Tensor,
+    adjust: Adjust | None,
+) -> torch.Tensor:
+    """What each of the next columns is chosen from: logits ahead [b, c, v] of what follows columns
+    end - 1, end ... of ids -> scores [b, c, v], fp32.
+    """
+    reads = sampling.reads_ids() or sampling.repetition_penalty != 1 or adjust is not None
+    if not reads and end - start >= sampling.min_new_tokens:
+        flat = row_scores(
+            ahead.flatten(0, 1), ids[:, :end], sampling, start=start, real=None, eos=eos
         )
-        ahead = decoder.logits(params, spec, x)
+        return flat.view(ahead.shape)
+    columns = [
+        row_scores(
+            ahead[:, i],
+            ids[:, : end + i],
+            sampling,
+            start=start,
+            real=real,
+            eos=eos,
+            adjust=adjust,
+        )
+        for i in range(ahead.shape[1])
+    ]
+    return torch.stack(columns, 1)
 
 
 def _narrowed(drafted: Drafted, waiting: torch.Tensor) -> Drafted:

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import cache as kv
-from purelm.nn import decoder, params
+from purelm.nn import decoder, params, passes
 from purelm.nn import tree as trees
-from purelm.nn.draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams
+from purelm.nn.draft import (
+    Draft,
+    Drafted,
+    DraftModel,
+    NGrams,
+    Rows,
+    by_model,
+    by_ngrams,
+    passes_of,
+)
 from purelm.nn.generate import generate
 from purelm.nn.prompt import layout_from, layout_of
 from purelm.nn.sampling import GREEDY, Sampling
@@ -59,6 +68,8 @@ def padded(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         [GREEDY, Sampling(repetition_penalty=1.2, no_repeat_ngram_size=3, min_new_tokens=4)]
     ),
     ends=st.integers(0, 6),
+    replayed=st.booleans(),
+    chunk=st.sampled_from([3, 512]),
 )
 def test_greedy_ids_are_those_of_plain_greedy(
     mixer: str,
@@ -68,14 +79,22 @@ def test_greedy_ids_are_those_of_plain_greedy(
     new: int,
     rules: Sampling,
     ends: int,
+    replayed: bool,
+    chunk: int,
 ) -> None:
-    """With ends that come early in one row and late in another, and a pad id nobody knows."""
+    """With ends that come early in one row and late in another, a pad id nobody knows, caches that
+    grow, and passes as a GPU replays them."""
     spec, tree = hybrids.small(mixer)
     ids, mask = padded(lengths, seed)
     how: dict[str, Any] = {"mask": mask, "max_new_tokens": new, "sampling": rules}
     how |= {"eos_ids": range(10, 10 + ends), "pad_id": 999}
     seen: list[torch.Tensor] = []
-    out = speculate(tree, spec, ids, drafts(kind, spec, tree), on_token=seen.append, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "replayable", lambda device: replayed)
+        patch.setattr(passes, "capture", lambda step, device: step)
+        patch.setattr(kv, "CHUNK", chunk)
+        patch.setattr(kv, "ROUND", 8)
+        out = speculate(tree, spec, ids, drafts(kind, spec, tree), on_token=seen.append, **how)
     assert torch.equal(out, generate(tree, spec, ids, **how))
     assert torch.equal(torch.stack(seen, 1), out[:, ids.shape[1] :])
 
@@ -97,6 +116,38 @@ def test_guesses_are_kept_and_save_passes(monkeypatch: pytest.MonkeyPatch) -> No
     assert widths == [5, 4, 4, 4, 4, 4]
 
 
+def test_passes_are_captured_once_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one token and of all guesses; a draft model's of one and two."""
+    spec, tree = hybrids.small("full")
+    widths: list[int] = []
+
+    def capture(step: Any, device: torch.device) -> Any:
+        before = decode_of_passes
+
+        def noted(p: Any, s: Any, token: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            widths.append(len(token))
+            return before(p, s, token, *rest, **named)
+
+        monkeypatch.setattr(passes, "decode", noted)
+        step()
+        monkeypatch.setattr(passes, "decode", before)
+        return step
+
+    decode_of_passes = passes.decode
+    monkeypatch.setattr(passes, "replayable", lambda device: True)
+    monkeypatch.setattr(passes, "capture", capture)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6], [9, 6, 7, 8, 9, 6]])
+    for kind, most in (("ngrams", {2 * 1, 2 * 5}), ("near", {2 * 1, 2 * 2, 2 * 4})):
+        widths.clear()
+        speculate(tree, spec, ids, drafts(kind, spec, tree), max_new_tokens=60)
+        assert set(widths) <= most and max(widths) == max(most)
+        # At most one of each for each of the two models.
+        assert len(widths) <= 4
+    monkeypatch.setattr(passes, "capture", lambda step, device: None)
+    want = generate(tree, spec, ids, max_new_tokens=30)
+    assert torch.equal(speculate(tree, spec, ids, NGrams(4), max_new_tokens=30), want)
+
+
 def test_an_unsure_draft_model_says_no_more() -> None:
     """Nothing after a guess less likely than is asked for, in a row that still waits."""
     spec, tree = hybrids.small("full")
@@ -106,7 +157,9 @@ def test_an_unsure_draft_model_says_no_more() -> None:
         draft = DraftModel(tree, spec, tokens=4, confidence=confidence)
         room = torch.cat([ids, torch.zeros(2, 8, dtype=torch.int64)], 1)
         rows = Rows(room, 10, 10, None, torch.empty(0, dtype=torch.int64), torch.tensor(waiting))
-        drafted, _ = by_model(draft, rows, 9, GREEDY, vocab=50, generator=None, adjust=None)
+        seen = passes_of(draft, room, None, graphs=False)
+        how: dict[str, Any] = {"vocab": 50, "generator": None, "adjust": None}
+        drafted = by_model(draft, seen, rows, 9, GREEDY, **how)
         return drafted.tokens.shape[1]
 
     x = ids.clone()
