@@ -100,12 +100,12 @@ class Fields:
             raise self.error(f"{name} is {value!r:.200}, expected a number above {above:g}")
         return float(value)
 
-    def integer_or_null(self, name: str, default: int | None) -> int | None:
-        """A positive integer, or null; `default` only where the field is absent."""
+    def integer_or_null(self, name: str, default: int | None, *, low: int = 1) -> int | None:
+        """An integer of at least `low`, or null; `default` only where the field is absent."""
         self.taken.add(name)
         if self.raw.get(name, default) is None:
             return None
-        return self.integer(name, default)
+        return self.integer(name, default, low=low)
 
     def number_or_null(self, name: str, default: float | None) -> float | None:
         """A positive number, or null; `default` only where the field is absent."""

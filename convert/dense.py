@@ -149,12 +149,18 @@ def rotated_layers(fields: Fields) -> list[bool]:
     return [bool(x) for x in given]
 
 
-def layer_types(fields: Fields, every: int) -> list[str]:
-    """`layer_types`; where there are none, each `every`-th layer is full and the others slide."""
+def layer_types(fields: Fields, every: int, last: str | None = None) -> list[str]:
+    """`layer_types`; where there are none, each `every`-th layer is full and the others slide.
+
+    last: the type that the last layer has, whatever its number.
+    """
     depth = fields.integer("num_hidden_layers")
     types = fields.texts("layer_types", depth, ("full_attention", "sliding_attention"))
     if types is None:
         types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
+        types[-1] = last or types[-1]
+    if last is not None and types[-1] != last:
+        raise fields.error(f"layer_types ends with {types[-1]}, expected {last}")
     return types
 
 

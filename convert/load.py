@@ -158,7 +158,8 @@ def load_folder(
     if form is not None:
         checkpoint = seen(checkpoint, stored, form)
     elif gguf is None and not prequantized:
-        check_plain(checkpoint.tensors, path)
+        own = family.names.single
+        check_plain((name for name in checkpoint.tensors if not own(name)), path)
     found = entries(checkpoint)
     if prequantized != any(isinstance(entry, Packed) for entry in found):
         raise ConfigError(

@@ -39,7 +39,7 @@ def match(
             chosen.update(split(info, paths, want, groups, turns))
             continue
         try:
-            path = family.names.to_ours(info.name)
+            path = family.names.to_ours(info.name, want)
         except KeyError:
             path = ""
         if path in want:
@@ -49,6 +49,8 @@ def match(
             left_out.append(info.name)
         elif (value := family.names.constant(info.name)) is not None:
             _check_constant(entry, value)
+            left_out.append(info.name)
+        elif _is_borrowed(path, spec):
             left_out.append(info.name)
         elif _DERIVED.search(info.name) or family.names.is_further(info.name, len(spec.layers)):
             left_out.append(info.name)
@@ -75,6 +77,14 @@ def match(
                 file=stored.file,
             )
     return chosen, tuple(left_out)
+
+
+def _is_borrowed(path: str, spec: ModelSpec) -> bool:
+    """Whether a tensor makes keys or values of a layer that reads those of another (Gemma 4)."""
+    found = re.match(r"layers\.(\d+)\.attn\.[kv](_norm)?\.", path)
+    if found is None or int(found[1]) >= len(spec.layers):
+        return False
+    return spec.layers[int(found[1])].kv_from is not None
 
 
 def _check_tied(found: Sequence[Entry], family: Family, head: Entry) -> None:

@@ -168,7 +168,7 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             shards[files[info.name]].append(Tensor(info.name, info.dtype, info.shape, info, whole))
             continue
         try:
-            path = names.to_ours(info.name)
+            path = names.to_ours(info.name, params)
         except KeyError:
             path = ""
         leaf = params.get(path)

@@ -46,9 +46,11 @@ SIGMOID_NAMES = {
 }
 
 
-def stacked(block: str) -> dict[str, tuple[str, ...]]:
-    """The two tensors [x, 2f, e] and [x, e, f] that transformers 5 has in place of `experts.*`."""
-    experts = f"model.layers.*.{block}.experts"
+def stacked(block: str | None = None) -> dict[str, tuple[str, ...]]:
+    """The two tensors [x, 2f, e] and [x, e, f] that transformers 5 has in place of `experts.*`, in
+    the module `block` of a layer, or in the layer itself.
+    """
+    experts = f"model.layers.*.{block}.experts" if block else "model.layers.*.experts"
     return {
         f"{experts}.gate_up_proj": ("layers.*.mlp.experts.*.gate", "layers.*.mlp.experts.*.up"),
         f"{experts}.down_proj": ("layers.*.mlp.experts.*.down",),
@@ -65,18 +67,21 @@ def moe_spec(
     mlp: MLPSpec,
     *,
     count: str = "num_experts",
-    experts: int,
-    active: int,
+    per_token: str = "num_experts_per_tok",
+    experts: int | None = None,
+    active: int | None = None,
     **others: Any,
 ) -> MoESpec:
-    """A mixture of MLPs like `mlp`; `count` names the field of how many, `others` as in `MoESpec`.
+    """A mixture of MLPs like `mlp`; `count` and `per_token` name the fields of how many there are
+    and how many a token passes, which have no default where none is given; `others` as in
+    `MoESpec`.
 
     Raises ConfigError where a token would pass more experts than there are, or for a loss term.
     """
-    number = fields.integer(count, experts)
-    picked = fields.integer("num_experts_per_tok", active)
+    number = fields.integer(count, *([] if experts is None else [experts]))
+    picked = fields.integer(per_token, *([] if active is None else [active]))
     if picked > number:
-        raise fields.error(f"num_experts_per_tok is {picked}, and {count} is {number}")
+        raise fields.error(f"{per_token} is {picked}, and {count} is {number}")
     # The auxiliary loss, which transformers adds only where the logits are asked for.
     fields.expect("output_router_logits", False)
     fields.take("router_aux_loss_coef", 0.0)
@@ -85,7 +90,7 @@ def moe_spec(
 
 def grouped(
     fields: Fields, experts: int, *, groups: int = 1, best: int = 1, active: int = 8
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """`n_group` and `topk_group` as `MoESpec`'s groups; ConfigError where they do not fit."""
     groups = fields.integer("n_group", groups)
     best = fields.integer("topk_group", best)
@@ -138,6 +143,31 @@ def with_experts(spec: ModelSpec, moe: MoESpec, dense: frozenset[int] = frozense
         return layer if i in dense else replace(layer, mlp=moe)
 
     return replace(spec, layers=tuple(changed(i, x) for i, x in enumerate(spec.layers)))
+
+
+def beside(fields: Fields, spec: ModelSpec) -> ModelSpec:
+    """The spec with a mixture beside the MLP of each layer, where `enable_moe_block` says so, each
+    with norms of its own (Gemma 4).
+    """
+    if not fields.flag("enable_moe_block", False):
+        for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            fields.take(name, None)
+        return spec
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        shared = layer.mlp
+        assert isinstance(shared, MLPSpec)
+        moe = moe_spec(
+            fields,
+            replace(shared, dim=fields.integer("moe_intermediate_size")),
+            per_token="top_k_experts",
+            shared=shared,
+            norms=layer.norm,
+            router_norm=replace(layer.norm, weight=False),
+        )
+        return replace(layer, mlp=moe)
+
+    return replace(spec, layers=tuple(map(changed, spec.layers)))
 
 
 def layer_numbers(fields: Fields, name: str, default: Iterable[int]) -> frozenset[int]:

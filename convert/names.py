@@ -1,7 +1,7 @@
 """A family's tensor names: module paths, ours and Hugging Face's, in a two-way table."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,10 +50,10 @@ class Names:
     A row is of a module, or of one tensor whose last part differs too. `fused`: modules (or tensors
     that are no module's) of a checkpoint that hold several of ours, one above the other; `by_head`:
     once for each kv head, its own rows of each (GPT-NeoX, Falcon); `in_turn`: of each expert row by
-    row (gpt-oss). A path among them may be of a bias. A module may be there twice: the first whose
-    parts the model has is meant. `aliases`: other names of modules in checkpoints ->
-    ours. `constants`: stored tensors that always have one value, which
-    is not read. `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
+    row (gpt-oss). A path among them may be of a bias. A module may be there twice, as in the
+    table: that whose parts the model has is meant. `aliases`: other names of modules in checkpoints
+    -> ours. `constants`: stored tensors that always have one value, which is not read.
+    `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, or a module `mtp`, which predict
     further tokens and are left out. `peft_refuses`: last parts of modules on which peft takes no
     adapters.
@@ -74,8 +74,11 @@ class Names:
         return dict(self.table)
 
     @cached_property
-    def _hf_to_ours(self) -> dict[str, str]:
-        return {theirs: ours for ours, theirs in self.table} | dict(self.aliases)
+    def _hf_to_ours(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for theirs, ours in (*((hf, ours) for ours, hf in self.table), *self.aliases):
+            found.setdefault(theirs, []).append(ours)
+        return found
 
     @cached_property
     def _stacks(self) -> dict[str, str]:
@@ -108,10 +111,6 @@ class Names:
             self._ours_to_hf if _pattern(path) in self._ours_to_hf else self._stacks, path
         )
 
-    def module_to_ours(self, name: str) -> str:
-        """The inverse of `module_to_hf`."""
-        return _translate(self._hf_to_ours, name)
-
     def parts(self, name: str) -> list[tuple[str, ...]]:
         """Our paths of the tensors that may lie in a fused tensor called `name`; else none.
 
@@ -133,6 +132,10 @@ class Names:
     def turns(self, name: str) -> int:
         """How many parts of the fused tensor `name` follow each other row by row; else 1."""
         return max((len(paths) for paths in self.parts(name)), default=1) if self.in_turn else 1
+
+    def single(self, name: str) -> bool:
+        """Whether the table has the stored tensor `name` by itself, not as part of its module."""
+        return _pattern(name) in self._hf_to_ours
 
     def constant(self, name: str) -> float | None:
         """The value that a stored tensor always has, or None for one that is read."""
@@ -158,12 +161,17 @@ class Names:
         module, _, leaf = path.rpartition(".")
         return f"{self.module_to_hf(module)}.{leaf}"
 
-    def to_ours(self, name: str) -> str:
-        """The inverse of `to_hf`; raises KeyError for a name that the table does not have."""
-        if _pattern(name) in self._hf_to_ours:
-            return _translate(self._hf_to_ours, name)
+    def to_ours(self, name: str, known: Container[str] = ()) -> str:
+        """The inverse of `to_hf`; of a name with several meanings the one that is `known`, else the
+        last. Raises KeyError for a name that the table does not have.
+        """
         module, _, leaf = name.rpartition(".")
-        return f"{self.module_to_ours(module)}.{leaf}"
+        found = [_fill(path, name) for path in self._hf_to_ours.get(_pattern(name), ())]
+        modules = () if found else self._hf_to_ours.get(_pattern(module), ())
+        found += [f"{_fill(path, module)}.{leaf}" for path in modules]
+        if not found:
+            raise KeyError(name)
+        return next((path for path in found if path in known), found[-1])
 
 
 def names(

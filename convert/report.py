@@ -118,7 +118,8 @@ def _run_again(model: "CausalLM") -> str:
             plain.setdefault(found, []).append(str(i))
     text = ""
     for (part, reason), layers in plain.items():
-        text += f"\nlayers {', '.join(layers)}: {PARTS[part]} run again by autograd, for {reason}"
+        what = PARTS.get(part, "all of it")
+        text += f"\nlayers {', '.join(layers)}: {what} run again by autograd, for {reason}"
     return text
 
 

@@ -16,6 +16,7 @@ _KINDS: dict[str, RopeKind] = {
     "llama3": "llama3",
     "yarn": "yarn",
     "longrope": "longrope",
+    "proportional": "proportional",
 }
 _ALLOWED = {
     "default": set[str](),
@@ -44,6 +45,7 @@ _ALLOWED = {
         "short_factor",
         "long_factor",
     },
+    "proportional": {"factor"},
 }
 
 
@@ -77,6 +79,8 @@ def rope_spec(
     base = inner.number("rope_theta", theta)
     width = head_dim * inner.number("partial_rotary_factor", partial)
     dim = int(min(width, head_dim + 1))  # a longer one may be infinite
+    if kind_name == "proportional":
+        return _proportional(inner, head_dim, dim, base, interleaved=interleaved)
     if dim % 2 or not 0 < dim <= head_dim:
         raise fields.error(f"rotary width {dim} of head width {head_dim} is not usable")
     if kind_name == "default":
@@ -128,10 +132,30 @@ def rope_spec(
     )
 
 
+def _proportional(
+    inner: Fields, head_dim: int, dim: int, base: float, *, interleaved: bool
+) -> RopeSpec:
+    """Of a whole head, in which the pairs of the first `dim` features are turned (Gemma 4)."""
+    if unknown := sorted(inner.raw.keys() - inner.taken - _ALLOWED["proportional"]):
+        raise inner.error(f"rope type 'proportional' has unknown fields {', '.join(unknown)}")
+    if head_dim % 2 or not 1 < dim <= head_dim:
+        raise inner.error(
+            f"partial_rotary_factor {inner.raw.get('partial_rotary_factor')!r:.40} of head width "
+            f"{head_dim} turns {dim} features, expected two or more of an even width"
+        )
+    factor = inner.number("factor", 1.0)
+    kind: RopeKind = "proportional"
+    return RopeSpec(head_dim, base, kind, factor, turned=dim // 2, interleaved=interleaved)
+
+
 def typed_ropes(
-    fields: Fields, head_dim: int, max_positions: int, thetas: dict[str, float]
+    fields: Fields,
+    head_dim: int | Mapping[str, int],
+    max_positions: int,
+    thetas: Mapping[str, float],
 ) -> dict[str, RopeSpec]:
-    """A rotary embedding for each type of layer in `thetas`, its default base.
+    """A rotary embedding for each type of layer in `thetas`, its default base; the types' heads may
+    differ in width.
 
     `rope_parameters` has an object for each; the old fields are `rope_theta` and `rope_scaling`
     for full_attention and `rope_local_base_freq` for sliding_attention (Gemma 3).
@@ -151,8 +175,9 @@ def typed_ropes(
         }
     else:
         inner = {kind: {"rope_parameters": given.get(kind, {})} for kind in thetas}
+    widths = {kind: head_dim if isinstance(head_dim, int) else head_dim[kind] for kind in thetas}
     return {
-        kind: rope_spec(Fields(inner[kind], fields.file), head_dim, max_positions, theta)
+        kind: rope_spec(Fields(inner[kind], fields.file), widths[kind], max_positions, theta)
         for kind, theta in thetas.items()
     }
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..kernels.attention import Documents, attention, fused
 from ..kernels.decode_attention import decode_attention
-from ..kernels.rope import HeadNorm, rope_qk
+from ..kernels.rope import HeadNorm, rope, rope_qk
 from . import alibi, tree
 from .layout import Layout
 from .norm import norm
@@ -26,6 +26,9 @@ class Span(NamedTuple):
 
 
 Visible = torch.Tensor | Documents | Span | None
+
+# Keys and values [b, s, k, d], normalised and rotated.
+Heads = tuple[torch.Tensor, torch.Tensor]
 
 
 def gates(q: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -66,7 +69,41 @@ def prepared(
             q = q * table.query_scale[..., None, None].to(q.dtype)
     if spec.qk_norm_after:
         q, k = _normed(q, k, p, spec)
-    return q, k, v
+    return q, k, v if spec.v_norm is None else norm(v, None, spec.v_norm)
+
+
+def queries(
+    q: torch.Tensor, p: tree.Tree, spec: AttentionSpec, table: Table | None
+) -> torch.Tensor:
+    """Raw q [b, s, h, d] as in `prepared`, where its keys are another layer's."""
+    q = _alone(q, p.get("q_norm"), spec, table)
+    if table is not None and table.query_scale is not None:
+        q = q * table.query_scale[..., None, None].to(q.dtype)
+    return q
+
+
+def keys_values(
+    k: torch.Tensor, v: torch.Tensor, p: tree.Tree, spec: AttentionSpec, table: Table | None
+) -> Heads:
+    """Raw k and v [b, s, k, d] as in `prepared`, by themselves."""
+    k = _alone(k, p.get("k_norm"), spec, table)
+    if spec.clip is not None:
+        v = v.clamp(-spec.clip, spec.clip)
+    return k, v if spec.v_norm is None else norm(v, None, spec.v_norm)
+
+
+def _alone(
+    x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: AttentionSpec, table: Table | None
+) -> torch.Tensor:
+    if spec.clip is not None:
+        x = x.clamp(-spec.clip, spec.clip)
+    if spec.qk_norm is not None and not spec.qk_norm_after:
+        x = _head_norm(x, p, spec, spec.qk_norm)
+    if spec.rope is not None and spec.rope.dim and table is not None:
+        x = rope(x, table.cos, table.sin, interleaved=spec.rope.interleaved)
+    if spec.qk_norm is not None and spec.qk_norm_after:
+        x = _head_norm(x, p, spec, spec.qk_norm)
+    return x
 
 
 def head_norm(p: tree.Tree, spec: AttentionSpec) -> HeadNorm | None:

@@ -65,7 +65,7 @@ def empty(
     def state(layer: LayerSpec) -> State:
         made: State = {}
         if layer.attention is not None:
-            for name, width in zip(COLUMNS, layer.attention.cached, strict=True):
+            for name, width in zip(COLUMNS, layer.attention.cached, strict=False):
                 shape = batch, capacity, *width
                 made[name] = torch.zeros(shape, dtype=columns or dtype, device=device)
         if layer.recurrent is not None:

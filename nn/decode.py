@@ -8,8 +8,8 @@ import torch
 
 from ..quant.int8 import Int8
 from . import cache as kv
-from . import decode_layer, decoder, experts, rope, tree
-from .attention import Span
+from . import decode_layer, decoder, experts, layer_inputs, mixer, rope, tree
+from .attention import Heads, Span
 from .cache import Cache
 from .layout import Layout
 from .norm import norm
@@ -54,21 +54,28 @@ def decode(
     tables.update({r: rope.table(r, positions) for r in spec.ropes()})
     sights = {layer.sight for layer in spec.layers}
     seen = {sight: _span(cache, *sight) for sight in sights}
+    further = layer_inputs.every(params, spec, token[:, None], x, adapters)
+    shared: dict[int | None, Heads] = {}
     for i, (layer, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
         own, table, sight = tree.get(adapters, "layers", i), tables[layer.rope], seen[layer.sight]
         buffers = (cache.layers[i], at)
+        if layer.lends:
+            shared[i] = mixer.lent(x, p, own, table, spec=layer, buffers=buffers)
+        heads = shared.get(i if layer.lends else layer.kv_from)
         if table is not None and decode_layer.covers(x[:, 0], p, own, table, layer):
             x = decode_layer.layer(x[:, 0], p, own, table, sight, buffers, layer)[:, None]
         else:
-            x = decoder.layer(x, p, own, table, sight, spec=layer, buffers=buffers)
+            more = sight, None, heads, further[i]
+            x = decoder.layer(x, p, own, table, *more, spec=layer, buffers=buffers)
     x = norm(x, params.get("norm"), spec.norm)
     return decoder.logits(params, spec, x[:, 0]), cache
 
 
 def waits_for(params: tree.Tree, spec: ModelSpec, adapters: tree.Tree = None) -> str | None:
     """What of a step asks the device for a value, so that no graph can hold it; None: nothing."""
-    embed = params["embed"]["weight"]
-    if embed.device != tree.tensors(params["layers"][0])[0].device:
+    tables = [params[name] for name in ("embed", "inputs") if name in params]
+    here = tree.tensors(params["layers"][0])[0].device
+    if any(t.device != here for t in tree.tensors(tables)):
         return "which rows of the embedding on the host are used"
     for i, layer in enumerate(spec.layers):
         if isinstance(layer.mlp, MoESpec):

@@ -38,7 +38,9 @@ def _plain(spec: LayerSpec) -> bool:
     attention, mlp = spec.attention, spec.mlp
     if attention is None or spec.recurrent is not None or not isinstance(mlp, MLPSpec):
         return False
-    if not spec.pre_norm or spec.post_norm or spec.parallel:
+    if not spec.pre_norm or spec.post_norm or spec.parallel or spec.scaled:
+        return False
+    if spec.inputs is not None:
         return False
     if not mlp.gated or mlp.activation not in ACTIVATIONS:
         return False
@@ -48,7 +50,9 @@ def _plain(spec: LayerSpec) -> bool:
 def _plain_attention(spec: AttentionSpec) -> bool:
     if spec.rope is None or not spec.rope.dim or spec.latent is not None or spec.clip is not None:
         return False
-    if (spec.in_scale, spec.out_scale) != (1.0, 1.0) or spec.gated:
+    if (spec.in_scale, spec.out_scale) != (1.0, 1.0) or spec.gated or spec.v_norm is not None:
+        return False
+    if spec.lends or spec.projections != ("q", "k", "v"):
         return False
     how = spec.qk_norm
     if how is None:

@@ -3,6 +3,7 @@
 Plain functions of (params, spec, tokens); see `spec` for the letters in the shapes.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,16 @@ import torch.nn.functional as F
 
 from ..quant.linear import linear as base_linear
 from . import cache as kv
-from . import host_table, recurrent, rope, tree
-from .attention import Visible, visible
+from . import host_table, layer_inputs, recurrent, rope, tree
+from .attention import Heads, Visible, visible
 from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
+from .halves import WHOLE, runs_again
+from .layer_inputs import ended, ended_again
 from .layout import Layout, dense
 from .linear import seed_after
-from .mixer import mixer
+from .mixer import lent, mixer
 from .mlp import mlp
 from .norm import add, norm
 from .offload import Offload
@@ -33,6 +36,8 @@ def layer(
     table: rope.Table | None,
     seen: Visible,
     starts: torch.Tensor | None = None,
+    heads: Heads | None = None,
+    given: torch.Tensor | None = None,
     *,
     spec: LayerSpec,
     buffers: Buffers | None = None,
@@ -40,21 +45,23 @@ def layer(
     tile: int | None = None,
 ) -> torch.Tensor:
     """One decoder layer: x [b, s, e] -> [b, s, e]; `starts` as in `recurrent.mix`, `tile` as in
-    `residuals.Policy`, for a dense MLP.
+    `residuals.Policy`, for a dense MLP. heads: as in `mixer.attention`; given: as in
+    `layer_inputs.ended`.
     """
     adapters = adapters or {}
     inner = norm(x, p.get("attn_norm"), spec.norm) if spec.pre_norm else x
-    branch = mixer(inner, p, adapters, table, seen, starts, spec=spec, buffers=buffers, seed=seed)
+    how: Any = {"spec": spec, "buffers": buffers, "seed": seed, "heads": heads}
+    branch = mixer(inner, p, adapters, table, seen, starts, **how)
     mid = add(x, branch, p.get("attn_post_norm"), spec)
     if spec.own_norms or not spec.parallel:
         source = x if spec.parallel else mid
-        inner = norm(source, p.get("mlp_norm"), spec.norm) if spec.pre_norm else source
+        inner = norm(source, p.get("mlp_norm"), spec.norm) if spec.mlp_normed else source
     mlp_args = inner, p["mlp"], adapters.get("mlp")
     if isinstance(spec.mlp, MoESpec):
         branch = moe(*mlp_args, spec.mlp, seed_after(seed, 4))
     else:
         branch = mlp(*mlp_args, spec.mlp, seed_after(seed, 4), tile)
-    return add(mid, branch, p.get("mlp_post_norm"), spec)
+    return ended(add(mid, branch, p.get("mlp_post_norm"), spec), p, adapters, given, spec, seed)
 
 
 def hidden(
@@ -99,9 +106,7 @@ def extend(
 
 def embed(params: tree.Tree, spec: ModelSpec, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [b, s] -> their scaled embeddings [b, s, e], of a table there or on the host."""
-    table = params["embed"]["weight"]
-    apart = host_table.elsewhere(table, tokens)
-    x = host_table.looked_up(table, tokens) if apart else F.embedding(tokens, table)
+    x = host_table.rows(params["embed"]["weight"], tokens)
     if spec.embed_scale == 1.0:
         return x
     rounded = torch.tensor(spec.embed_scale, dtype=x.dtype).item()
@@ -144,35 +149,39 @@ def _run(
     if residuals is not None and torch.is_grad_enabled():
         policies = per_layer(residuals, len(spec.layers))
     offload = Offload(x.device) if any(p is not None and p.offloads for p in policies) else None
+    further = layer_inputs.every(params, spec, tokens, x, adapters, seed)
+    shared: dict[int | None, Heads] = {}
     for i, (layer_spec, p, policy) in enumerate(
         zip(spec.layers, params["layers"], policies, strict=True)
     ):
         layer_seed = seed_after(seed, 7 * i)
-        args = (x, p, tree.get(adapters, "layers", i), tables[layer_spec.rope])
-        view = seen[layer_spec.sight], starts
+        own = tree.get(adapters, "layers", i)
+        args = (x, p, own, tables[layer_spec.rope])
+        how: Any = {"spec": layer_spec, "seed": layer_seed}
         if cache is not None:
-            x = layer(*args, *view, spec=layer_spec, buffers=(cache.layers[i], start))
-        elif policy is None:
-            x = layer(*args, *view, spec=layer_spec, seed=layer_seed)
-        elif covers(p):
+            how["buffers"] = cache.layers[i], start
+        if layer_spec.lends:
+            lend = partial(lent, **how)
+            shared[i] = (lend if cache is not None or policy is None else remat(lend))(*args)
+        heads = shared.get(i if layer_spec.lends else layer_spec.kv_from)
+        view = seen[layer_spec.sight], starts, heads, further[i]
+        if cache is not None or policy is None:
+            x = layer(*args, *view, **how)
+        elif covers(p, layer_spec):
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
             fast = FastLayer(i, layer_spec, view[0], policy, offload, layer_seed, last)
-            x = fast.run(*args, view[1])
+            x = fast.run(*args, starts)
+            x = ended_again(x, p, own, further[i], layer_spec, layer_seed)
         else:
-            x = _again(layer_spec, layer_seed, policy.tile)(*args, *view)
+            x = remat(partial(layer, **how, tile=policy.tile))(*args, *view)
     return norm(x, params.get("norm"), spec.norm), cache
 
 
-def covers(p: tree.Tree) -> bool:
-    """Whether `fast_layer` can run it: frozen params, no transform."""
-    if torch._C._are_functorch_transforms_active():
+def covers(p: tree.Tree, spec: LayerSpec) -> bool:
+    """Whether `fast_layer` can run it: frozen params, no transform, its own keys and values."""
+    if torch._C._are_functorch_transforms_active() or WHOLE in runs_again(spec):
         return False
     return not any(t.requires_grad for t in tree.tensors(p))
-
-
-def _again(spec: LayerSpec, seed: int | None, tile: int | None) -> Any:
-    """The layer through autograd, run a second time in backward."""
-    return remat(lambda *args: layer(*args, spec=spec, seed=seed, tile=tile))
 
 
 def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:

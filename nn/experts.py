@@ -18,6 +18,7 @@ from .activation import activated, inputs
 from .dispatch import combine, places, spread
 from .linear import linear, seed_after
 from .mlp import mlp
+from .norm import norm
 from .spec import MoESpec
 from .stacks import apart, separated
 
@@ -34,18 +35,24 @@ def moe(
     tokens is skipped, unless something of it is trained, which then gets zero gradients.
     """
     flat = x.reshape(-1, x.shape[-1])
+    taken = flat if spec.norms is None else norm(flat, p["norm"], spec.norms)
     weights, chosen = route(flat, p["router"], spec)
     own = tree.get(separated({"experts": tree.get(adapters, "experts")}), "experts")
     mix: Any = _sorted_tokens
     if torch._C._are_functorch_transforms_active():
         mix = _every_token
-    elif on_gpu(flat) and waits_for(p["experts"], own, spec, seed) is None:
+    elif on_gpu(taken) and waits_for(p["experts"], own, spec, seed) is None:
         mix = _grouped
-    out: torch.Tensor = mix(flat, weights, chosen, p["experts"], own, spec, seed)
+    out: torch.Tensor = mix(taken, weights, chosen, p["experts"], own, spec, seed)
+    if spec.norms is not None:
+        out = norm(out, p["post_norm"], spec.norms)
     if spec.shared is not None:
-        shared = mlp(flat, p["shared"], tree.get(adapters, "shared"), spec.shared, seed)
+        taken = flat if spec.norms is None else norm(flat, p["shared_norm"], spec.norms)
+        shared = mlp(taken, p["shared"], tree.get(adapters, "shared"), spec.shared, seed)
         if spec.shared_gate:
             shared = linear(flat, p["shared_gate"]).sigmoid() * shared
+        if spec.norms is not None:
+            shared = norm(shared, p["shared_post_norm"], spec.norms)
         out = out + shared
     return out.view(x.shape)
 
@@ -56,6 +63,8 @@ def route(
     """x [t, e] -> each token's weights [t, active] (fp32 or wider) and experts [t, active]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     source = x.to(wide) if spec.router == "sigmoid" else x
+    if spec.router_norm is not None:
+        source = norm(x, None, spec.router_norm) * router["scale"] * x.shape[-1] ** -0.5
     # What "sigmoid" calls a bias chooses alone.
     own = router if spec.router_bias else {"weight": router["weight"]}
     logits = linear(source, own).to(wide)
@@ -74,6 +83,8 @@ def route(
         weights = scores.gather(-1, chosen)
         if spec.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if spec.router_norm is not None:
+        weights = weights * router["expert_scale"][chosen]
     return (weights if spec.scale == 1.0 else weights * spec.scale), chosen
 
 

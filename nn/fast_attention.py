@@ -15,7 +15,6 @@ from .residuals import Policy
 from .spec import AttentionSpec
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-QKV = ("q", "k", "v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class FastAttention:
     ) -> tuple[torch.Tensor | None, Found]:
         found = Found()
         o = Puller(p, adapters, ("o",), seed_after(seed, 3), found)
-        qkv = Puller(p, adapters, QKV, seed, found)
+        qkv = Puller(p, adapters, self.spec.projections, seed, found)
         low_qkv = residuals.pop("low_qkv")
         inner = scaled(inner, self.spec.in_scale)
         if "qkv" not in residuals:
@@ -82,6 +81,8 @@ class FastAttention:
         pulled = [*attention_backward(dattended, *heads, saved, **sight), *pulled]
         del saved, dattended, heads
         draw = torch.autograd.grad(made, raw, pulled)
+        if self.spec.keys_as_values:
+            draw = (draw[0], draw[1] + draw[2])
         dinner = qkv.input([t.flatten(-2) for t in draw], need_inner)
         qkv.weights(inner, low_qkv)
         return None if dinner is None else scaled(dinner, self.spec.in_scale), found
@@ -95,14 +96,10 @@ class FastAttention:
         lows: Lows | None = None,
     ) -> tuple[Heads, Lows]:
         """The raw heads, before clipping, q/k norm and rotation."""
-        (q, k, v), lows = products(inner, *picked(p, adapters, QKV), seed, lows)
         a, (b, s, _) = self.spec, inner.shape
-        heads = (
-            q.view(b, s, a.heads, -1),
-            k.view(b, s, a.kv_heads, a.head_dim),
-            v.view(b, s, a.kv_heads, a.head_dim),
-        )
-        return heads, lows
+        (q, *made), lows = products(inner, *picked(p, adapters, a.projections), seed, lows)
+        k, v = (y.view(b, s, a.kv_heads, a.head_dim) for y in (made[0], made[-1]))
+        return (q.view(b, s, a.heads, -1), k, v), lows
 
     def _sight(self, p: tree.Tree, k: torch.Tensor) -> Keywords:
         """What attention is told beside its tensors."""

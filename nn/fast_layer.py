@@ -15,7 +15,7 @@ from torch.utils import _pytree
 from . import rope, tree
 from .attention import Visible
 from .half import Half, Residuals
-from .halves import by_hand, halves
+from .halves import PARTS, by_hand, halves
 from .lora import LoRA
 from .norm import add, add_backward
 from .offload import Offload
@@ -79,6 +79,7 @@ class Layer:
             self.spec, p, adapters, table, self.seen, starts, self.policy, self.seed
         )
         cast = {part for half in (mixer, mlp) for part in half.functions if by_hand(half, part)}
+        adapters = {part: own for part, own in (adapters or {}).items() if part in PARTS}
         leaves = dict(tree.items(adapters))
         return Bound(self, mixer, mlp, p, _cast(adapters, cast, dtype), leaves)
 

@@ -24,6 +24,8 @@ from .spec import LayerSpec, MoESpec
 
 # What the parts of a layer's params are called.
 PARTS = {"attn": "attention", "recurrent": "the recurrent mixer", "mlp": "the MLP"}
+# In place of parts: all of a layer, of which nothing but the input is kept.
+WHOLE = "layer"
 
 
 def halves(
@@ -61,7 +63,8 @@ def halves(
         tile = policy.tile
     shared = spec.parallel and not spec.own_norms
     own = "attn_norm" if shared else "mlp_norm"
-    return mixer, Half({"mlp": function}, mixer.norm, own, seed_after(seed, 4), tile)
+    how = mixer.norm if spec.mlp_normed else None
+    return mixer, Half({"mlp": function}, how, own, seed_after(seed, 4), tile)
 
 
 def by_hand(half: Half, part: str) -> bool:
@@ -77,11 +80,13 @@ def runs_again(
     dora: bool = False,
     rounded: bool = False,
 ) -> dict[str, str]:
-    """Which parts of a layer autograd runs again in backward, and what makes it so.
+    """Which parts of a layer autograd runs again in backward, or `WHOLE`, and what makes it so.
 
     masked: whether the batch needs a mask; dora: whether all parts have adapters with magnitudes;
     rounded: whether weights are rounded in training.
     """
+    if spec.lends or spec.kv_from is not None:
+        return {WHOLE: "keys and values that layers share"}
     found: dict[str, str] = {}
     if spec.recurrent is not None:
         found["recurrent"] = "mixers other than attention"

@@ -25,6 +25,12 @@ def looked_up(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.embedding(place.to(device), rows.to(device, non_blocking=pinned))
 
 
+def rows(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The rows [b, s, e] of a table [v, e] for tokens [b, s], wherever it is."""
+    apart = elsewhere(table, tokens)
+    return looked_up(table, tokens) if apart else F.embedding(tokens, table)
+
+
 def elsewhere(table: torch.Tensor, tokens: torch.Tensor) -> bool:
     """Whether the table is in host memory and the tokens are not."""
     return table.device.type == "cpu" and tokens.device.type != "cpu"

@@ -50,6 +50,13 @@ def param_specs(spec: ModelSpec) -> tree.Tree:
     }
     if spec.learned_positions:
         out["positions"] = {"weight": ParamSpec((spec.max_positions, spec.dim), "pe")}
+    if spec.inputs is not None:
+        width = len(spec.layers) * spec.inputs.dim
+        out["inputs"] = {
+            "table": {"weight": ParamSpec((spec.inputs.vocab, width), "vc")},
+            "project": _linear(width, spec.dim, "ce", False),
+            "norm": _norm(spec.inputs.norm, (spec.inputs.dim,), "c"),
+        }
     if spec.norm.weight:
         out["norm"] = _norm(spec.norm, (spec.dim,), "e")
     head = {} if spec.tied else {"weight": ParamSpec((spec.vocab, spec.dim), "ve")}
@@ -70,26 +77,36 @@ def _layer(layer: LayerSpec, e: int) -> dict[str, Any]:
     here = {
         "attn_norm": layer.pre_norm,
         "attn_post_norm": layer.post_norm,
-        "mlp_norm": layer.pre_norm and (layer.own_norms or not layer.parallel),
+        "mlp_norm": layer.mlp_normed and (layer.own_norms or not layer.parallel),
         "mlp_post_norm": layer.post_norm,
     }
     norms = {name: _norm(layer.norm, (e,), "e") for name, on in here.items() if on}
     if not layer.norm.weight:
         norms = {}
-    return {**norms, **mixers, "mlp": mlp}
+    made: dict[str, Any] = {**norms, **mixers, "mlp": mlp}
+    if layer.inputs is not None:
+        made["inputs"] = {
+            "gate": _linear(layer.inputs.dim, e, "ce", False),
+            "out": _linear(e, layer.inputs.dim, "ec", False),
+            "norm": _norm(layer.inputs.norm, (e,), "e"),
+        }
+    if layer.scaled:
+        made["scale"] = ParamSpec((1,), "1", init="ones")
+    return made
 
 
 def _attention(a: AttentionSpec, e: int) -> dict[str, Any]:
     q, kv = a.widths
+    wide = {"q": q * (1 + a.gated), "k": kv, "v": kv}
+    axes = {"q": "qe", "k": "ke", "v": "ke"}
     made: dict[str, Any] = {
-        "q": _linear(q * (1 + a.gated), e, "qe", a.qkv_bias),
-        "k": _linear(kv, e, "ke", a.qkv_bias),
-        "v": _linear(kv, e, "ke", a.qkv_bias),
-        "o": _linear(e, q, "eq", a.out_bias),
+        name: _linear(wide[name], e, axes[name], a.qkv_bias) for name in a.projections
     }
+    made["o"] = _linear(e, q, "eq", a.out_bias)
     if a.qk_norm is not None and a.qk_norm.weight:
         made["q_norm"] = _qk_norm(a.qk_norm, a, a.heads, "h")
-        made["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
+        if "k" in a.projections:
+            made["k_norm"] = _qk_norm(a.qk_norm, a, a.kv_heads, "k")
     if a.sinks:
         made["sinks"] = ParamSpec((a.heads,), "h")
     return made
@@ -179,6 +196,9 @@ def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
         router["bias"] = ParamSpec((moe.experts,), "x", init="zeros")
     if moe.router == "sigmoid":
         router["bias"] = ParamSpec((moe.experts,), "x", init="zeros", wide=True)
+    if moe.router_norm is not None:
+        router["scale"] = ParamSpec((e,), "e", init="ones")
+        router["expert_scale"] = ParamSpec((moe.experts,), "x", init="ones")
     made: dict[str, Any] = {"router": router}
     made["experts"] = tree.map(
         lambda p: replace(p, shape=(moe.experts, *p.shape), axes=f"x{p.axes}"), _mlp(moe.expert, e)
@@ -187,6 +207,9 @@ def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
         made["shared"] = _mlp(moe.shared, e)
     if moe.shared_gate:
         made["shared_gate"] = {"weight": ParamSpec((1, e), "1e")}
+    if moe.norms is not None:
+        names = ("norm", "post_norm", *(("shared_norm", "shared_post_norm") if moe.shared else ()))
+        made |= {name: _norm(moe.norms, (e,), "e") for name in names}
     return made
 
 

@@ -54,9 +54,10 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
     """Bytes that each residual of one layer takes for one token; `dim` is the model's width."""
     a = spec.attention
     heads, q, kv = (a.heads, *a.widths) if a is not None else (0, 0, 0)
+    made = 0 if a is None else len(a.projections) - 1
     return {
         "x": dim * itemsize,
-        "qkv": (q * (2 if a is not None and a.gated else 1) + 2 * kv) * itemsize,
+        "qkv": (q * (2 if a is not None and a.gated else 1) + made * kv) * itemsize,
         "out": q * itemsize + heads * 4,
         "mid": ((not spec.parallel) + 2 * spec.post_norm) * dim * itemsize,
         "gate_up": sum((1 + mlp.gated) * mlp.dim for mlp in spec.mlps) * itemsize,

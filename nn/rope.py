@@ -105,6 +105,9 @@ def inverse_frequencies(rope: RopeSpec, positions: torch.Tensor) -> torch.Tensor
     plain = 1.0 / powers
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "proportional":
+        still = torch.zeros_like(plain[rope.turned :])
+        return torch.cat([plain[: rope.turned], still]) / rope.factor
     if rope.kind == "llama3":
         return _llama3(rope, plain)
     if rope.kind == "yarn":

@@ -12,7 +12,7 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu", "clamped"]
 Router = Literal["softmax", "top_softmax", "sigmoid", "sparse_mixer", "top_sigmoid"]
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 # Constants of xIELU (arXiv 2411.13010, sec. 4).
 XIELU_BETA, XIELU_EPS = 0.5, -1e-6
@@ -44,7 +44,9 @@ class RopeSpec:
     2i is turned with 2i + 1 (GPT-J, Cohere), else i with i + dim / 2. "longrope" divides the
     frequencies by `long_factors` once a row is longer than `original_positions`, else by
     `short_factors`; `long_magnitude` or `short_magnitude` is then what cos and sin are multiplied
-    with, where they are given. `query_beta` b: rotated queries at position i are multiplied with
+    with, where they are given. "proportional" turns the first `turned` pairs of features, by the
+    frequencies they have among all, and leaves the others (Gemma 4's p-RoPE). `query_beta` b:
+    rotated queries at position i are multiplied with
     1 + b log(1 + floor((i + `query_shift`) / `original_positions`)) (Llama 4's temperature tuning);
     with `dim` 0 nothing is rotated, and this is all.
     """
@@ -67,6 +69,7 @@ class RopeSpec:
     long_factors: tuple[float, ...] = ()
     short_magnitude: float | None = None
     long_magnitude: float | None = None
+    turned: int = 0
     query_beta: float = 0.0
     query_shift: int = 0
 
@@ -103,6 +106,9 @@ class AttentionSpec:
     `alibi`: scores get `alibi.bias` times this factor.
     `gated`: q's projection makes a gate of each head too, behind its query; what a head gives is
     multiplied with the gate's sigmoid.
+    `v_norm` acts on each head of v, without a weight. `keys_as_values`: there is no v projection;
+    v is what k's makes. `kv_from`: keys and values are those of the layer of this number, an
+    earlier one that `lends` its own.
     """
 
     heads: int
@@ -125,12 +131,25 @@ class AttentionSpec:
     sinks: bool = False
     alibi: float | None = None
     gated: bool = False
+    v_norm: NormSpec | None = None
+    keys_as_values: bool = False
+    kv_from: int | None = None
+    lends: bool = False
 
     @property
-    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def projections(self) -> tuple[str, ...]:
+        """Which of q, k and v the layer projects itself."""
+        if self.kv_from is not None:
+            return ("q",)
+        return ("q", "k") if self.keys_as_values else ("q", "k", "v")
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], ...]:
         """Heads and their width of the two things that a cache holds for each token: keys and
-        values, or the latent and the rotated key.
+        values, or the latent and the rotated key. None where another layer holds them.
         """
+        if self.kv_from is not None:
+            return ()
         if self.latent is not None:
             assert self.rope is not None
             return (1, self.latent.kv_rank), (1, self.rope.dim)
@@ -275,6 +294,11 @@ class MoESpec:
     weights are divided by their sum; then they are multiplied with `scale`. `shared` is an MLP that
     every token passes, times sigmoid(x w^T) where `shared_gate`. `weigh_inputs`: weights multiply
     what goes into the experts, not what comes out.
+
+    `norms`: the input is not normalised yet; experts and `shared` each have a norm of their own for
+    it, and one for what they make. `router_norm`, without a weight: the router reads the input
+    normalised by this, times a trained [e] and e^-1/2, and weights are multiplied with a trained
+    number of their expert (Gemma 4).
     """
 
     experts: int
@@ -290,6 +314,22 @@ class MoESpec:
     weigh_inputs: bool = False
     shared: MLPSpec | None = None
     shared_gate: bool = False
+    norms: NormSpec | None = None
+    router_norm: NormSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputSpec:
+    """A vector of `dim` features p for each token and layer (Gemma 4's per-layer embeddings).
+
+    p = (table(token) sqrt(dim) + norm(project(embedding) e^-1/2)) / sqrt(2), of a table of `vocab`
+    rows for all layers together. A layer adds norm(out(activation(gate(x)) * p)) to its output x.
+    """
+
+    dim: int
+    vocab: int
+    norm: NormSpec
+    activation: Activation = "gelu_tanh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +340,8 @@ class LayerSpec:
     `pre_norm`: each branch's input is normalised; `post_norm`: its output is, before it is added.
     `parallel`: mixer and MLP both read x and are added to it; they share one norm of it, or
     have `own_norms`.
-    `residual_scale` multiplies what a branch adds.
+    `residual_scale` multiplies what a branch adds. `inputs`: what is added last, see there; of all
+    layers of a model, or of none. `scaled`: the layer's output is multiplied with a trained number.
     """
 
     norm: NormSpec
@@ -312,11 +353,28 @@ class LayerSpec:
     parallel: bool = False
     own_norms: bool = False
     residual_scale: float = 1.0
+    inputs: LayerInputSpec | None = None
+    scaled: bool = False
 
     @property
     def rope(self) -> RopeSpec | None:
         """What turns queries and keys, if anything does."""
         return None if self.attention is None else self.attention.rope
+
+    @property
+    def mlp_normed(self) -> bool:
+        """Whether the MLP reads a normalised input; a mixture may normalise it itself."""
+        return self.pre_norm and (isinstance(self.mlp, MLPSpec) or self.mlp.norms is None)
+
+    @property
+    def kv_from(self) -> int | None:
+        """The layer whose keys and values attention reads in place of its own."""
+        return None if self.attention is None else self.attention.kv_from
+
+    @property
+    def lends(self) -> bool:
+        """Whether other layers read the keys and values of this one."""
+        return self.attention is not None and self.attention.lends
 
     @property
     def sight(self) -> tuple[int | None, int | None]:
@@ -361,6 +419,11 @@ class ModelSpec:
     logit_softcap: float | None = None
     head_bias: bool = False
     learned_positions: bool = False
+
+    @property
+    def inputs(self) -> LayerInputSpec | None:
+        """The layers' further inputs, if they have any."""
+        return self.layers[0].inputs
 
     def attentions(self) -> Iterator[AttentionSpec]:
         """The attention of every layer that has one."""

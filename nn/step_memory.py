@@ -9,7 +9,7 @@ from ..kernels.cross_entropy import chunk_rows
 from ..kernels.grouped import PACKED_ROWS, PARTS
 from .activation import inputs
 from .dispatch import CHUNK
-from .halves import runs_again
+from .halves import WHOLE, runs_again
 from .recurrent import working_bytes
 from .residuals import Policy, bytes_per_token
 from .spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
@@ -62,13 +62,8 @@ def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int
     return fixed + max(largest, on_device + passing + _head(spec, shape))
 
 
-WHOLE = "layer"
-
-
 def again(layer: LayerSpec, shape: Shape) -> dict[str, str]:
-    """Which parts of a layer autograd runs again, and why, as `halves.runs_again`; WHOLE: all of
-    it, of which nothing but the input is kept.
-    """
+    """Which parts of a layer autograd runs again, or all of it, and why: `halves.runs_again`."""
     if shape.trained:
         return {WHOLE: "trained weights"}
     return runs_again(layer, masked=shape.masked, dora=shape.dora)
@@ -221,10 +216,23 @@ def _sum(
 
 def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:
     """Bytes that a layer's residuals take on the device until its backward."""
+    further = _further(layer, spec.dim, shape)
     if WHOLE in again(layer, shape):
-        return residual_bytes(layer, spec, shape)["x"]
+        return further + residual_bytes(layer, spec, shape)["x"]
     narrow = shape.tokens * shape.ranks * shape.itemsize
-    return narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
+    return further + narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
+
+
+def _further(layer: LayerSpec, dim: int, shape: Shape) -> int:
+    """Bytes that stay whatever the policy: what a layer lends, its own input, and what the end of
+    a layer is run again from.
+    """
+    a, values = layer.attention, 0
+    if a is not None and a.lends:
+        values += 2 * a.widths[1]
+    if layer.inputs is not None:
+        values += layer.inputs.dim + (0 if WHOLE in again(layer, shape) else dim)
+    return shape.tokens * values * shape.itemsize
 
 
 def _away(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -> int:

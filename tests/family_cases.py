@@ -49,6 +49,24 @@ NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor":
 
 TEMPERED = {**YARN, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.3}
 
+PROPORTIONAL = {
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 5e3,
+        "factor": 2.0,
+        "partial_rotary_factor": 0.5,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
+}
+MOE4 = {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0,
+}
 LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 
 MHA = {"multi_query": False, "num_key_value_heads": 4}
@@ -109,6 +127,42 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {}),
     ("gemma3_text", {"layer_types": LAYERS, "rope_parameters": GEMMA3, "attention_bias": True}),
     ("gemma3_text", {"sliding_window_pattern": 2, "final_logit_softcapping": 4.0}),
+    ("gemma4_text", {}),
+    ("gemma4_text", {"num_kv_shared_layers": 0, **MOE4}),
+    ("gemma4_text", {"use_double_wide_mlp": True, "attention_k_eq_v": True}),
+    ("gemma4_text", {"num_kv_shared_layers": 0, "attention_bias": True, "rope_parameters": OLMO3}),
+    (
+        "gemma4_text",
+        {
+            "final_logit_softcapping": 3.0,
+            "layer_types": None,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    (
+        "gemma4_text",
+        {
+            "per_layer_config": {2: {"head_dim": 24, "num_key_value_heads": 4}},
+            "layer_types": [*LAYERS[1:], "full_attention"],
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 0,
+            "hidden_activation": "silu",
+            "tie_word_embeddings": False,
+            "use_bidirectional_attention": "vision",
+        },
+    ),
+    (
+        "gemma4_text",
+        {
+            "rope_parameters": PROPORTIONAL,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-3,
+            "num_key_value_heads": 1,
+            "vocab_size_per_layer_input": 120,
+            "hidden_size_per_layer_input": 16,
+        },
+    ),
     ("granite", {}),
     (
         "granite",

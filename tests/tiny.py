@@ -40,6 +40,20 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 12, "pad_token_id": None}),
     "gemma2": ("Gemma2", {"head_dim": 12, "pad_token_id": None, "sliding_window": 8}),
     "gemma3_text": ("Gemma3", {"head_dim": 12, "pad_token_id": None, "sliding_window": 8}),
+    "gemma4_text": (
+        "Gemma4",
+        {
+            "head_dim": 12,
+            "global_head_dim": 16,
+            "num_hidden_layers": 5,
+            "layer_types": [*MIXED[:2], *MIXED[:2], "full_attention"],
+            "num_kv_shared_layers": 2,
+            "sliding_window": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 99,
+            "pad_token_id": None,
+        },
+    ),
     "granite": ("Granite", {"attention_multiplier": 0.2}),
     "smollm3": ("SmolLM3", {"pad_token_id": None, "no_rope_layer_interval": 2}),
     "olmo2": ("Olmo2", {"pad_token_id": None}),
@@ -189,6 +203,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Families whose other norms store the difference from 1, where 1 more would quadruple the scores.
 _FROM_ONE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# Families whose scores are not scaled by the root of their width.
+_UNSCALED = ("gemma4_text",)
+# Other numbers around 1.
+_FACTORS = ("mamba.D", "layer_scalar", "router.scale", "per_expert_scale")
 # Families that call a size otherwise, or (None) compute it.
 _SIZES: dict[str, dict[str, str | None]] = {
     "deepseek_v3": {"head_dim": None},
@@ -223,19 +241,27 @@ def config(family: str, **fields: Any) -> Any:
 def spread(model: Any, seed: int = 0) -> None:
     """Draw every parameter so that a mistake shows: norms off 1, biases off 0, large logits."""
     generator = torch.Generator().manual_seed(seed)
+    family = model.config.get_text_config().model_type
     with torch.no_grad():
         biases = (b for b in model.named_buffers() if b[0].endswith("correction_bias"))
-        for name, p in (*model.named_parameters(), *biases):
+        for name, p in (*model.named_parameters(), *biases, *trained_buffers(model)):
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
-                is_norm = "norm" in name or ".ln_" in name or name.endswith("mamba.D")
-                if model.config.get_text_config().model_type in _FROM_ONE:
+                is_norm = "norm" in name or ".ln_" in name or name.endswith(_FACTORS)
+                if family in _FROM_ONE:
                     is_norm = name.endswith("linear_attn.norm.weight")
                 p.copy_(drawn * 0.3 + (1.0 if is_norm else 0.0))
+                if family in _UNSCALED and name.endswith("q_norm.weight"):
+                    p.mul_(p.shape[0] ** -0.5)
             else:
                 # Behind a convolution products of three of its features follow, which blow up.
                 size = 0.5 if "conv" in name else 1.5
                 p.copy_(drawn * (size / p.shape[-1] ** 0.5))
+
+
+def trained_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that are weights all the same (Gemma 4's): their names and they."""
+    return [b for b in model.named_buffers() if b[0].endswith("layer_scalar")]
 
 
 def hf_model(family: str, *, seed: int = 0, **fields: Any) -> Any:

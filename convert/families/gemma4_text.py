@@ -1,0 +1,92 @@
+"""Gemma 4's text models: heads by type of layer, keys and values that layers share or that are one,
+an input of each layer's own, a mixture beside the MLP.
+"""
+
+from dataclasses import replace
+
+from ...nn.spec import ModelSpec, NormSpec
+from ..config_fields import Fields
+from ..dense import dense_spec, layer_types, typed_windows, with_layers
+from ..layer_fields import (
+    FULL,
+    layer_heads,
+    lending_layers,
+    typed_widths,
+    with_heads,
+    with_inputs,
+    with_lending,
+)
+from ..mixture import beside, stacked
+from ..names import LLAMA, QK_NORMS, SANDWICH_NORMS, names
+from ..rope_config import typed_ropes
+from .gemma import scaled
+from .gemma2 import activation
+
+_LAYER = "model.layers.*."
+_OWN = {
+    "inputs.gate": "per_layer_input_gate",
+    "inputs.out": "per_layer_projection",
+    "inputs.norm": "post_per_layer_input_norm",
+    "scale": "layer_scalar",
+    "mlp.router": "router.proj",
+    "mlp.router.scale": "router.scale",
+    "mlp.router.expert_scale": "router.per_expert_scale",
+    "mlp.norm": "pre_feedforward_layernorm_2",
+    "mlp.post_norm": "post_feedforward_layernorm_2",
+    "mlp.shared_norm": "pre_feedforward_layernorm",
+    "mlp.shared_post_norm": "post_feedforward_layernorm_1",
+    **{f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"mlp.experts.*.{part}": f"experts.*.{part}_proj" for part in ("gate", "up", "down")},
+}
+NAMES = names(
+    *(LLAMA, QK_NORMS, SANDWICH_NORMS),
+    {f"layers.*.{ours}": _LAYER + theirs for ours, theirs in _OWN.items()},
+    {
+        "inputs.table": "model.embed_tokens_per_layer",
+        "inputs.project": "model.per_layer_model_projection",
+        "inputs.norm": "model.per_layer_projection_norm",
+    },
+    fused=stacked(),
+)
+_THETAS = {FULL: 1e6, "sliding_attention": 1e4}
+_ROPES = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in _THETAS.items()}
+_ROPES[FULL].update(rope_type="proportional", partial_rotary_factor=0.25)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    """Matches transformers' `Gemma4ForCausalLM`, in which `use_bidirectional_attention` "vision" is
+    of images.
+    """
+    fields.expect("use_bidirectional_attention", "vision", False)
+    types, bias = layer_types(fields, 6, FULL), fields.flag("attention_bias", False)
+    heads = layer_heads(fields, types, width=256, wide=512, kv_heads=4)
+    if not fields.has("rope_parameters"):
+        fields.put("rope_parameters", _ROPES)
+    positions = fields.integer("max_position_embeddings", 131072)
+    ropes = typed_ropes(fields, typed_widths(fields, types, heads, 256), positions, _THETAS)
+    norm = NormSpec(fields.number("rms_norm_eps", 1e-6), cast_first=False)
+    made = dense_spec(
+        fields,
+        head_dim=256,
+        kv_heads=4,
+        max_positions=positions,
+        tied=True,
+        qkv_bias=bias,
+        out_bias=bias,
+        norm=norm,
+        qk_norm=True,
+        activation=activation(fields),
+        scale=1.0,
+        windows=typed_windows(fields, types, 512),
+        ropes=tuple(ropes[kind] for kind in types),
+    )
+    made = with_heads(fields, made, heads, v_norm=replace(norm, weight=False))
+    made = with_lending(
+        made,
+        lending_layers(fields, types),
+        same=fields.flag("attention_k_eq_v", False),
+        factor=1 + fields.flag("use_double_wide_mlp", False),
+    )
+    made = with_inputs(fields, with_layers(made, post_norm=True, scaled=True), width=256)
+    cap = fields.number_or_null("final_logit_softcapping", None)
+    return replace(scaled(beside(fields, made)), logit_softcap=cap)
