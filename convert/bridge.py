@@ -82,7 +82,7 @@ class CausalLM(Saving, Wearing):
         # Under "auto": the plan of every shape of batch that was met, in order.
         self.plans: dict[tuple[int, int, bool], Plan] = {}
         self.train_all = train_all
-        self.embeds_on_host = False
+        self.host_tables: tuple[torch.Tensor, ...] = ()
         # Tokens that the MLP runs on at a time while training (`residuals.Policy`).
         self.tile: int | None = None
         self.qat_scheme: str | None = None
@@ -99,22 +99,25 @@ class CausalLM(Saving, Wearing):
         self._params = self._wear(params, lambda path: train_all)
 
     def keep_embedding_on_host(self) -> None:
-        """Leave the embedding in host memory; a pass copies the rows that it uses.
+        """Leave the embeddings in host memory; a pass copies the rows that it uses.
 
-        Raises ArgumentError where all of it is needed: as the head, or because it is trained.
+        Where the embedding is the head too, that is the layers' own table alone (Gemma 4). Raises
+        ArgumentError where all of it is needed: as the head, or because it is trained.
         """
-        if self.spec.tied or self.train_all:
-            why = "its head is the same table" if self.spec.tied else "every weight is trained"
+        tables = [] if self.spec.tied else [self._params["embed"]["weight"]]
+        if self.spec.inputs is not None:
+            tables.append(self._params["inputs"]["table"]["weight"])
+        if not tables or self.train_all:
+            why = "every weight is trained" if self.train_all else "its head is the same table"
             raise ArgumentError(
                 f"offload_embedding=True: the device needs the whole embedding, for {why}; "
                 "load without it"
             )
-        table = self._params["embed"]["weight"]
-        host = torch.empty(
-            table.shape, dtype=table.dtype, pin_memory=table.is_cuda and torch.cuda.is_available()
-        )
-        table.data = host.copy_(table.detach())
-        self.embeds_on_host = True
+        for table in tables:
+            pinned = table.is_cuda and torch.cuda.is_available()
+            host = torch.empty(table.shape, dtype=table.dtype, pin_memory=pinned)
+            table.data = host.copy_(table.detach())
+        self.host_tables = tuple(tables)
 
     def own_trees(self) -> tuple[tree.Tree, ...]:
         """The trees of the tensors that a pass now computes with, as it holds them itself: params,
@@ -324,10 +327,9 @@ class CausalLM(Saving, Wearing):
             )
 
         self.kept_steps.clear()
-        table: Any = self._params["embed"]["weight"] if self.embeds_on_host else None
 
         def keep_dtype(t: torch.Tensor) -> torch.Tensor:
-            moved: torch.Tensor = t if t is table else fn(t)
+            moved = t if any(t is table for table in self.host_tables) else fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]

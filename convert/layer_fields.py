@@ -29,14 +29,16 @@ def layer_heads(
     given = fields.take("per_layer_config", None)
     if given is None:
         return [full if kind == FULL else base for kind in types]
-    numbers = {str(i) for i in range(len(types))}
-    if not isinstance(given, dict) or not given.keys() <= numbers:
+    if not isinstance(given, dict) or not all(
+        key.isascii() and key.isdigit() and int(key) < len(types) for key in given
+    ):
         raise fields.error(
-            f"per_layer_config is {given!r:.200}, expected an object with the numbers of layers"
+            f"per_layer_config is {given!r:.200}, expected an object with numbers of layers"
         )
+    given = {int(key): own for key, own in given.items()}
     found = []
     for i in range(len(types)):
-        own = given.get(str(i), {})
+        own = given.get(i, {})
         if not isinstance(own, dict) or not own.keys() <= {"head_dim", "num_key_value_heads"}:
             raise fields.error(
                 f"per_layer_config has {own!r:.200} for layer {i}, expected head_dim and "

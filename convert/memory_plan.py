@@ -114,9 +114,7 @@ def _lasting(model: "CausalLM") -> int:
     (fp32, as torch's AdamW has them).
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(tree.nbytes(t) for t in _held(model))
-    if model.embeds_on_host:
-        held -= tree.nbytes(model.base_params["embed"])
+    held = sum(tree.nbytes(t) for t in _held(model)) - tree.nbytes(model.host_tables)
     return held + 3 * 4 * trained
 
 

@@ -40,7 +40,7 @@ SANDWICH_NORMS = {
 # One matrix for both; Phi-3's and GLM's name.
 GATE_UP = {"model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up")}
 # A part of a path that counts layers or experts.
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)

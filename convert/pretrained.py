@@ -101,8 +101,9 @@ class FastLanguageModel:
         are the same under each. unsloth_tiled_mlp: in training dense MLPs run on as many tokens at
         a time as the model is wide, and keep only their input; True or "arctic".
         offload_embedding: the embedding stays in host memory and the rows that a batch uses are
-        copied, which waits for tokens that are on the device, so that no CUDA graph holds it; not
-        for a model whose head is the embedding, or which trains it. float32_mixed_precision: True
+        copied, which waits for tokens that are on the device, so that no CUDA graph holds it; of a
+        model whose head is the embedding only the layers' own embeddings (Gemma 4), and not for one
+        that trains it. float32_mixed_precision: True
         says what holds in any case where adapters are trained: all that is trained is fp32, and
         products are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
         format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds

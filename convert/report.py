@@ -78,7 +78,7 @@ def explain(model: "CausalLM") -> str:
             how += f" (a side is no multiple of {MULTIPLE}, as fp8 products need)"
         if axes == 3:
             how = f"{stored.shape[0]} experts, each {how}"
-        if model.qat_scheme and module not in ("embed", "head"):
+        if model.qat_scheme and module not in ("embed", "head", "inputs.table"):
             how += f", rounded as {model.qat_scheme} with its adapter"
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             how += ", trained"
@@ -91,6 +91,8 @@ def explain(model: "CausalLM") -> str:
 
 
 def _use(model: "CausalLM", module: str) -> str:
+    if module == "inputs.table":
+        return "rows looked up"
     if module != "embed":
         return "dense product"
     return "rows looked up" + ("; as the head a dense product" if model.spec.tied else "")

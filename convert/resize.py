@@ -9,14 +9,17 @@ from ..errors import ArgumentError
 from ..nn import tree
 from ..nn.spec import ModelSpec
 from .config import Config
+from .dense import with_layers
 from .tokenizer import Tokenizer
 from .tokenizer_repair import repair
+
+_TABLES = ("embed.weight", "head.weight", "head.bias", "inputs.table.weight")
 
 
 def resized(
     spec: ModelSpec, params: tree.Tree, config: Config, rows: int
 ) -> tuple[ModelSpec, tree.Tree]:
-    """With `rows` rows in the embedding and the head, which `config` is told too.
+    """With `rows` rows in the embeddings and the head, which `config` is told too.
 
     New rows are the mean of the old. Raises ArgumentError for fewer rows than there are.
     """
@@ -27,15 +30,18 @@ def resized(
         )
 
     def grow(path: str, leaf: Any) -> Any:
-        if path not in ("embed.weight", "head.weight", "head.bias") or not isinstance(
-            leaf, torch.Tensor
-        ):
+        if path not in _TABLES or not isinstance(leaf, torch.Tensor) or len(leaf) >= rows:
             return leaf
         mean = leaf.float().mean(0, keepdim=True).to(leaf.dtype)
-        return torch.cat([leaf, mean.expand(rows - spec.vocab, *leaf.shape[1:])])
+        return torch.cat([leaf, mean.expand(rows - len(leaf), *leaf.shape[1:])])
 
     config.vocab_size = rows
-    return replace(spec, vocab=rows), tree.map_with_path(grow, params)
+    grown = replace(spec, vocab=rows)
+    if spec.inputs is not None:
+        inputs = replace(spec.inputs, vocab=max(rows, spec.inputs.vocab))
+        config.vocab_size_per_layer_input = inputs.vocab
+        grown = with_layers(grown, inputs=inputs)
+    return grown, tree.map_with_path(grow, params)
 
 
 def with_pad_token(

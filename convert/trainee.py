@@ -61,6 +61,8 @@ class Trainee(nn.Module):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         embed = self._params["embed"]["weight"]
         left_out = embed.numel() if exclude_embeddings else 0
+        if exclude_embeddings and self.spec.inputs is not None:
+            left_out += self._params["inputs"]["table"]["weight"].numel()
         if only_trainable:
             return trained - (left_out if embed.requires_grad else 0)
         base: int = sum(leaf.numel() for leaf in tree.leaves(self._params))

@@ -618,6 +618,10 @@ CASES += [
     ("qwen3_5_moe_text", {"rms_norm_eps": 1e-3}),
     ("gpt_oss", {"rms_norm_eps": 1e-3, "rope_parameters": THETA, "tie_word_embeddings": True}),
 ]
+# Other models of a family, which have tensors that its first case has not.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("gemma4_text", {"num_kv_shared_layers": 0, **MOE4}),
+]
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES))
 
 

@@ -46,6 +46,8 @@ NOT_THROWN = {
     "for_llm_compressor": _UNREAD,
     "model_max_length": _UNREAD,
     "eod_token_id": _UNREAD,
+    "global_head_dim": "an older name: test_gemma4",
+    "num_global_key_value_heads": "an older name: test_gemma4",
     "summary_type": "of a classifier's head",
     "summary_activation": "of a classifier's head",
     "summary_use_proj": "of a classifier's head",

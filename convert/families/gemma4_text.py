@@ -42,6 +42,7 @@ NAMES = names(
     *(LLAMA, QK_NORMS, SANDWICH_NORMS),
     {f"layers.*.{ours}": _LAYER + theirs for ours, theirs in _OWN.items()},
     {
+        "layers.*": "model.layers.*",  # the scale
         "inputs.table": "model.embed_tokens_per_layer",
         "inputs.project": "model.per_layer_model_projection",
         "inputs.norm": "model.per_layer_projection_norm",

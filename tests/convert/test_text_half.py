@@ -43,6 +43,17 @@ QWEN35 = {
 # Class: its config's class, the config of the text half, that of the vision half.
 WHOLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Gemma3": ("Gemma3Config", {**TEXT, "head_dim": 12, "sliding_window": 8}, VISION),
+    "Gemma4": (
+        "Gemma4Config",
+        {
+            **{**TEXT, "num_hidden_layers": 6, "head_dim": 12, "global_head_dim": 16},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
+            **{"layer_types": [*tiny.MIXED, *tiny.MIXED[1:], "full_attention"]},
+            **{"num_kv_shared_layers": 2, "pad_token_id": 0},
+            **{"use_bidirectional_attention": "vision"},
+        },
+        {**VISION, "head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 16},
+    ),
     "Llama4": (
         "Llama4Config",
         {**TEXT, "intermediate_size_mlp": 64, "num_local_experts": 3, "attention_chunk_size": 8},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED, name_of
+from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED, VARIANTS, name_of
 
 from purelm.convert.fused import parts
 from purelm.convert.load import Loaded, load_folder
@@ -16,6 +16,7 @@ from purelm.nn import decoder, layout, lora, loss, stacks, tree
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE
 from purelm.quant.nf4 import NF4, dequantize
 
+MODELS = [*((family, {}) for family in FAMILIES), *VARIANTS]
 cases = pytest.mark.parametrize(("family", "switches"), CASES, ids=[name_of(c) for c in CASES])
 
 
@@ -202,13 +203,15 @@ def test_packed_rows(family: str, switches: dict[str, Any], tmp_path: Path) -> N
     assert torch.equal(decoder.forward(loaded.params, loaded.spec, row, layout=by_position), ours)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nf4(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "switches"), MODELS, ids=[name_of(model)[:40] for model in MODELS]
+)
+def test_nf4(family: str, switches: dict[str, Any], tmp_path: Path) -> None:
     """Quantized matrices are bitsandbytes', and logits are transformers' on what they stand for."""
     from bitsandbytes import functional as bnb
 
     # Widths of whole blocks: bitsandbytes' CPU dequantizer reads other rows with the wrong scales.
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, **switches}
     model, loaded = load_both(family, sizes, tmp_path, quantize="nf4")
     want = theirs_of(model, loaded)
     quantized = 0
