@@ -167,7 +167,7 @@ def _run(
         view = seen[layer_spec.sight], starts, heads, further[i]
         if cache is not None or policy is None:
             x = layer(*args, *view, **how)
-        elif covers(p, layer_spec):
+        elif covers(p) and WHOLE not in runs_again(layer_spec):
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
             fast = FastLayer(i, layer_spec, view[0], policy, offload, layer_seed, last)
             x = fast.run(*args, starts)
@@ -177,9 +177,9 @@ def _run(
     return norm(x, params.get("norm"), spec.norm), cache
 
 
-def covers(p: tree.Tree, spec: LayerSpec) -> bool:
-    """Whether `fast_layer` can run it: frozen params, no transform, its own keys and values."""
-    if torch._C._are_functorch_transforms_active() or WHOLE in runs_again(spec):
+def covers(p: tree.Tree) -> bool:
+    """Whether `fast_layer` can run it: frozen params, no transform."""
+    if torch._C._are_functorch_transforms_active():
         return False
     return not any(t.requires_grad for t in tree.tensors(p))
 
