@@ -7,7 +7,7 @@ whole are `<module>.weight`, biases `<module>.bias`, or `<module>.base_layer.bia
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,19 @@ from ..errors import AdapterError, ArgumentError, CheckpointError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import expert_adapters, rope_override
+from . import expert_adapters, fused, fused_adapters, rope_override
+from .adapter_check import PREFIX, check_complete, check_pair
 from .adapter_config import CONFIG, parse, read_config
-from .adapter_fit import name_targets
+from .adapter_fit import fitted, name_targets
+from .fused_read import Stored, reader, split, turned
 from .lora_config import PeftConfig
 from .names import Names
-from .peft_targets import (
-    is_target,
-    modules,
-    parameters,
-    projections,
-    rank_and_scale,
-    targetable,
-)
+from .peft_targets import adaptable, modules, parameters, rank_and_scale
 from .shards import TensorInfo, open_checkpoint, read
 
 STEM = "adapter_model"
-PREFIX = "base_model.model."
-# peft leaves the `.weight` of a magnitude out of its files, and takes both.
-MAGNITUDE = "lora_magnitude_vector"
+# Which ranks of a fused projection's adapter are of which part, in the header.
+RANKS = "purelm.ranks"
 _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector(?:\.weight)?)")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,46 +50,88 @@ def read_adapter(
     config = parse(raw, folder / CONFIG)
     place = folder / f"{STEM}.safetensors"
     try:
-        stored = open_checkpoint(folder, stem=STEM)
-        whole = expert_adapters.sorted_out(stored.tensors, spec, names, PREFIX)
+        checkpoint = open_checkpoint(folder, stem=STEM)
+        whole = expert_adapters.sorted_out(checkpoint.tensors, spec, names, PREFIX)
         taken = {info.name for pair in whole.values() for info in pair.values()}
-        rest = {name: info for name, info in stored.tensors.items() if name not in taken}
-        pairs, found = _sorted_out(rest, spec, names, place)
-        for path, pair in pairs.items():
-            _check_pair(path, pair, config, names, spec, place)
-        _check_complete(config, pairs, found, whole, spec, names, place)
-        adapters = {
-            path: LoRA(
+        rest = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
+        known = adaptable(config, spec, names)
+        pairs, found = _sorted_out(rest, known, spec, names, place)
+        for name, pair in pairs.items():
+            check_pair(name, pair, known[name], config, spec, place)
+        check_complete(config, known, pairs, found, whole, spec, names, place)
+        stored = {
+            name: LoRA(
                 read(pair["A"]).float(),
                 read(pair["B"]).float(),
-                rank_and_scale(config, names.module_to_hf(path))[1],
+                rank_and_scale(config, name)[1],
                 config.lora_dropout,
                 read(pair["magnitude"]).float() if config.use_dora else None,
             )
-            for path, pair in pairs.items()
+            for name, pair in pairs.items()
         }
-        known = parameters(spec, names)
+        ranks = fused_adapters.from_text(checkpoint.metadata.get(RANKS, "{}"), place)
+        adapters: dict[str, LoRA] = {}
+        for name, leaf in stored.items():
+            adapters |= _ours(name, leaf, known[name], ranks.get(name), config, spec, names)
+        params_of_all = parameters(spec, names)
         stacked = {
             path: expert_adapters.read(
                 path,
                 {kind: read(info) for kind, info in pair.items()},
-                *rank_and_scale(config, known[path]),
+                *rank_and_scale(config, params_of_all[path]),
                 spec,
                 names,
                 place,
             )
             for path, pair in whole.items()
         }
-        copies = {path: read(info).float() for path, info in found.items()}
+        of_any = reader(read)
+        copies = {path: of_any(info).float() for path, info in found.items()}
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
     _tie(copies, spec, params, place)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
         # The file's own expression is never run; the tensors say what it matched.
-        have = {names.module_to_hf(path) for path in pairs}
-        config = name_targets(config, have, spec, names)
-    made = dict(tree.items(_stacked(adapters, place)))
-    return tree.from_items(made | stacked), _stacked(copies, place), config
+        config = name_targets(config, set(pairs), known)
+    made = tree.from_items(dict(tree.items(_stacked(adapters, place))) | stacked)
+    trained = _stacked(copies, place)
+    if any(name in fused.modules(spec, names) for name in pairs):
+        config = _of_parts(config, made, trained, spec, names, place)
+    return made, trained, config
+
+
+def _ours(
+    name: str,
+    leaf: LoRA,
+    paths: tuple[str, ...],
+    ranks: fused_adapters.Ranks | None,
+    config: PeftConfig,
+    spec: ModelSpec,
+    names: Names,
+) -> dict[str, LoRA]:
+    """The adapters, by our paths, that the one of the module `name` is."""
+    one = fused.modules(spec, names).get(name)
+    if one is None:
+        return {paths[0]: leaf}
+    every = config.use_dora or config.bias == "lora_only"
+    return fused_adapters.apart(one, leaf, ranks, all_of_them=every)
+
+
+def _of_parts(
+    config: PeftConfig,
+    adapters: tree.Tree,
+    trained: tree.Tree,
+    spec: ModelSpec,
+    names: Names,
+    file: Path,
+) -> PeftConfig:
+    """The config of a file as it is of the parts of fused projections."""
+    try:
+        made = fitted(config, adapters, trained, spec, names)
+    except ArgumentError as problem:
+        raise AdapterError(str(problem), file=file) from problem
+    begun = config.init_lora_weights
+    return replace(made, inference_mode=config.inference_mode, init_lora_weights=begun)
 
 
 def _stacked(leaves: Mapping[str, Any], file: Path) -> tree.Tree:
@@ -138,39 +174,50 @@ def read_trained(folder: Path, names: Names) -> Trained:
 
 
 def _sorted_out(
-    tensors: Mapping[str, TensorInfo], spec: ModelSpec, names: Names, file: Path
-) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """Module path -> {"A", "B", "magnitude"?}, and path -> trained copy; in the model's order."""
-    shapes = {path: p.shape for path, p in tree.items(stacks.each_spec(spec))}
-    shapes.setdefault("head.weight", (spec.vocab, spec.dim))
-    adaptable = {name: path for path, name in projections(spec, names).items()}
+    tensors: Mapping[str, TensorInfo],
+    known: Mapping[str, tuple[str, ...]],
+    spec: ModelSpec,
+    names: Names,
+    file: Path,
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, Stored]]:
+    """Hugging Face's module -> {"A", "B", "magnitude"?}, and our path -> where its trained copy is
+    stored; in the order of `known`, which has our paths of each module, and of the model.
+    """
+    shapes = dict(tree.items(stacks.each_spec(spec)))
+    want = {path: p.shape for path, p in shapes.items()}
+    want.setdefault("head.weight", (spec.vocab, spec.dim))
     everything = {name: path for path, name in modules(spec, names).items()}
     pairs: dict[str, dict[str, TensorInfo]] = {}
-    copies: dict[str, TensorInfo] = {}
+    copies: dict[str, Stored] = {}
     unknown = []
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
             raise AdapterError(f"found {tensor.dtype}, expected floats", tensor=name, file=file)
         plain = name.removeprefix(PREFIX)
         lora = _LORA.fullmatch(plain)
-        if lora and lora[1] in adaptable:
-            pairs.setdefault(adaptable[lora[1]], {})[lora[2] or lora[3]] = tensor
+        if lora and lora[1] in known:
+            pairs.setdefault(lora[1], {})[lora[2] or lora[3]] = tensor
             continue
         module, _, kind = plain.rpartition(".")
         module = module.removesuffix(".base_layer") if kind == "bias" else module
+        seen = turned(tensor) if names.is_transposed(f"{module}.{kind}") else tensor
+        whole = fused.stored(f"{module}.{kind}", names, spec, shapes)
+        if whole is not None and module in fused.modules(spec, names):
+            copies |= split(seen, whole)
+            continue
         path = f"{everything.get(module)}.{kind}"
-        if path not in shapes:
+        if path not in want:
             unknown.append(name)
-        elif tuple(tensor.shape) != shapes[path]:
+        elif tuple(seen.shape) != want[path]:
             grown = path in ("embed.weight", "head.weight") and tensor.shape[0] > spec.vocab
             hint = f"; load the base with resize_model_vocab={tensor.shape[0]}" if grown else ""
             raise AdapterError(
-                f"found shape {list(tensor.shape)}, expected {list(shapes[path])}{hint}",
+                f"found shape {list(seen.shape)}, expected {list(want[path])}{hint}",
                 tensor=name,
                 file=file,
             )
         else:
-            copies[path] = tensor
+            copies[path] = seen
     if unknown:
         more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
         raise AdapterError(
@@ -178,78 +225,16 @@ def _sorted_out(
             "is for another model or another method",
             file=file,
         )
-    ordered = {path: pairs[path] for path in adaptable.values() if path in pairs}
-    return ordered, {path: copies[path] for path in shapes if path in copies}
-
-
-def _check_pair(
-    path: str,
-    pair: Mapping[str, TensorInfo],
-    config: PeftConfig,
-    names: Names,
-    spec: ModelSpec,
-    file: Path,
-) -> None:
-    name = names.module_to_hf(path)
-    out, inp = tree.at(stacks.each_spec(spec), f"{path}.weight").shape
-    rank, _ = rank_and_scale(config, name)
-    wanted = {
-        "A": (rank, inp),
-        "B": (out, rank),
-        **({"magnitude": (out,)} if config.use_dora else {}),
-    }
-    if "magnitude" in pair and not config.use_dora:
-        raise AdapterError(
-            "found a magnitude, and use_dora is not true in the config",
-            tensor=pair["magnitude"].name,
-            file=file,
-        )
-    for kind, shape in wanted.items():
-        end = MAGNITUDE if kind == "magnitude" else f"lora_{kind}.weight"
-        tensor = f"{PREFIX}{name}.{end}"
-        if kind not in pair:
-            raise AdapterError("the tensor is missing", tensor=tensor, file=file)
-        if tuple(pair[kind].shape) != shape:
-            raise AdapterError(
-                f"found shape {list(pair[kind].shape)}, the config and the model make it "
-                f"{list(shape)}",
-                tensor=tensor,
-                file=file,
-            )
-
-
-def _check_complete(
-    config: PeftConfig,
-    adapters: Mapping[str, Any],
-    copies: Mapping[str, Any],
-    whole: Mapping[str, Any],
-    spec: ModelSpec,
-    names: Names,
-    file: Path,
-) -> None:
-    """Everything that the config names must be there; a regular expression is not run for it."""
-    wanted = expert_adapters.missing(config, whole, spec, names)
-    if not isinstance(config.target_modules, str) and not isinstance(config.exclude_modules, str):
-        for path, name in targetable(config, spec, names).items():
-            if path not in adapters and is_target(config, name):
-                wanted.append(f"{PREFIX}{name}.lora_A.weight")
-    if config.bias != "none":
-        for path, _ in tree.items(stacks.each_spec(spec)):
-            module, _, kind = path.rpartition(".")
-            if (
-                kind == "bias"
-                and path not in copies
-                and (config.bias == "all" or module in adapters)
-            ):
-                wanted.append(names.to_hf(path))
-    for name in config.modules_to_save or ():
-        if not any(names.to_hf(path).removesuffix(".weight").endswith(name) for path in copies):
-            wanted.append(f"{name}.weight")
-    if not adapters and not copies and not whole:
-        wanted.append("any lora_A.weight")
-    if wanted:
-        more = f" and {len(wanted) - 6} more" if len(wanted) > 6 else ""
-        raise AdapterError(f"tensors are missing: {', '.join(wanted[:6])}{more}", file=file)
+    owners: dict[str, str] = {}
+    for name in pairs:
+        for path in known[name]:
+            if owners.setdefault(path, name) != name:
+                raise AdapterError(
+                    f"{name} and {owners[path]} are the same weights; keep the adapter of one",
+                    file=file,
+                )
+    ordered = {name: pairs[name] for name in known if name in pairs}
+    return ordered, {path: copies[path] for path in want if path in copies}
 
 
 def _tie(

@@ -1,7 +1,7 @@
 """A config that describes given trees exactly, so that peft makes the same of the files."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
@@ -9,10 +9,21 @@ from ..errors import ArgumentError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import expert_adapters, peft_targets
+from . import expert_adapters, fused, peft_targets
+from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
 from .peft_targets import is_saved, is_target, modules, rank_and_scale, targetable
+
+
+@dataclass(frozen=True)
+class _View:
+    """A model's modules as one side names them: a projection's name -> all that mean it, and a
+    bias's tensor -> its module.
+    """
+
+    targets: Mapping[str, tuple[str, ...]]
+    biases: Mapping[str, str]
 
 
 def fitted(
@@ -24,44 +35,101 @@ def fitted(
     differ are listed by their full names. Raises ArgumentError for an empty adapter.
     """
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
+    config = _with_parameters(config, whole, spec, names)
     adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
     leaves = {names.module_to_hf(path): leaf for path, leaf in tree.items(adapters)}
+    copies = [names.to_hf(path) for path, _ in tree.items(trained)]
+    biases = {names.to_hf(path): names.module_to_hf(module) for path, module in _biases(spec)}
+    every = {known[0]: known for known in targetable(config, spec, names).values()}
+    return _fitted(config, leaves, whole, copies, _View(every, biases), spec, names)
+
+
+def fitted_stored(
+    config: PeftConfig, stored: Stored, whole: Mapping[str, LoRA], spec: ModelSpec, names: Names
+) -> PeftConfig:
+    """As `fitted`, for what a file holds by the names of Hugging Face's class."""
+    config = _with_parameters(config, whole, spec, names)
+    biases = {
+        fused.to_hf(path, spec, names): fused.module_to_hf(module, spec, names)
+        for path, module in _biases(spec)
+    }
+    every = {known[-1]: known[-1:] for known in targetable(config, spec, names).values()}
+    view = _View(every, biases)
+    return _fitted(config, stored.adapters, whole, stored.copies, view, spec, names)
+
+
+def _biases(spec: ModelSpec) -> list[tuple[str, str]]:
+    """The paths of all biases and of their modules."""
+    paths = [path for path, _ in tree.items(stacks.each_spec(spec)) if path.endswith(".bias")]
+    return [(path, path.removesuffix(".bias")) for path in paths]
+
+
+def _parameters(whole: Mapping[str, LoRA], spec: ModelSpec, names: Names) -> dict[str, LoRA]:
     known = peft_targets.parameters(spec, names)
-    have = {known[path]: leaf for path, leaf in whole.items()}
-    targets = expert_adapters.fitted(config.target_parameters, set(have), spec, names)
-    config = replace(config, target_parameters=targets)
-    copies = [path for path, _ in tree.items(trained)]
-    if not leaves and not have:
+    return {known[path]: leaf for path, leaf in whole.items()}
+
+
+def _with_parameters(
+    config: PeftConfig, whole: Mapping[str, LoRA], spec: ModelSpec, names: Names
+) -> PeftConfig:
+    have = set(_parameters(whole, spec, names))
+    targets = expert_adapters.fitted(config.target_parameters, have, spec, names)
+    return replace(config, target_parameters=targets)
+
+
+def _fitted(
+    config: PeftConfig,
+    leaves: Mapping[str, LoRA],
+    whole: Mapping[str, LoRA],
+    copies: Collection[str],
+    view: _View,
+    spec: ModelSpec,
+    names: Names,
+) -> PeftConfig:
+    """leaves and copies by their names in `view`; whole: adapters of all experts, by path."""
+    every = dict(leaves) | _parameters(whole, spec, names)
+    if not every:
         raise ArgumentError("there are no adapters; peft's format needs at least one")
-    config = replace(
-        config, inference_mode=True, init_lora_weights=True, use_dora=_dora(leaves | have)
-    )
-    saved = [path.removesuffix(".weight") for path in copies if path.endswith(".weight")]
-    if spec.tied and "embed" in saved and "head" not in saved:
-        saved.append("head")
-    config = _fit_saved(config, [names.module_to_hf(path) for path in saved], spec, names)
-    config = _fit_targets(config, set(leaves), spec, names)
-    leaves |= have
-    config = replace(config, bias=_bias(copies, adapters, spec, config))
+    config = replace(config, inference_mode=True, init_lora_weights=True, use_dora=_dora(every))
+    saved = [name.removesuffix(".weight") for name in copies if name.endswith(".weight")]
+    head = names.module_to_hf("head")
+    if spec.tied and names.module_to_hf("embed") in saved and head not in saved:
+        saved.append(head)
+    config = _fit_saved(config, saved, spec, names)
+    if set(leaves) != {name for name, all_of in view.targets.items() if is_target(config, *all_of)}:
+        config = name_targets(config, set(leaves), view.targets)
+    config = replace(config, bias=_bias(copies, leaves, view, config))
     # The scale is alpha / rank, or alpha / sqrt(rank).
     power = 0.5 if config.use_rslora else 1.0
-    ranks = {name: leaf.rank for name, leaf in leaves.items()}
-    alphas = {name: leaf.scale * leaf.rank**power for name, leaf in leaves.items()}
-    wanted = {name: rank_and_scale(config, name) for name in leaves}
+    ranks = {name: leaf.rank for name, leaf in every.items()}
+    alphas = {name: _tidy(leaf.scale * leaf.rank**power) for name, leaf in every.items()}
+    wanted = {name: rank_and_scale(config, *view.targets.get(name, (name,))) for name in every}
     if all(
-        ranks[name] == rank and isclose(leaves[name].scale, scale, rel_tol=1e-12)
+        ranks[name] == rank and isclose(every[name].scale, scale, rel_tol=1e-12)
         for name, (rank, scale) in wanted.items()
     ):
         return config
-    rank = _commonest(list(ranks.values()))
-    alpha = _commonest([_tidy(a) for a in alphas.values()])
+    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
     return replace(
         config,
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={n: r for n, r in ranks.items() if r != rank},
-        alpha_pattern={n: _tidy(a) for n, a in alphas.items() if _tidy(a) != alpha},
+        rank_pattern=_patterns(ranks, rank),
+        alpha_pattern=_patterns(alphas, alpha),
     )
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """What differs from the default: by the last part of names that all have it, or by name."""
+    by_last: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
+    return {
+        last if len(by_last[last]) == 1 else name: value
+        for name, value in values.items()
+        if value != default
+        for last in (name.rpartition(".")[2],)
+    }
 
 
 def _dora(leaves: Mapping[str, LoRA]) -> bool:
@@ -71,16 +139,10 @@ def _dora(leaves: Mapping[str, LoRA]) -> bool:
     return found.pop()
 
 
-def _fit_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:
-    every = targetable(config, spec, names).values()
-    if have == {name for name in every if is_target(config, name)}:
-        return config
-    return name_targets(config, have, spec, names)
-
-
-def name_targets(config: PeftConfig, have: set[str], spec: ModelSpec, names: Names) -> PeftConfig:
-    """`config` with the modules `have` as its targets: by their endings if those say it all."""
-    every = targetable(config, spec, names).values()
+def name_targets(config: PeftConfig, have: set[str], every: Collection[str]) -> PeftConfig:
+    """`config` with the modules `have` of `every` one as its targets: by their endings if those
+    say it all.
+    """
     short = {name.rpartition(".")[2] for name in have}
     by_ending = {name for name in every if name.rpartition(".")[2] in short}
     return replace(
@@ -102,16 +164,16 @@ def _fit_saved(config: PeftConfig, have: list[str], spec: ModelSpec, names: Name
     return replace(config, modules_to_save=tuple(listed) or None)
 
 
-def _bias(copies: list[str], adapters: tree.Tree, spec: ModelSpec, config: PeftConfig) -> str:
-    have = {path for path in copies if path.endswith(".bias")}
-    adapted = {path for path, _ in tree.items(adapters)}
-    every = {path for path, _ in tree.items(stacks.each_spec(spec)) if path.endswith(".bias")}
-    only = {path for path in every if path.removesuffix(".bias") in adapted}
-    fits = {"none": set(), "lora_only": only, "all": every}
+def _bias(
+    copies: Collection[str], adapted: Collection[str], view: _View, config: PeftConfig
+) -> str:
+    have = {name for name in copies if name in view.biases}
+    only = {name for name, module in view.biases.items() if module in adapted}
+    fits = {"none": set(), "lora_only": only, "all": set(view.biases)}
     if have == fits[config.bias]:
         return config.bias
-    for kind, paths in fits.items():
-        if have == paths:
+    for kind, names in fits.items():
+        if have == names:
             return kind
     raise ArgumentError(
         "peft's format knows copies of no bias, of all, or of those beside an adapter; found "

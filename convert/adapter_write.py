@@ -11,10 +11,12 @@ import torch
 from ..errors import SaveError
 from ..nn import stacks, tree
 from ..nn.spec import ModelSpec
-from . import atomic, expert_adapters, named_adapters, rope_override
+from . import atomic, expert_adapters, fused_adapters, named_adapters, rope_override
+from .adapter_check import MAGNITUDE, PREFIX
 from .adapter_config import CONFIG
-from .adapter_file import MAGNITUDE, PREFIX, STEM
-from .adapter_fit import fitted
+from .adapter_file import RANKS, STEM
+from .adapter_fit import fitted_stored
+from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
 from .safetensors_write import Entry
@@ -50,7 +52,7 @@ def save_adapter(
     saved = named_adapters.chosen(
         list(worn) if selected_adapters is None else selected_adapters, list(worn)
     )
-    files = {}
+    files, base = {}, model.base_params
     for name in saved:
         one = worn[name]
         config = replace(
@@ -61,7 +63,7 @@ def save_adapter(
         adapters = named_adapters.acting([one], training=True)
         within = "" if name == named_adapters.DEFAULT else name
         files[within] = _files(
-            adapters, model.spec, origin.family.names, one.trained, config, metadata
+            adapters, model.spec, origin.family.names, one.trained, config, metadata, base
         )
     _write(folder, files, model.tokenizer if tokenizer is None else tokenizer)
 
@@ -76,13 +78,17 @@ def write_adapter(
     config: PeftConfig | None = None,
     metadata: Mapping[str, str] | None = None,
     tokenizer: Any = None,
+    params: tree.Tree = None,
 ) -> None:
     """Write trees of adapters and trained copies as peft would, whole or not at all.
 
     `config` is corrected where it does not describe the trees. metadata goes into the header of
-    the safetensors file, where peft does not look. The tensors keep their dtype.
+    the safetensors file, where peft does not look. The tensors keep their dtype. params: the
+    base's, needed where of a matrix that holds several projections some have DoRA's magnitude or a
+    trained bias.
     """
-    _write(folder, {"": _files(adapters, spec, names, trained, config, metadata)}, tokenizer)
+    files = {"": _files(adapters, spec, names, trained, config, metadata, params)}
+    _write(folder, files, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,22 @@ def _files(
     trained: tree.Tree,
     config: PeftConfig | None,
     metadata: Mapping[str, str] | None,
+    params: tree.Tree,
 ) -> _Files:
-    config = fitted(config or PeftConfig(), adapters, trained, spec, names)
+    config = config or PeftConfig()
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
-    adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
+    worn, copies = (dict(tree.items(stacks.one_by_one(x))) for x in (adapters, trained))
+    stored = fused_adapters.as_stored(worn, copies, spec, names, stacks.one_by_one(params))
+    config = fitted_stored(config, stored, whole, spec, names)
     tensors = {
-        **_named(adapters, trained, spec, names),
+        **_named(stored, spec, names),
         **{PREFIX + n: t for n, t in expert_adapters.named(whole, spec, names).items()},
     }
     entries = [atomic.entry(name, tensor.detach()) for name, tensor in tensors.items()]
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
+    if stored.ranks:
+        header[RANKS] = fused_adapters.to_text(stored.ranks)
     return _Files(text + "\n", entries, header)
 
 
@@ -133,24 +144,20 @@ def _write(folder: str | Path, files: Mapping[str, _Files], tokenizer: Any) -> N
             tokenizer.save_pretrained(new)
 
 
-def _named(
-    adapters: tree.Tree, trained: tree.Tree, spec: ModelSpec, names: Names
-) -> dict[str, torch.Tensor]:
+def _named(stored: Stored, spec: ModelSpec, names: Names) -> dict[str, torch.Tensor]:
     """The tensors under peft's names."""
     found: dict[str, torch.Tensor] = {}
-    adapted = dict(tree.items(adapters))
-    for path, leaf in adapted.items():
-        module = PREFIX + names.module_to_hf(path)
-        found[f"{module}.lora_A.weight"] = leaf.a
-        found[f"{module}.lora_B.weight"] = leaf.b
+    for module, leaf in stored.adapters.items():
+        found[f"{PREFIX}{module}.lora_A.weight"] = leaf.a
+        found[f"{PREFIX}{module}.lora_B.weight"] = leaf.b
         if leaf.magnitude is not None:
-            found[f"{module}.{MAGNITUDE}"] = leaf.magnitude
-    copies = dict(tree.items(trained))
-    for path, tensor in copies.items():
-        module, _, kind = path.rpartition(".")
-        base = ".base_layer" if kind == "bias" and module in adapted else ""
-        found[f"{PREFIX}{names.module_to_hf(module)}{base}.{kind}"] = tensor
-    if spec.tied and "embed.weight" in copies and "head.weight" not in copies:
+            found[f"{PREFIX}{module}.{MAGNITUDE}"] = leaf.magnitude
+    for name, tensor in stored.copies.items():
+        module, _, kind = name.rpartition(".")
+        base = ".base_layer" if kind == "bias" and module in stored.adapters else ""
+        found[f"{PREFIX}{module}{base}.{kind}"] = tensor
+    embed, head = (f"{names.module_to_hf(module)}.weight" for module in ("embed", "head"))
+    if spec.tied and embed in stored.copies and head not in stored.copies:
         # peft trains the two apart, so both must be told the one matrix.
-        found[f"{PREFIX}{names.module_to_hf('head')}.weight"] = copies["embed.weight"]
+        found[f"{PREFIX}{head}"] = stored.copies[embed]
     return found

@@ -233,7 +233,13 @@ def read_dense(entry: Entry) -> torch.Tensor:
     if isinstance(entry, Packed):
         return nf4.dequantize(read_leaf(entry, entry.dtype))
     if isinstance(entry, Encoded):
-        return entry.decode(*map(read, entry.parts)).to(entry.dtype)
+        parts = [read(part) for part in entry.parts]
+        if not entry.by_matrix:
+            return entry.decode(*parts).to(entry.dtype)
+        made = torch.empty(entry.shape, dtype=entry.dtype)
+        for i in range(len(made)):
+            made[i] = entry.decode(*(part[i : i + 1] for part in parts))[0]
+        return made
     return read_tensor(entry) if isinstance(entry, GGUFTensor) else read(entry)
 
 

@@ -1,99 +1,153 @@
-"""Stored matrices that are several of our projections, one above the other (Phi-3's qkv_proj),
-their rows for each kv head in turn (GPT-NeoX's query_key_value), or row by row in turn (gpt-oss).
+"""Which rows of a stored matrix are whose, where one holds several of our projections: one above
+the other (Phi-3's qkv_proj), their rows for each kv head in turn (GPT-NeoX's query_key_value), or
+row by row in turn (gpt-oss's gate_up_proj).
 
-They are taken apart when a checkpoint is read and put together again when it is merged.
+Checkpoints are taken apart and put together by it, and so are adapters' files.
 """
 
+import functools
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, SaveError
-from ..nn.lora import LoRA
-from ..nn.params import ParamSpec
-from .bnb_file import Entry, Packed
-from .encoded import Encoded
-from .merge_tensor import Change
+from ..nn import stacks, tree
+from ..nn.spec import ModelSpec
 from .names import Names
-from .shards import TensorInfo
 
 
 @dataclass(frozen=True)
-class Turned:
-    """A stored matrix [in, out], or a stack of them, seen as [out, in]."""
+class Fused:
+    """A matrix [rows, *row] in Hugging Face's classes and files, or a vector of biases (row ()).
 
-    whole: TensorInfo
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    @property
-    def file(self) -> Path:
-        return self.whole.file
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.whole.shape[:-2], self.whole.shape[-1], self.whole.shape[-2])
-
-    @property
-    def nbytes(self) -> int:
-        return self.whole.nbytes
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of each of the `groups` of equal size that a stored tensor consists of, rows of
-    shape `row`: [in], or single numbers of a bias.
+    name: theirs; paths: ours of the parts, in the order of their rows; rows: how many each has. The
+    matrix consists of `groups` of equal size, in each of which the parts' shares follow each other,
+    those of `turns` parts of equal size row by row. A stack [x, rows / x, *row] of the matrices of
+    experts is read as the matrix of all rows, each expert's after the last's.
     """
 
-    whole: TensorInfo | Turned
-    rows: slice
+    name: str
+    paths: tuple[str, ...]
+    rows: tuple[int, ...]
     row: tuple[int, ...]
     groups: int = 1
+    turns: int = 1
 
-    @property
-    def name(self) -> str:
-        return self.whole.name
+    @functools.cached_property
+    def _shares(self) -> tuple[slice, ...]:
+        """Where in a group the rows of each part lie."""
+        made, begin = [], 0
+        for i, count in enumerate(self.rows):
+            turn, each = i % self.turns, count // self.groups
+            first = begin - turn * each
+            made.append(slice(first + turn, first + self.turns * each, self.turns))
+            begin += each
+        return tuple(made)
 
-    @property
-    def file(self) -> Path:
-        return self.whole.file
+    def share(self, i: int, each: int | None = None) -> tuple[int, slice]:
+        """Which matrix of a stack, with `each` so many rows, has part `i`, and where there."""
+        at = self._shares[i]
+        number = 0 if each is None else at.start // each
+        by = number * (each or 0)
+        return number, slice(at.start - by, at.stop - by, at.step)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
+    def cut(self, matrix: torch.Tensor, at: slice) -> torch.Tensor:
+        """The rows `at` of each group of a matrix [rows, ...]: a view [groups, n, ...]."""
+        return _grouped(matrix, self.groups)[:, at]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        count = len(range(self.rows.start, self.rows.stop, self.rows.step or 1))
-        return (self.groups * count, *self.row)
+    def view(self, whole: torch.Tensor, i: int) -> torch.Tensor:
+        """Part `i` of the whole, or of a stack, or of what goes with its rows: [groups, n, ...]."""
+        if whole.ndim > len(self.row) + 1:
+            number, at = self.share(i, whole.shape[1])
+            return self.cut(whole[number], at)
+        return self.cut(whole, self._shares[i])
 
-    @property
-    def nbytes(self) -> int:
-        return self.whole.nbytes * math.prod(self.shape) // math.prod(self.whole.shape)
+    def part(self, whole: torch.Tensor, i: int) -> torch.Tensor:
+        """Part `i` [rows[i], ...] of the whole, contiguous and in memory of its own."""
+        return self.view(whole, i).flatten(0, 1).clone(memory_format=torch.contiguous_format)
+
+    def put(self, whole: torch.Tensor, i: int, part: torch.Tensor) -> None:
+        """Write part `i` [rows[i], ...] into the whole."""
+        self.view(whole, i).copy_(_grouped(part, self.groups))
+
+    def whole(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The parts [rows[i], ...] put together, in the dtype and place of the first."""
+        made = parts[0].new_empty((sum(self.rows), *parts[0].shape[1:]))
+        for i, part in enumerate(parts):
+            self.put(made, i, part)
+        return made
 
 
-def parts(names: Names, name: str, known: Mapping[str, Any]) -> tuple[str, ...]:
-    """Our paths of the parts of the stored tensor `name`, in its order, where all are `known`.
+def stored(name: str, names: Names, spec: ModelSpec, known: Mapping[str, Any]) -> Fused | None:
+    """How a checkpoint's tensor `name` consists of our params; None for one that is none or one.
 
-    A stack [x, out, in] is read as one matrix [x * out, in]: each expert's rows follow the last's.
+    known: the params by path, or what has their shapes.
     """
     for paths in names.parts(name):
         if any("*" in path for path in paths):
             paths = _of_experts(paths, known)
         if paths and all(path in known for path in paths):
-            return paths
-    return ()
+            return _fused(name, paths, names, spec, known)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def modules(spec: ModelSpec, names: Names) -> Mapping[str, Fused]:
+    """The modules of Hugging Face's class that are several of our projections, by their names.
+
+    Experts are none: transformers has no module of one. Paths are of modules too.
+    """
+    known = dict(tree.items(stacks.each_spec(spec)))
+    made: dict[str, Fused] = {}
+    taken: set[str] = set()
+    for name, paths in _in_layers(names, len(spec.layers)):
+        weights = tuple(f"{path}.weight" for path in paths)
+        if len(paths) > 1 and taken.isdisjoint(paths) and all(w in known for w in weights):
+            one = _fused(name, weights, names, spec, known)
+            made[name] = Fused(name, paths, one.rows, one.row, one.groups, one.turns)
+            taken.update(paths)
+    return made
+
+
+@functools.lru_cache(maxsize=8)
+def owners(spec: ModelSpec, names: Names) -> Mapping[str, Fused]:
+    """Path of a module -> the module of Hugging Face's class that it is a part of."""
+    return {path: one for one in modules(spec, names).values() for path in one.paths}
+
+
+def module_to_hf(path: str, spec: ModelSpec, names: Names) -> str:
+    """The module of Hugging Face's class that our module at `path` is, or is a part of."""
+    one = owners(spec, names).get(path)
+    return names.module_to_hf(path) if one is None else one.name
+
+
+def to_hf(path: str, spec: ModelSpec, names: Names) -> str:
+    """The tensor of Hugging Face's class that our param at `path` is, or is a part of."""
+    module, _, kind = path.rpartition(".")
+    one = owners(spec, names).get(module)
+    return names.to_hf(path) if one is None else f"{one.name}.{kind}"
+
+
+def _in_layers(names: Names, depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for (name, paths), i in itertools.product(names.fused, range(depth)):
+        if not any(f".{stacks.KEY}." in path for path in paths):
+            yield name.replace("*", str(i)), tuple(path.replace("*", str(i)) for path in paths)
+
+
+def _fused(
+    name: str, paths: tuple[str, ...], names: Names, spec: ModelSpec, known: Mapping[str, Any]
+) -> Fused:
+    rows = tuple(known[path].shape[0] for path in paths)
+    row = tuple(known[paths[0]].shape[1:])
+    return Fused(name, paths, rows, row, names.groups(spec), names.turns(name))
+
+
+def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """[rows, ...] -> [groups, rows / groups, ...], also of what is transposed: a view."""
+    made: torch.Tensor = torch.unflatten(rows, 0, (groups, -1))
+    return made
 
 
 def _of_experts(paths: tuple[str, ...], known: Mapping[str, Any]) -> tuple[str, ...]:
@@ -103,159 +157,3 @@ def _of_experts(paths: tuple[str, ...], known: Mapping[str, Any]) -> tuple[str, 
         ([path.replace("*", str(i)) for path in paths] for i in itertools.count()),
     )
     return tuple(path for expert in every for path in expert)
-
-
-def turned(info: Entry) -> Turned:
-    """`info` seen transposed; raises CheckpointError for one in 4 bits."""
-    if isinstance(info, Packed):
-        raise CheckpointError(
-            "a weight that is stored [in, out] is in 4 bits, which is not read; load the 16-bit "
-            "original, which purelm quantizes while loading",
-            tensor=info.name,
-            file=info.file,
-        )
-    return Turned(info)
-
-
-def turned_change(change: Change, stack: int = 1) -> Change:
-    """The change of a weight [out, in] as that of its transpose; of a `stack` of so many, [x * out,
-    in] as [x * in, out], where each of the adapter's ranks is of one of them alone (`joined`).
-
-    Raises SaveError for DoRA.
-    """
-    if isinstance(change, LoRA):
-        if change.magnitude is not None:
-            raise SaveError(
-                "weights that are stored [in, out] are not merged with DoRA, whose lengths are of "
-                "the rows [out]; save the adapter"
-            )
-        b = change.b.view(stack, -1, change.rank)
-        mine = (b != 0).any(1)  # [x, r]
-        return LoRA(b.sum(0).T, (change.a.T * mine[:, None]).flatten(0, 1), change.scale)
-    if change is None:
-        return None
-    return change.view(stack, -1, change.shape[-1]).mT.flatten(0, 1)
-
-
-def split(
-    info: Entry | Turned,
-    paths: Sequence[str],
-    want: Mapping[str, ParamSpec],
-    groups: int = 1,
-    turns: int = 1,
-) -> dict[str, Part]:
-    """Our paths -> their rows of `info`: one after the other, in each of `groups`; or each
-    `turns` of them, of equal size, row by row in turn.
-
-    Raises CheckpointError for another number of rows.
-    """
-    if isinstance(info, Packed):
-        raise CheckpointError(
-            "a weight that several projections share is stored in 4 bits, which is not read yet; "
-            "load the 16-bit original, which purelm quantizes while loading",
-            tensor=info.name,
-            file=info.file,
-        )
-    made, begin, row = {}, 0, want[paths[0]].shape[1:]
-    for i, path in enumerate(paths):
-        end = begin + want[path].shape[0] // groups
-        rows = slice(begin, end)
-        if turns > 1:
-            first = begin - i % turns * (end - begin)
-            rows = slice(first + i % turns, first + turns * (end - begin), turns)
-        made[path], begin = Part(info, rows, row, groups), end
-    if math.prod(info.shape) != groups * begin * math.prod(row):
-        raise CheckpointError(
-            f"found shape {list(info.shape)}, config.json makes it {groups * begin} rows: "
-            + ", ".join(f"{want[path].shape[0]} for {path}" for path in paths[:6]),
-            tensor=info.name,
-            file=info.file,
-        )
-    return made
-
-
-def reader(
-    read: Callable[[TensorInfo], torch.Tensor],
-) -> Callable[[TensorInfo | Turned | Part], torch.Tensor]:
-    """`read` for what is turned and for parts too; the last whole is remembered, so that parts in a
-    row read it once. Of a quantized stack that is what is stored, and one matrix of it.
-    """
-    last: list[Any] = [None, None]
-    codes: list[Any] = [None, []]
-
-    def matrix(whole: Encoded, at: int) -> torch.Tensor:
-        if codes[0] != whole:
-            codes[:] = [whole, [read(part) for part in whole.parts]]
-        return whole.decode(*(part[at : at + 1] for part in codes[1]))[0]
-
-    def of(info: TensorInfo | Turned | Part) -> torch.Tensor:
-        if isinstance(info, TensorInfo):
-            return read(info)
-        if isinstance(info, Turned):
-            return read(info.whole).mT.contiguous()
-        part, key = info.rows, (info.whole, 0)
-        stored = info.whole.whole if isinstance(info.whole, Turned) else info.whole
-        encoded = stored if isinstance(stored, Encoded) and stored.by_matrix else None
-        if encoded is not None:
-            each = info.whole.shape[-2]
-            at = part.start // each
-            part, key = _moved(part, -at * each), (info.whole, at)
-        if last[0] != key:
-            whole = of(info.whole) if encoded is None else matrix(encoded, key[1])
-            if encoded is not None and isinstance(info.whole, Turned):
-                whole = whole.mT
-            last[:] = [key, whole.reshape(-1, *info.row)]
-        rows: torch.Tensor = last[1]
-        return rows.view(info.groups, -1, *rows.shape[1:])[:, part].flatten(0, 1).clone()
-
-    return of
-
-
-def joined(
-    name: str, changes: Sequence[Change], rows: Sequence[int], groups: int = 1, turns: int = 1
-) -> Change:
-    """The parts' changes as one change of the whole, of which they have `rows`; see `split`.
-
-    Adapters become one of the summed rank: A's above each other, B's along the diagonal. Raises
-    SaveError where only some parts were trained whole.
-    """
-    if all(isinstance(change, torch.Tensor) for change in changes):
-        above = torch.cat([change for change in changes if isinstance(change, torch.Tensor)])
-        return above[_order(rows, groups, turns).to(above.device)]
-    if any(isinstance(change, torch.Tensor) for change in changes):
-        raise SaveError(
-            f"{name} holds several projections, of which some were trained whole; train all of "
-            "them whole, or none"
-        )
-    adapters = [change for change in changes if isinstance(change, LoRA)]
-    if not adapters:
-        return None
-    a = torch.cat([leaf.a for leaf in adapters])
-    b = adapters[0].b.new_zeros(sum(rows), a.shape[0])
-    magnitudes = [leaf.magnitude for leaf in adapters if leaf.magnitude is not None]
-    if magnitudes and len(magnitudes) < len(changes):
-        raise SaveError(
-            f"{name} holds several projections, of which only some are adapted with DoRA; adapt "
-            "all of them, or none"
-        )
-    row = column = 0
-    for change, count in zip(changes, rows, strict=True):
-        if isinstance(change, LoRA):
-            at = slice(column, column + change.rank)
-            b[row : row + count, at] = change.b * change.scale
-            column += change.rank
-        row += count
-    order = _order(rows, groups, turns).to(b.device)
-    return LoRA(a, b[order], 1.0, 0.0, torch.cat(magnitudes)[order] if magnitudes else None)
-
-
-def _moved(rows: slice, by: int) -> slice:
-    return slice(rows.start + by, rows.stop + by, rows.step)
-
-
-def _order(rows: Sequence[int], groups: int, turns: int) -> torch.Tensor:
-    """Where each stored row lies when the parts are one above the other."""
-    if turns > 1:
-        return torch.arange(sum(rows)).view(-1, turns, rows[0]).mT.flatten()
-    parts = torch.split(torch.arange(sum(rows)), list(rows))
-    return torch.cat([part.view(groups, -1) for part in parts], 1).flatten()

@@ -13,11 +13,9 @@ import torch
 from ..errors import ArgumentError, SaveError
 from ..nn.spec import AttentionSpec, ModelSpec, MoESpec
 from . import merge
-from .bnb_file import read_dense
 from .gguf_architectures import Architecture, divisors, main_rope
 from .gguf_fields import architecture_of
 from .gguf_names import ROPE_FREQS, VECTORS, to_ggml
-from .merge_tensor import merged
 from .registry import Family
 
 # The method: the type of matrices, of the embedding and the head (which suffer most from few
@@ -137,13 +135,7 @@ def _slicer(make: Callable[[], torch.Tensor], index: int, count: int) -> Callabl
 
 def _dense(tensor: merge.Tensor) -> torch.Tensor:
     """The tensor with its change, fp32; raises SaveError for values that are not finite."""
-    if isinstance(tensor.change, torch.Tensor):
-        made = tensor.change.detach().to("cpu", torch.float32)
-    else:
-        assert tensor.info is not None
-        made = read_dense(tensor.info).to(tensor.dtype).float()
-        if tensor.change is not None:
-            made = merged(made, tensor.change, tensor.name)
+    made = merge.dense(tensor, torch.float32)
     if not bool(made.isfinite().all()):
         raise SaveError(f"{tensor.name} has values that are not finite")
     return made

@@ -12,17 +12,16 @@ from ..errors import ArgumentError, CheckpointError, ConfigError
 from ..nn import stacks, tree
 from ..nn.params import ParamSpec, param_specs
 from ..nn.spec import ModelSpec
-from ..quant import nf4
 from ..quant.fp8_product import computing
-from .bnb_file import Packed, check_config, entries, read_leaf
+from .bnb_file import Packed, check_config, entries
 from .config import Config
 from .encoded import Encoded, seen
-from .fused import reader
+from .fused_read import Stored, is_packed, leaf_reader, reader
 from .gguf_file import find, open_gguf
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
 from .hub import resolve
-from .match import LOADABLE, Stored, match
+from .match import LOADABLE, match
 from .precision import QUANTIZERS, Compute, Quantize, check_compute, in_products
 from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
@@ -228,7 +227,7 @@ def _read_all(
     specs: dict[str, ParamSpec] = dict(tree.items(param_specs(spec)))
     waiting: dict[str, dict[int, Any]] = {}
     # What a 4-bit checkpoint keeps in 16 bits stays so.
-    stored_packed = any(isinstance(info, Packed) for info in chosen.values())
+    stored_packed = any(is_packed(info) for info in chosen.values())
     make = None if quantize is None or stored_packed else QUANTIZERS[quantize]
     leaves: dict[str, Any] = {}
     total = sum(info.nbytes for info in chosen.values())
@@ -239,13 +238,13 @@ def _read_all(
             total=total, unit="B", unit_scale=True, desc="loading", disable=shown, leave=False
         ) as bar,
     ):
-        read_stored = reader(stager.read)
+        read_stored, read_packed = reader(stager.read), leaf_reader(stager.read, dtype)
         for path, info in chosen.items():
             may = want[path].quantize and not any(text in info.name for text in quant_skip)
-            if isinstance(info, Packed):
-                leaf: Any = read_leaf(info, dtype, stager.read)
+            leaf: Any
+            if is_packed(info):
                 # What computes with 16 bits only, the head for one, loses nothing by that.
-                leaf = leaf if quantize is not None and may else nf4.dequantize(leaf)
+                leaf = read_packed(info, quantize is not None and may)
             elif may and isinstance(info, Encoded) and (kept_leaf := info.kept(quantize)):
                 leaf = kept_leaf(*map(stager.read, info.parts), dtype)
             else:

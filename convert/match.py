@@ -9,12 +9,11 @@ from ..errors import CheckpointError
 from ..nn import stacks, tree
 from ..nn.params import ParamSpec
 from ..nn.spec import ModelSpec
+from . import fused
 from .bnb_file import Entry, read_dense
-from .fused import Part, Turned, parts, split, turned
+from .fused_read import Stored, split, turned
 from .registry import Family
 from .shards import Checkpoint
-
-Stored = Entry | Turned | Part
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
@@ -31,12 +30,10 @@ def match(
     want: dict[str, ParamSpec] = dict(tree.items(stacks.each_spec(spec)))
     chosen: dict[str, Stored] = {}
     left_out, unknown = [], []
-    groups = family.names.groups(spec)
     for entry in found:
         info = turned(entry) if family.names.is_transposed(entry.name) else entry
-        if paths := parts(family.names, info.name, want):
-            turns = family.names.turns(info.name)
-            chosen.update(split(info, paths, want, groups, turns))
+        if (whole := fused.stored(info.name, family.names, spec, want)) is not None:
+            chosen.update(split(info, whole))
             continue
         try:
             path = family.names.to_ours(info.name, want)

@@ -6,7 +6,7 @@ written is read again and checked before it takes its place.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,17 @@ import torch
 
 from ..errors import ArgumentError, CheckpointError, SaveError
 from ..nn import stacks, tree
-from ..nn.lora import LoRA
 from ..quant.nf4 import NF4
 from . import atomic, fused, hub, merge_4bit
 from .adapter_write import save_adapter
-from .bnb_file import Entry, entries, read_dense
+from .bnb_file import Entry, Packed, entries, read_dense
 from .config import Config
+from .fused import Fused
+from .fused_read import Turned
 from .gguf_file import GGUFTensor
 from .json_file import read_json
 from .local_file import locate
-from .merge_tensor import Change, check, digest, merged
+from .merge_tensor import Change, Parts, changed, check_changed, digest, is_whole
 from .safetensors_file import read_header
 from .shards import Checkpoint, open_checkpoint, read
 
@@ -45,7 +46,7 @@ class Tensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    info: Entry | None
+    info: Entry | Turned | None
     change: Change
     make: Callable[[], torch.Tensor] | None = None
 
@@ -120,9 +121,10 @@ def tensors(model: "CausalLM") -> list[Tensor]:
     """What a merged 16-bit model consists of, under the names of its checkpoint."""
     fields, shards = _planned(model, False)
     tied = model.origin.family.spec(fields).tied
-    head = model.origin.family.names.to_hf("head.weight")
+    names = model.origin.family.names
     # A head may be stored though it is the embedding.
-    return [t for shard in shards.values() for t in shard if not (tied and t.name == head)]
+    every = (t for shard in shards.values() for t in shard)
+    return [t for t in every if not (tied and names.is_called(t.name, "head.weight"))]
 
 
 def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
@@ -136,7 +138,6 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
     fields.pop("quantization_config", None)
     if four_bits:
         fields["quantization_config"] = merge_4bit.quantization_config(model)
-    groups = names.groups(model.spec)
     head = names.to_hf("head.weight")
     apart = model.spec.tied and "head.weight" in trained
     if apart:
@@ -155,17 +156,20 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
     files = _files(checkpoint)
     shards: dict[str, list[Tensor]] = {name: [] for name in files.values()}
     for info in entries(checkpoint):
-        if parts := fused.parts(names, info.name, params):
-            if four_bits:
-                raise SaveError(f"{info.name} holds several projections, which 4 bits keep apart")
-            rows = [params[path].shape[0] for path in parts]
-            changes = [trained.get(path, adapters.get(path)) for path in parts]
-            whole = fused.joined(info.name, changes, rows, groups, names.turns(info.name))
-            if names.is_transposed(info.name):
-                whole = fused.turned_change(whole, info.shape[0] if len(info.shape) > 2 else 1)
-            if isinstance(whole, torch.Tensor):
-                whole = whole.view(info.shape)
-            shards[files[info.name]].append(Tensor(info.name, info.dtype, info.shape, info, whole))
+        add = shards[files[info.name]].append
+        turned, whole = names.is_transposed(info.name), _whole(info, model, params)
+        if whole is not None:
+            leaves = [params[path] for path in whole.paths]
+            if four_bits and any(isinstance(leaf, NF4) for leaf in leaves):
+                for part in merge_4bit.of_fused(whole, leaves, adapters, info):
+                    add(_made(*part))
+                continue
+            # In 4 bits it is [out, in] in any case.
+            stored = Turned(info) if turned and isinstance(info, Packed) else info
+            changes = tuple(trained.get(path, adapters.get(path)) for path in whole.paths)
+            kept = all(one is None for one in changes)
+            put = None if kept else Parts(whole, changes, turned)
+            add(Tensor(info.name, info.dtype, stored.shape, stored, put))
             continue
         try:
             path = names.to_ours(info.name, params)
@@ -173,27 +177,38 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
             path = ""
         leaf = params.get(path)
         if four_bits and isinstance(leaf, NF4):
-            shards[files[info.name]] += [
-                Tensor(name, dtype, shape, None, None, make)
-                for name, dtype, shape, make in merge_4bit.parts(
-                    info.name, leaf, adapters.get(path)
-                )
-            ]
+            for part in merge_4bit.parts(info.name, leaf, adapters.get(path)):
+                add(_made(*part))
             continue
-        if names.is_transposed(info.name):
-            made = fused.turned_change(trained.get(path, adapters.get(path)))
-        else:
-            made = change(path, info) if path else None
+        made = change(path, info) if path else None
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
         # Weights of a GGUF file differ in dtype, and were trained against in the model's.
         dtype = model.dtype if isinstance(info, GGUFTensor) else info.dtype
-        shards[files[info.name]].append(Tensor(info.name, dtype, shape, info, made))
-    if apart and head not in checkpoint.tensors:
+        add(Tensor(info.name, dtype, shape, info, made))
+    if apart and not any(names.is_called(name, "head.weight") for name in checkpoint.tensors):
         weight = params["head.weight"]
         dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype
         last = list(shards)[-1]
         shards[last].append(Tensor(head, dtype, tuple(weight.shape), None, weight))
     return fields, shards
+
+
+def _whole(info: Entry, model: "CausalLM", params: Mapping[str, Any]) -> Fused | None:
+    """How a stored tensor consists of params; None where it is one of them, as it is."""
+    names = model.origin.family.names
+    if (found := fused.stored(info.name, names, model.spec, params)) is not None:
+        return found
+    if not names.is_transposed(info.name):
+        return None
+    path = names.to_ours(info.name)
+    rows, *row = params[path].shape
+    return Fused(info.name, (path,), (rows,), tuple(row))
+
+
+def _made(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
+) -> Tensor:
+    return Tensor(name, dtype, shape, None, None, make)
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, str]:
@@ -203,19 +218,20 @@ def _files(checkpoint: Checkpoint) -> dict[str, str]:
     return dict(sorted(checkpoint.placed.items(), key=lambda item: item[1]))
 
 
+def dense(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is stored with its change, on the CPU; SaveError for values that are not finite."""
+    if tensor.info is None or is_whole(tensor.change):
+        return changed(torch.empty(tensor.shape, dtype=dtype), tensor.change, tensor.name)
+    return changed(_stored(tensor.info).to(tensor.dtype).to(dtype), tensor.change, tensor.name)
+
+
+def _stored(info: Entry | Turned) -> torch.Tensor:
+    return read_dense(info.whole).mT.contiguous() if isinstance(info, Turned) else read_dense(info)
+
+
 def _maker(tensor: Tensor, meant: dict[str, bytes]) -> Any:
     def make() -> torch.Tensor:
-        if tensor.make is not None:
-            made = tensor.make()
-        elif tensor.info is None or isinstance(tensor.change, torch.Tensor):
-            assert isinstance(tensor.change, torch.Tensor)
-            made = tensor.change.detach().to("cpu").to(tensor.dtype)
-            if not bool(made.isfinite().all()):
-                raise SaveError(f"{tensor.name} has values that are not finite in {made.dtype}")
-        else:
-            made = read_dense(tensor.info).to(tensor.dtype)
-            if tensor.change is not None:
-                made = merged(made, tensor.change, tensor.name)
+        made = dense(tensor, tensor.dtype) if tensor.make is None else tensor.make()
         meant[tensor.name] = digest(made)
         return made
 
@@ -265,9 +281,10 @@ def _verify(model: "CausalLM", new: Path, every: list[Tensor], meant: dict[str, 
             found = read(written.tensors[tensor.name])
             if digest(found) != meant[tensor.name]:
                 raise SaveError(f"{tensor.name} reads back with other bytes than were written")
-            if isinstance(tensor.change, LoRA):
+            if tensor.change is not None and not is_whole(tensor.change):
                 assert tensor.info is not None
-                check(read_dense(tensor.info).to(tensor.dtype), found, tensor.change, tensor.name)
+                base = _stored(tensor.info).to(tensor.dtype)
+                check_changed(base, found, tensor.change, tensor.name)
         entries(written)
         # What will be loaded: the same spec, but for a head that is apart now.
         spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")

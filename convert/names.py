@@ -56,7 +56,8 @@ class Names:
     `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, or a module `mtp`, which predict
     further tokens and are left out. `peft_refuses`: last parts of modules on which peft takes no
-    adapters.
+    adapters. `own_linear`: transformers has projections in a class of its own, which it does not
+    make bitsandbytes' of.
     """
 
     table: tuple[tuple[str, str], ...]
@@ -68,6 +69,7 @@ class Names:
     transposed: frozenset[str] = frozenset()
     further_layers: bool = False
     peft_refuses: frozenset[str] = frozenset()
+    own_linear: bool = False
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -173,6 +175,13 @@ class Names:
             raise KeyError(name)
         return next((path for path in found if path in known), found[-1])
 
+    def is_called(self, name: str, path: str) -> bool:
+        """Whether a stored tensor's name, or an alias of it, is that of our `path`."""
+        try:
+            return self.to_ours(name) == path
+        except KeyError:
+            return False
+
 
 def names(
     *tables: dict[str, str],
@@ -185,6 +194,7 @@ def names(
     transposed: Iterable[str] = (),
     further_layers: bool = False,
     peft_refuses: Iterable[str] = (),
+    own_linear: bool = False,
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
@@ -200,6 +210,7 @@ def names(
         frozenset(transposed),
         further_layers,
         frozenset(peft_refuses),
+        own_linear,
     )
 
 

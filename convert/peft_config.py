@@ -245,7 +245,8 @@ def _targets(
     saved += [name for name in last if name not in saved]
     if not isinstance(targets, str):
         targets = tuple(name for name in targets if not _compiled_matches((name,), *moved))
-        real = tuple(peft_targets.projections(spec, names).values())
+        every_target = peft_targets.projections(spec, names).values()
+        real = tuple(name for known in every_target for name in known)
         unknown = [
             name
             for name in targets
@@ -254,7 +255,7 @@ def _targets(
         if unknown or not (targets or may_be_none):
             raise ArgumentError(
                 f"target_modules has {', '.join(map(repr, unknown)) or 'no projection'}; this "
-                f"model has {', '.join(short)}"
+                f"model has {peft_targets.shown_names(spec, names)}"
             )
         missed = [
             name

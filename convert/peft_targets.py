@@ -1,5 +1,6 @@
 """Which weights a `PeftConfig` means: peft's matching rules over a model's module names."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..nn import stacks, tree
 from ..nn.spec import ModelSpec, MoESpec
+from . import fused
 from .lora_config import PeftConfig
 from .names import Names
 
@@ -32,9 +34,9 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
     Raises ArgumentError when no projection matches, naming those that exist.
     """
     adapted = {
-        path: rank_and_scale(config, name)
-        for path, name in targetable(config, spec, names).items()
-        if is_target(config, name)
+        path: rank_and_scale(config, *known)
+        for path, known in targetable(config, spec, names).items()
+        if is_target(config, *known)
     }
     whole = {
         path: rank_and_scale(config, name)
@@ -51,7 +53,7 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
         raise ArgumentError(
             f"target_modules {_shown(config.target_modules)} (with layers_to_transform "
             f"{config.layers_to_transform}, exclude_modules {_shown(config.exclude_modules)}) "
-            f"matches no projection; this model has {', '.join(short_names(spec, names))} in "
+            f"matches no projection; this model has {shown_names(spec, names)} in "
             f"{len(spec.layers)} layers"
         )
     saved = [
@@ -74,23 +76,41 @@ def _biases(config: PeftConfig, spec: ModelSpec, adapted: Iterable[str]) -> list
     return []
 
 
-def projections(spec: ModelSpec, names: Names) -> dict[str, str]:
-    """Every module that can be adapted: path -> Hugging Face's name."""
-    return {
-        path.removesuffix(".weight"): names.to_hf(path).removesuffix(".weight")
-        for path, p in tree.items(stacks.each_spec(spec))
-        if p.quantize
-    }
+def projections(spec: ModelSpec, names: Names) -> dict[str, tuple[str, ...]]:
+    """Every module that can be adapted: path -> the names that mean it.
+
+    The first is its own; one that is stored as a part of another has that one's too (Phi-3's q:
+    `...q_proj` and `...qkv_proj`).
+    """
+    owners = fused.owners(spec, names)
+    found: dict[str, tuple[str, ...]] = {}
+    for path, p in tree.items(stacks.each_spec(spec)):
+        if p.quantize:
+            module = path.removesuffix(".weight")
+            own = names.to_hf(path).removesuffix(".weight")
+            found[module] = (own, owners[module].name) if module in owners else (own,)
+    return found
 
 
-def targetable(config: PeftConfig, spec: ModelSpec, names: Names) -> dict[str, str]:
+def targetable(config: PeftConfig, spec: ModelSpec, names: Names) -> dict[str, tuple[str, ...]]:
     """The projections that target_modules may mean: no expert where parameters of all experts are
     adapted.
     """
     every = projections(spec, names)
     if not config.target_parameters:
         return every
-    return {path: name for path, name in every.items() if stacks.place(f"{path}.") is None}
+    return {path: known for path, known in every.items() if stacks.place(f"{path}.") is None}
+
+
+def adaptable(config: PeftConfig, spec: ModelSpec, names: Names) -> dict[str, tuple[str, ...]]:
+    """The modules that a file may have adapters of, those of Hugging Face's class first: name ->
+    our paths, several of one that is fused, and of each of its parts the part's own.
+    """
+    every = targetable(config, spec, names)
+    found: dict[str, tuple[str, ...]] = {}
+    for path, known in every.items():
+        found[known[-1]] = (*found.get(known[-1], ()), path)
+    return found | {known[0]: (path,) for path, known in every.items() if len(known) > 1}
 
 
 def parameters(spec: ModelSpec, names: Names) -> dict[str, str]:
@@ -113,24 +133,30 @@ def modules(spec: ModelSpec, names: Names) -> dict[str, str]:
 
 
 def short_names(spec: ModelSpec, names: Names) -> tuple[str, ...]:
-    """The last parts of the projections' names: q_proj, k_proj..."""
-    return tuple(dict.fromkeys(n.rpartition(".")[2] for n in projections(spec, names).values()))
+    """The last parts of the projections' own names: q_proj, k_proj..."""
+    return tuple(dict.fromkeys(n[0].rpartition(".")[2] for n in projections(spec, names).values()))
 
 
-def is_target(config: PeftConfig, name: str) -> bool:
-    """Whether peft would adapt the module called `name` (its `check_target_module_exists`)."""
+def shown_names(spec: ModelSpec, names: Names) -> str:
+    """All last parts that target_modules may have, for people."""
+    every = [name for known in projections(spec, names).values() for name in known]
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in every))
+
+
+def is_target(config: PeftConfig, *known: str) -> bool:
+    """Whether peft would adapt the module of these names (its `check_target_module_exists`)."""
     excluded = config.exclude_modules
-    if excluded is not None and matches(excluded, name):
+    if excluded is not None and any(matches(excluded, name) for name in known):
         return False
-    dotted = f".{name}."
-    if any(f".{saved}." in dotted for saved in config.modules_to_save or ()):
-        return False
-    if not matches(config.target_modules, name):
+    for saved, name in itertools.product(config.modules_to_save or (), known):
+        if f".{saved}." in f".{name}.":
+            return False
+    if not any(matches(config.target_modules, name) for name in known):
         return False
     if isinstance(config.target_modules, str) or config.layers_to_transform is None:
         return True
     layers = config.layers_to_transform
-    layer = _layer(name, config.layers_pattern)
+    layer = _layer(known[-1], config.layers_pattern)
     return layer is not None and layer in ((layers,) if isinstance(layers, int) else layers)
 
 
@@ -158,17 +184,17 @@ def _layer(name: str, patterns: str | tuple[str, ...] | None) -> int | None:
     return None
 
 
-def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
-    """The rank and the scale of the module called `name`, patterns applied."""
-    rank: int = by_pattern(config.rank_pattern, name, config.r)
-    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+def rank_and_scale(config: PeftConfig, *known: str) -> tuple[int, float]:
+    """The rank and the scale of the module of these names, patterns applied."""
+    rank: int = by_pattern(config.rank_pattern, known, config.r)
+    alpha = by_pattern(config.alpha_pattern, known, config.lora_alpha)
     return rank, float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
-def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches an ending of the name, as in peft."""
+def by_pattern(patterns: Mapping[str, Any], known: Iterable[str], default: Any) -> Any:
+    """The value of the first pattern that matches an ending of one of the names, as in peft."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in known):
             return value
     return default
 

@@ -18,7 +18,7 @@ from ..nn import several, tree
 from ..nn.lora import LoRA
 from ..quant.stack import Stack
 from . import adapter_fit, named_adapters
-from .adapter_file import MAGNITUDE
+from .adapter_check import MAGNITUDE
 from .lora_config import PeftConfig
 from .named_adapters import DEFAULT, Adapter
 from .trainee import Trainee

@@ -5,6 +5,7 @@ registered with torch's pytree, so `torch.func` sees their tensors, while here t
 Paths are dotted, `layers.0.attn.q.weight`. `None` marks a hole and is no leaf.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,8 +96,9 @@ def combine(first: Tree, second: Tree) -> Tree:
     if isinstance(first, dict) and isinstance(second, dict):
         keys = [*second, *(key for key in first if key not in second)]
         return {key: combine(first.get(key), second.get(key)) for key in keys}
-    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        return [combine(a, b) for a, b in zip(first, second, strict=True)]
+    if isinstance(first, list) and isinstance(second, list):
+        # `from_items` leaves out the holes at a list's end.
+        return [combine(a, b) for a, b in itertools.zip_longest(first, second)]
     return first
 
 

@@ -23,6 +23,7 @@ NAMES = names(
     fused={_LAYER + "self_attention.query_key_value": tuple(f"layers.*.attn.{x}" for x in "qkv")},
     by_head=True,
     aliases={_LAYER + "ln_attn": "layers.*.attn_norm", _LAYER + "ln_mlp": "layers.*.mlp_norm"},
+    own_linear=True,
 )
 
 

@@ -19,11 +19,12 @@ NAMES = names(
         "layers.*.mlp.up": _LAYER + "mlp.dense_h_to_4h",
         "layers.*.mlp.down": _LAYER + "mlp.dense_4h_to_h",
         "norm": "gpt_neox.final_layer_norm",
-        "head": "embed_out",
+        "head": "lm_head",
     },
     fused={_LAYER + "attention.query_key_value": tuple(f"layers.*.attn.{x}" for x in "qkv")},
     by_head=True,
-    aliases={"lm_head": "head"},
+    # As files have it.
+    aliases={"embed_out": "head"},
 )
 _POSITIONS = 2048
 

@@ -14,8 +14,8 @@ from oracles import assert_rows
 from safetensors.torch import load_file, save_file
 
 from purelm import FastLanguageModel
-from purelm.convert.fused import joined
-from purelm.convert.merge_tensor import check, merged
+from purelm.convert.fused import Fused
+from purelm.convert.merge_tensor import Parts, changed, check, check_changed, merged
 from purelm.errors import AdapterError, ArgumentError, SaveError
 from purelm.nn import decoder, lora, loss, tree
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE
@@ -161,18 +161,27 @@ def test_what_is_written_is_checked(dtype: torch.dtype) -> None:
             check(base, made, wrong, "w")
 
 
-def test_fused_parts() -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_fused_parts(turned: bool) -> None:
+    """Each part has its own adapter, or none, also where the matrix is stored [in, out]."""
     g = torch.Generator().manual_seed(0)
-    parts = [
+    parts = tuple(
         lora.LoRA(torch.randn(2, 6, generator=g), torch.randn(n, 2, generator=g), s, 0.0, m)
         for n, s, m in ((4, 0.5, torch.rand(4)), (2, 2.0, torch.rand(2)))
-    ]
-    base = torch.randn(6, 6, generator=g)
-    whole: Any = joined("qkv", parts, [4, 2])
-    apart = torch.cat([lora.merged(base[:4], parts[0]), lora.merged(base[4:], parts[1])])
-    torch.testing.assert_close(lora.merged(base, whole), apart)
-    with pytest.raises(SaveError, match="only some"):
-        joined("qkv", [parts[0], None], [4, 2])
+    )
+    whole = Fused("qkv", ("q", "k", "v"), (4, 2, 2), (6,), groups=2)
+    base = torch.randn(8, 6, generator=g)
+    stored = base.T.clone() if turned else base.clone()
+    before, change = stored.clone(), Parts(whole, (*parts, None), turned)
+    made = changed(stored, change, "qkv")
+    check_changed(before, made, change, "qkv")
+    rows = made.T if turned else made
+    for i, adapter in enumerate(parts):
+        assert torch.equal(whole.part(rows, i), lora.merged(whole.part(base, i), adapter))
+    assert torch.equal(whole.part(rows, 2), whole.part(base, 2))
+    whole.put(rows, 2, torch.zeros(2, 6))
+    with pytest.raises(SaveError, match="v in qkv was to stay"):
+        check_changed(before, made, change, "qkv")
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
@@ -189,11 +198,11 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(n for n in tensors if n.endswith("magnitude_vector"))
-    for changed, problem in (
+    for other, problem in (
         ({n: t for n, t in tensors.items() if n != name}, "missing"),
         ({**tensors, name: tensors[name][:-1].clone()}, "found shape"),
     ):
-        save_file(changed, file)
+        save_file(other, file)
         with pytest.raises(AdapterError, match=problem):
             load(tmp_path)
     save_file(tensors, file)

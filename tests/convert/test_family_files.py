@@ -8,13 +8,14 @@ import bridged
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from purelm.convert import peft_config
 from purelm.convert.load import load_folder
 from purelm.convert.registry import family_of
 from purelm.convert.resize import resized
-from purelm.errors import CheckpointError, ConfigError, SaveError
+from purelm.errors import CheckpointError, ConfigError
 from purelm.nn import decoder, loss
 
 
@@ -75,12 +76,15 @@ def test_an_adapter_of_k_changes_the_rows_of_k_in_every_group(tmp_path: Path) ->
             assert torch.equal(after[name], value)
 
 
-def test_dora_is_not_merged_onto_transposed_weights(tmp_path: Path) -> None:
+def test_dora_is_merged_onto_transposed_weights(tmp_path: Path) -> None:
     model = bridged.bridge(tiny.save(tiny.hf_model("gpt2"), tmp_path / "model"))
-    model = peft_config.apply(model, r=4, use_dora=True)
-    with pytest.raises(SaveError, match=r"DoRA"):
-        model.save_pretrained_merged(tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    model = peft_config.apply(model, r=4, use_dora=True, target_modules=["q_proj", "c_fc"]).eval()
+    bridged.spread_trained(model)
+    model.save_pretrained_merged(tmp_path / "merged")
+    hf: Any = transformers
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ours = model(bridged.ids()).logits.detach()
+    bridged.same_logits(theirs.eval()(bridged.ids()).logits.detach(), ours)
 
 
 def test_a_constant_that_is_another(tmp_path: Path) -> None:

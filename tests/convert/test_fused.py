@@ -8,10 +8,12 @@ import pytest
 import tiny
 import torch
 import transformers
+from live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 
 from purelm.convert import peft_config
-from purelm.convert.fused import joined
+from purelm.convert.fused import Fused
+from purelm.convert.merge_tensor import Parts, changed, check_changed
 from purelm.errors import CheckpointError, SaveError
 from purelm.nn import decoder, lora, tree
 
@@ -68,12 +70,57 @@ def test_full_fine_tuning(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(tree.at(again.params, path), leaf.detach()), path
 
 
-def test_some_parts_trained_whole() -> None:
-    whole, adapter = torch.ones(2, 3), lora.LoRA(torch.ones(1, 3), torch.ones(2, 1), 1.0)
-    for others in (None, adapter):
-        with pytest.raises(SaveError, match=r"qkv_proj.* some were trained whole"):
-            joined(QKV, [whole, others], [2, 2])
-    assert joined(QKV, [None, None], [2, 2]) is None
+def test_some_parts_trained_whole(folder: Path, tmp_path: Path) -> None:
+    """The others stay, or have an adapter."""
+    model = adapted(folder, target_modules=["k_proj"])
+    whole = torch.randn(48, 48, generator=torch.Generator().manual_seed(3))
+    copies = {"layers": [None, {"attn": {"q": {"weight": whole}}}, None]}
+    model.set_adapters(model.adapters, copies)
+    model.eval().save_pretrained_merged(tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "merged"))
+    assert torch.equal(after[QKV][:48], whole)
+    assert not (after[QKV][48:72] == before[QKV][48:72]).all(1).any()
+    assert torch.equal(after[QKV][72:], before[QKV][72:])
+    again = bridged.bridge(tmp_path / "merged")
+    bridged.same_logits(again(bridged.ids()).logits, model(bridged.ids()).logits.detach())
+    model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert torch.equal(saved[f"base_model.model.{QKV}"][72:], before[QKV][72:])
+
+
+def test_not_finite(folder: Path, tmp_path: Path) -> None:
+    model = adapted(folder, target_modules=["k_proj"])
+    with torch.no_grad():
+        tree.at(model.adapters, "layers.1.attn.k").b[3, 0] = float("nan")
+    with pytest.raises(SaveError, match=r"layers\.1\.attn\.k\.weight in .*qkv_proj.* not finite"):
+        model.save_pretrained_merged(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_stack_is_merged_expert_by_expert(turned: bool) -> None:
+    """Beside the stacks and adapters never more than some experts' matrices are there at a time."""
+    count, rows, width = 128, (12, 12), 40
+    paths = tuple(f"experts.{i}.{part}" for i in range(count) for part in ("gate", "up"))
+    whole = Fused("stack", paths, rows * count, (width,), turns=2 if turned else 1)
+    g = torch.Generator().manual_seed(0)
+    leaves = tuple(
+        lora.LoRA(torch.randn(2, width, generator=g), torch.randn(12, 2, generator=g), 0.5)
+        for _ in paths
+    )
+    shape = (count, width, 24) if turned else (count, 24, width)
+    base = torch.randn(shape, generator=g)
+    before, change = base.clone(), Parts(whole, leaves, turned)
+    with LiveBytes() as live:
+        changed(base, change, "stack")
+        check_changed(before, base, change, "stack")
+    adapters = sum(t.nbytes for t in tree.tensors(leaves))
+    a_few = 16 * 8 * rows[0] * width  # in float64
+    assert base.nbytes < live.most < 2 * base.nbytes + adapters + a_few
+    assert a_few < base.nbytes / 6
+    seen, was = (t.mT if turned else t for t in (base, before))
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(whole.part(seen, i), lora.merged(whole.part(was, i), leaf))
 
 
 def test_other_rows(folder: Path) -> None:

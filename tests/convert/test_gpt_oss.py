@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from purelm.convert import fused, mxfp4_file, peft_config
+from purelm.convert import fused, fused_read, mxfp4_file, peft_config
 from purelm.convert.adapter_file import read_adapter
 from purelm.convert.encoded import Encoded
 from purelm.convert.registry import family_of
@@ -136,8 +136,10 @@ def test_mxfp4_is_read_expert_by_expert(both: tuple[Path, Any]) -> None:
     info = replace(info, decode=counted)
     paths = [f"layers.1.mlp.experts.{i}.down.weight" for i in range(5)]
     want = dict(tree.items(stacks.each_spec(bridged.bridge(folder).spec)))
-    parts = fused.split(fused.turned(info), paths, want)
-    of = fused.reader(read)
+    whole = fused.Fused(info.name, tuple(paths), (64,) * 5, (32,))
+    assert [want[path].shape for path in paths] == [(64, 32)] * 5
+    parts = fused_read.split(fused_read.turned(info), whole)
+    of = fused_read.reader(read)
     made = torch.cat([of(parts[path]) for path in paths])
     assert sizes == [1] * 5
     assert torch.equal(made, info.decode(*map(read, info.parts)).mT.flatten(0, 1))
