@@ -272,14 +272,17 @@ def test_values_that_the_stored_dtype_cannot_hold(tmp_path: Path) -> None:
     refused(model, tmp_path / "merged", "norm.weight has values that are not finite")
 
 
+RIGHT = merge_tensor.merged
+
+
 def wrong_scale(base: torch.Tensor, adapter: lora.LoRA, name: str) -> torch.Tensor:
-    return merge_tensor.merged(base, replace(adapter, scale=adapter.scale * 1.01), name)
+    return RIGHT(base, replace(adapter, scale=adapter.scale * 1.01), name)
 
 
 def transposed(base: torch.Tensor, adapter: lora.LoRA, name: str) -> torch.Tensor:
     square = base.shape[0] == base.shape[1]
     turned = lora.LoRA(adapter.b.mT, adapter.a.mT, adapter.scale) if square else adapter
-    return merge_tensor.merged(base, turned, name)
+    return RIGHT(base, turned, name)
 
 
 def nothing_added(base: torch.Tensor, adapter: lora.LoRA, name: str) -> torch.Tensor:
@@ -292,7 +295,7 @@ def test_a_wrong_sum_is_noticed(
     mistake: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(base(tmp_path, dtype=dtype))
-    monkeypatch.setattr(merge, "merged", mistake)
+    monkeypatch.setattr(merge_tensor, "merged", mistake)
     refused(model, tmp_path / "merged", "is not its base plus its adapter")
 
 
