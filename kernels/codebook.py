@@ -10,6 +10,7 @@ bit for bit.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,33 +97,49 @@ def midpoints(levels: Tensor) -> Tensor:
     return (levels[:-1] + levels[1:]) / 2
 
 
+def dynamic_points() -> Tensor:
+    """uint8 [65536]: the dynamic map's nearest code for each of as many even points of [-1, 1]."""
+    points = -1.0 + (2.0 * torch.arange(65536)) / 65535.0
+    return torch.bucketize(points, midpoints(dynamic_map())).to(torch.uint8)
+
+
 def nf4_bins() -> Tensor:
-    """fp32 [2, 32] by the low five bits of round(15 x): the one NF4 threshold in that bin (infinity
-    where none is), and how many thresholds lie in lower bins.
+    """int32 [2, 32] by the low five bits of round(15 x): the bits of the one NF4 threshold in that
+    bin (infinity where none is), and how many thresholds lie in lower bins.
     """
     thresholds = thresholds_of("nf4")
     at = (thresholds * 15.0).round().int()
-    bins = torch.full((2, 32), float("inf"))
+    held, below = torch.full((32,), float("inf")), torch.zeros(32, dtype=torch.int32)
     for i in range(-16, 16):
         if bool((at == i).any()):
-            bins[0, i % 32] = thresholds[at == i].item()
-        bins[1, i % 32] = (at < i).sum()
-    return bins
+            held[i % 32] = thresholds[at == i].item()
+        below[i % 32] = (at < i).sum()
+    return torch.stack([held.view(torch.int32), below])
+
+
+class Tables(NamedTuple):
+    """What the launches look up: a kind's levels by code and their thresholds, the dynamic map, its
+    codes by point, the kind's codes in ascending order, NF4's bins.
+    """
+
+    levels: Tensor
+    thresholds: Tensor
+    dynamic: Tensor
+    points: Tensor
+    order: Tensor
+    bins: Tensor
 
 
 @functools.cache
-def device_tables(device: torch.device, kind: str = "nf4") -> tuple[Tensor, ...]:
-    """(levels by code, midpoints, dynamic map, its midpoints, codes in ascending order,
-    NF4's bins) on a device, made once for the launches there.
-    """
+def device_tables(device: torch.device, kind: str = "nf4") -> Tables:
+    """The tables on a device, made once for the launches there."""
     with torch.inference_mode(False), torch.no_grad():
-        dynamic = dynamic_map()
-        tables = [
+        tables = (
             levels_of(kind),
             thresholds_of(kind),
-            dynamic,
-            midpoints(dynamic),
+            dynamic_map(),
+            dynamic_points(),
             order_of(kind),
             nf4_bins(),
-        ]
-        return tuple(table.to(device) for table in tables)
+        )
+        return Tables(*(table.to(device) for table in tables))

@@ -150,7 +150,7 @@ def _block_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -
     """The fp32 maxima [x, blocks] of stacked matrices, from either form, as `nf4.block_absmax`."""
     if scale is None or offset is None:
         return absmax
-    values = codebook.device_tables(absmax.device, "nf4")[2][absmax.int()]
+    values = codebook.device_tables(absmax.device, "nf4").dynamic[absmax.int()]
     scales = scale.repeat_interleave(GROUP, dim=1)[:, : absmax.shape[1]]
     return values * scales + offset[:, None]
 

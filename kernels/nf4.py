@@ -11,7 +11,8 @@ absmax)` is the code (in FP4, the rank of its value among the sixteen in ascendi
 absmax in fp32, then one rounding to the output dtype. absmax of a double-quantized weight:
 map[code] * scale, rounded, + offset, rounded.
 
-The references here define the format; the Triton launches are in nf4_launch.py.
+The references here define the format; the Triton launches are in nf4_launch.py and
+nf4_quantize_launch.py.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from ..errors import KernelError
 from . import codebook
+from . import nf4_launch as nf4_launch  # which defines the launch
 from .codebook import GROUP
 from .launch import ceil_div, on_gpu, ops
-from .nf4_launch import TINY
+from .nf4_quantize_launch import TINY
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Weights the reference handles at a time, so that it needs little memory of its own.
@@ -67,10 +69,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise KernelError(
             f"absmax is {absmax.dtype} of shape {tuple(absmax.shape)}: expected float32 [blocks]"
         )
-    offset = absmax.mean()
     if on_gpu(absmax):
-        codes, scale = ops.nf4_quantize_absmax(absmax.contiguous(), offset)
+        codes, scale, offset = ops.nf4_quantize_absmax(absmax)
         return codes, scale, offset
+    offset = absmax.mean()
     return *quantize_absmax_reference(absmax, offset), offset
 
 

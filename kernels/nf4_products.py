@@ -241,7 +241,7 @@ def _launch_products(
         None if low is None else low.to(x.dtype).contiguous(),
         None if residual is None else residual.contiguous(),
         nf4_decode.table(kind, x.dtype, x.device),
-        codebook.device_tables(x.device, kind)[2],
+        codebook.device_tables(x.device, kind).dynamic,
         out,
         rows,
         runs,

@@ -37,6 +37,7 @@ from purelm.kernels import (
     nf4_launch,
     nf4_matvec_launch,
     nf4_products,
+    nf4_quantize_launch,
     nf4_tensor,
     rms_norm_launch,
     rope_launch,
@@ -67,41 +68,53 @@ class Case(NamedTuple):
 def nf4_cases(every: bool) -> Iterator[Case]:
     count = 4096 * 4096
     for block in nf4.BLOCKS if every else (32, 64, 4096):
-        config = nf4_launch.quantize_config(block)
+        config = nf4_quantize_launch.quantize_config(block)
+        cut = {"BLOCK": block, "ROWS": config.rows, "TURNS": config.turns}
+        cut |= {"num_warps": config.num_warps}
         for dtype in (F32, F16, BF16):
             yield Case(
                 f"nf4_quantize block={block} {dtype}",
-                nf4_launch._quantize_kernel,
-                (dtype, U8, F32, F32, None, F32, count, count // block),
-                {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
+                nf4_quantize_launch._quantize_kernel,
+                (dtype, I32, F32, F32, None, I32, count, count // 8, count // block),
+                cut,
             )
         yield Case(
-            f"fp4_quantize block={block}",
-            nf4_launch._quantize_kernel,
-            (BF16, U8, F32, F32, U8, F32, count, count // block),
-            {"BLOCK": block, "ROWS": config.rows, "num_warps": config.num_warps},
+            f"nf4_quantize bytes block={block}",
+            nf4_quantize_launch._quantize_kernel,
+            (BF16, U8, F32, F32, None, I32, count - 1, count // 2, count // block),
+            cut,
         )
-        config = nf4_launch.dequantize_config(block)
+        yield Case(
+            f"fp4_quantize block={block}",
+            nf4_quantize_launch._quantize_kernel,
+            (BF16, I32, F32, F32, U8, I32, count, count // 8, count // block),
+            cut,
+        )
+        cut = {"BLOCK": block, "WORDS": 32 * nf4_launch.WARPS, "TURNS": nf4_launch.TURNS}
+        cut |= {"num_warps": nf4_launch.WARPS}
         for dtype, double in itertools.product((F32, F16, BF16), (False, True)):
             absmax = (U8, F32, F32) if double else (F32, None, None)
-            yield Case(
-                f"nf4_dequantize block={block} {dtype} double={double}",
-                nf4_launch._dequantize_kernel,
-                (U8, *absmax, F32, F32, dtype, count),
-                {
-                    "BLOCK": block,
-                    "WIDTH": min(block, nf4_launch.UNIT),
-                    "ROWS": config.rows,
-                    "TURNS": config.turns,
-                    "DOUBLE": double,
-                    "num_warps": config.num_warps,
-                },
-            )
+            for name, packed, stored, end in (
+                ("", I32, count // 8, count),
+                (" bytes", U8, count // 2, count - 1),
+            ):
+                yield Case(
+                    f"nf4_dequantize{name} block={block} {dtype} double={double}",
+                    nf4_launch._dequantize_kernel,
+                    (packed, *absmax, F32, F32, dtype, stored, end),
+                    cut | {"DOUBLE": double},
+                )
     yield Case(
         "nf4_quantize_absmax",
-        nf4_launch._quantize_absmax_kernel,
-        (F32, F32, F32, U8, F32, count // 64, count // 64 // 256),
-        {"ROWS": nf4_launch.ABSMAX_ROWS, "num_warps": 4},
+        nf4_quantize_launch._quantize_absmax_kernel,
+        (F32, F32, U8, U8, F32, F32, count // 64, count // 64 // 256, count // 64 // 4096),
+        {"ROWS": nf4_quantize_launch.ABSMAX_ROWS, "num_warps": 4},
+    )
+    yield Case(
+        "nf4_sums",
+        nf4_quantize_launch._sums_kernel,
+        (F32, F32, count // 64),
+        {"SUMMED": nf4_quantize_launch.SUMMED, "num_warps": 4},
     )
 
 
@@ -598,8 +611,8 @@ def main(arch: int, every: bool) -> None:
     triton.runtime.driver.set_active(Driver())
     for case in cases(every, arch):
         exact = case.kernel in (
-            nf4_launch._quantize_kernel,
-            nf4_launch._quantize_absmax_kernel,
+            nf4_quantize_launch._quantize_kernel,
+            nf4_quantize_launch._quantize_absmax_kernel,
             nf4_launch._dequantize_kernel,
             fp8_launch._cast_kernel,
             fp8_launch._nf4_kernel,

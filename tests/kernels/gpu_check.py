@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "src")]
@@ -40,6 +41,7 @@ from purelm.kernels import (  # noqa: E402
     low_rank,
     nf4,
     nf4_launch,
+    nf4_quantize_launch,
     rms_norm,
     rope,
 )
@@ -272,20 +274,13 @@ def sweep() -> None:
     w = randn(14336 // (64 if TINY else 1), 4096 // (16 if TINY else 1), dtype=torch.bfloat16)
     x, n = leaf.quantize(w), w.numel()
     out, moved = torch.empty_like(w), w.numel() * 2.5 + w.numel() / 64
-    plain = nf4_launch.quantize_config, nf4_launch.dequantize_config
-    for tile, turns, warps in (
-        (16, 1, 1), (32, 1, 1), (16, 4, 1), (32, 1, 2), (64, 1, 2), (64, 1, 4), (64, 2, 4),
-        (128, 1, 4), (128, 1, 8), (256, 1, 8), (16, 8, 4),
-    ):  # fmt: skip
-        config = nf4_launch.Config(tile, turns, warps)
-        nf4_launch.dequantize_config = lambda block, config=config: config
-        report("nf4_dequantize double", f"{n}", f"{tile}/{turns}/{warps}", moved,
-               lambda: leaf.dequantize(x, out=out))  # fmt: skip
-    for tile, warps in ((8, 1), (16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)):
-        config = nf4_launch.Config(tile, 1, warps)
-        nf4_launch.quantize_config = lambda block, config=config: config
-        report("nf4_quantize", f"{n}", f"{tile}/1/{warps}", moved, lambda: nf4.quantize(w, 64))
-    nf4_launch.quantize_config, nf4_launch.dequantize_config = plain
+    for turns, warps in ((1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8)):
+        with mock.patch.multiple(nf4_launch, TURNS=turns, WARPS=warps):
+            report("nf4_dequantize double", f"{n}", f"{turns}/{warps}", moved,
+                   lambda: leaf.dequantize(x, out=out))  # fmt: skip
+        config = nf4_quantize_launch.Config(4 * warps, turns, warps)
+        with mock.patch.object(nf4_quantize_launch, "quantize_config", lambda _, c=config: c):
+            report("nf4_quantize", f"{n}", f"{turns}/{warps}", moved, lambda: nf4.quantize(w, 64))
 
 
 def main() -> int:

@@ -60,8 +60,7 @@ def test_ops_have_right_schemas_and_fakes(interpreted):
     y, rstd = ops.rms_norm(x, w, None, 1e-6, 0.0, True)
     q, k, angle = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.rand(1, 3, 8)
     packed, absmax = ops.nf4_quantize(torch.randn(500), 64)
-    codes, scale = ops.nf4_quantize_absmax(absmax, absmax.mean())
-    parts = (packed, codes, scale, absmax.mean())
+    parts = (packed, *ops.nf4_quantize_absmax(absmax))
     labels = torch.tensor([1, -100, 3])
     for op, args in [
         (ops.rms_norm, (x, w, x.transpose(0, 1).contiguous().transpose(0, 1), 1e-6, 0.0, True)),
@@ -78,7 +77,7 @@ def test_ops_have_right_schemas_and_fakes(interpreted):
         (ops.gated, (x, x.transpose(0, 1).contiguous().transpose(0, 1), "silu")),
         (ops.gated_backward, (x, x, x, "gelu")),
         (ops.nf4_quantize, (torch.randn(500), 64)),
-        (ops.nf4_quantize_absmax, (absmax, absmax.mean())),
+        (ops.nf4_quantize_absmax, (absmax,)),
         (ops.nf4_dequantize, (*parts, 500, 64, torch.bfloat16)),
         (ops.nf4_dequantize_into, (*parts, torch.empty(500), 64)),
         (

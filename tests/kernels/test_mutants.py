@@ -12,15 +12,31 @@ import hypothesis
 import mutants
 import pytest
 
-from purelm.kernels import cross_entropy_rows, gated, rms_norm_launch, rope_launch
+from purelm.kernels import (
+    cross_entropy_rows,
+    decode_attention,
+    gated,
+    nf4_launch,
+    nf4_matvec_launch,
+    nf4_quantize_launch,
+    nf4_tensor,
+    rms_norm_launch,
+    rope_launch,
+)
 
 HERE = Path(__file__).parent
 EXAMPLES, COUNT = 12, 60
-FAMILIES: dict[str, ModuleType] = {
-    "gated": gated,
-    "rms_norm": rms_norm_launch,
-    "rope": rope_launch,
-    "cross_entropy": cross_entropy_rows,
+# The file of tests and the module of kernels.
+FAMILIES: dict[str, tuple[str, ModuleType]] = {
+    "gated": ("gated", gated),
+    "rms_norm": ("rms_norm", rms_norm_launch),
+    "rope": ("rope", rope_launch),
+    "cross_entropy": ("cross_entropy", cross_entropy_rows),
+    "nf4_quantize": ("nf4", nf4_quantize_launch),
+    "nf4_dequantize": ("nf4", nf4_launch),
+    "nf4_matvec": ("nf4_matvec", nf4_matvec_launch),
+    "nf4_tensor": ("nf4_matvec", nf4_tensor),
+    "decode_attention": ("decode_attention", decode_attention),
 }
 
 
@@ -37,6 +53,7 @@ def asked_of(name: str) -> list[Any]:
         phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     made = []
+    everywhere = [mark.args for mark in [getattr(module, "pytestmark", None)] if mark]
     for f in vars(module).values():
         if not getattr(f, "__name__", "").startswith("test_"):
             continue
@@ -47,7 +64,7 @@ def asked_of(name: str) -> list[Any]:
                 choices[mark.args[0]] = mark.args[1]
         choices["on"] = [True]
         names = inspect.signature(f).parameters
-        if "interpreted" in names and set(names) <= set(choices):
+        if "interpreted" in {*names, *itertools.chain(*everywhere)} and set(names) <= set(choices):
             values = itertools.product(*(choices[name] for name in names))
             made += [functools.partial(f, **dict(zip(names, some, strict=True))) for some in values]
     return made
@@ -68,10 +85,11 @@ def killed(test: Any) -> str | None:
 def test_most_mutants_are_killed(
     interpreted: None, poisoned: None, family: str, tmp_path: Path
 ) -> None:
-    tests = asked_of(family)
+    name, module = FAMILIES[family]
+    tests = asked_of(name)
     assert tests and not any(map(killed, tests)), "the kernel itself must pass"
     survivors = []
-    made = mutants.drawn(FAMILIES[family], COUNT)
+    made = mutants.drawn(module, COUNT)
     for mutant in made:
         with mutants.installed(mutant, tmp_path):
             if not any(map(killed, tests)):

@@ -1,13 +1,16 @@
 """NF4 and FP4 launches equal the reference bit for bit."""
 
+from unittest import mock
+
 import pytest
 import shim
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels import nf4
+from purelm.kernels import nf4, nf4_quantize_launch
 
 pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
 
@@ -56,13 +59,20 @@ def test_quantize(count, block, seed, dtype, kind, levels):
     assert torch.equal(absmax, want_absmax)
 
 
-@given(count=st.integers(1, 1100), seed=SEEDS, scale=st.sampled_from([1.0, 1e-20, 0.0]))
-def test_quantize_absmax(count, seed, scale):
+@given(
+    count=st.integers(1, 1100),
+    seed=SEEDS,
+    scale=st.sampled_from([1.0, 1e-20, 0.0]),
+    summed=st.sampled_from([4, 64, 4096]),
+)
+def test_quantize_absmax(count, seed, scale, summed):
     absmax = weights(count, seed, torch.float32).abs() * scale
-    codes, steps, offset = nf4.quantize_absmax(absmax)
+    with mock.patch.object(nf4_quantize_launch, "SUMMED", summed):
+        codes, steps, offset = nf4.quantize_absmax(absmax)
     want_codes, want_steps = nf4.quantize_absmax_reference(absmax, offset)
     assert torch.equal(codes, want_codes)
     assert torch.equal(steps, want_steps)
+    assert_rows(*(t.view(1, 1) for t in (offset, absmax.mean(), absmax.double().mean())))
 
 
 @given(
@@ -80,6 +90,15 @@ def test_dequantize(count, block, seed, dtype, double, into, kind):
     got = nf4.dequantize(*parts, count, block, dtype, out, kind)
     assert got.dtype == dtype and (out is None or got is out)
     assert torch.equal(got, nf4.dequantize_reference(*parts, count, block, dtype, kind))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_codes_anywhere_in_memory(shift):
+    """Whole aligned words are read as such, other codes by bytes."""
+    packed, *rest = quantized(weights(1024, 5, torch.float32), 64, True)
+    moved = torch.cat([packed.new_zeros(shift), packed])[shift:]
+    want = nf4.dequantize_reference(packed, *rest, 1024, 64, torch.bfloat16)
+    assert torch.equal(nf4.dequantize(moved, *rest, 1024, 64), want)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
