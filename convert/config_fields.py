@@ -1,5 +1,6 @@
 """A config.json read strictly: each field is taken by a family, known as harmless, or an error."""
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -50,8 +51,12 @@ class Fields:
         self.raw, self.file = raw, file
         self.taken: set[str] = set()
         self.fixed: set[str] = set()  # of those, the ones with one value that is known
+        self._old: dict[str, str] = {}  # the names that renamed fields have in the file
 
     def error(self, message: str) -> ConfigError:
+        """With each field called as the file calls it."""
+        for name, old in self._old.items():
+            message = re.sub(rf"\b{name}\b", old, message)
         return ConfigError(message, file=self.file)
 
     def has(self, name: str) -> bool:
@@ -80,6 +85,7 @@ class Fields:
         if self.has(new) and self.raw[new] != self.raw[old]:
             raise self.error(f"{old} and {new} mean the same and have different values")
         self.raw = {**{k: v for k, v in self.raw.items() if k != old}, new: self.raw[old]}
+        self._old[new] = old
 
     def integer(self, name: str, default: Any = _REQUIRED, *, low: int = 1) -> int:
         """An integer of at least `low`."""

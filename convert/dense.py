@@ -172,19 +172,24 @@ def typed_windows(fields: Fields, types: list[str], default: int) -> tuple[int |
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def sliding_windows(fields: Fields) -> tuple[int | None, ...]:
-    """Each layer's window by `use_sliding_window`, `max_window_layers` and `layer_types` (Qwen)."""
+def sliding_windows(
+    fields: Fields, slides: Callable[[int, int], bool] = lambda i, first: i >= first
+) -> tuple[int | None, ...]:
+    """Each layer's window by `use_sliding_window`, `max_window_layers` and `layer_types` (Qwen).
+
+    slides: of a layer's number and `max_window_layers`, whether it slides where no types say so.
+    """
     depth = fields.integer("num_hidden_layers")
     used = fields.flag("use_sliding_window", False)
-    window = fields.take("sliding_window", 4096)
-    first = fields.integer("max_window_layers", 28, low=0)
+    bound = fields.integer("max_window_layers", 28, low=0)
     types = fields.texts("layer_types", depth, ("full_attention", "sliding_attention"))
     if not used:
         if types and "sliding_attention" in types:
             raise fields.error("layer_types asks for windows that use_sliding_window turns off")
+        fields.take("sliding_window", None)
         return (None,) * depth
+    window = fields.integer_or_null("sliding_window", 4096)
     if types is None:
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
-    if type(window) is not int or window < 1:
-        raise fields.error(f"sliding_window is {window!r}, expected a positive integer")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+        here = [window is not None and slides(i, bound) for i in range(depth)]
+        types = ["sliding_attention" if one else "full_attention" for one in here]
+    return typed_windows(fields, types, 4096)

@@ -99,8 +99,8 @@ def grouped(
     # A group counts with the sum of its two best experts.
     if experts % groups or each < 2 or best > groups or active > best * each:
         raise fields.error(
-            f"n_group is {groups} and topk_group {best}: {experts} experts do not make such groups "
-            f"of two or more, of which {best} have num_experts_per_tok {active}"
+            f"n_group is {groups} and topk_group {best}: n_routed_experts {experts} do not make "
+            f"groups of two or more, of which {best} have num_experts_per_tok {active}"
         )
     return {"groups": groups, "active_groups": best}
 

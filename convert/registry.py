@@ -60,6 +60,7 @@ from .families import (
     starcoder2,
 )
 from .names import Names
+from .rope_config import check_frequencies
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Family:
         fields = Fields(config, file)
         spec: ModelSpec = self.module.spec(fields)
         fields.finish()
+        check_frequencies(fields, spec.ropes())
         return spec
 
 

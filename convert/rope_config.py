@@ -2,10 +2,13 @@
 new one (`rope_parameters`)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
+from ..nn.rope import attention_factor, inverse_frequencies
 from ..nn.spec import RopeKind, RopeSpec
 from .config_fields import Fields
 
@@ -18,6 +21,8 @@ _KINDS: dict[str, RopeKind] = {
     "longrope": "longrope",
     "proportional": "proportional",
 }
+# Heads are narrower by far; a width that only a broken config has takes no memory here.
+_WIDEST = 1 << 16
 _ALLOWED = {
     "default": set[str](),
     "linear": {"factor"},
@@ -180,6 +185,24 @@ def typed_ropes(
         kind: rope_spec(Fields(inner[kind], fields.file), widths[kind], max_positions, theta)
         for kind, theta in thetas.items()
     }
+
+
+def check_frequencies(fields: Fields, ropes: Iterable[RopeSpec]) -> None:
+    """Raise ConfigError for fields that are fine alone and together make no finite frequencies."""
+    at = torch.zeros(1, 1, dtype=torch.int64)
+    for rope in ropes:
+        if not 0 < rope.dim <= _WIDEST:
+            continue
+        try:
+            found = [*inverse_frequencies(rope, at).tolist(), attention_factor(rope)]
+        except (ArithmeticError, ValueError):
+            found = [math.nan]
+        if not all(map(math.isfinite, found)):
+            raise fields.error(
+                f"rope type {rope.kind!r} with rope_theta {rope.theta:g}, factor {rope.factor:g} "
+                f"and {rope.original_positions} original positions has no finite frequencies for "
+                f"the {rope.dim} features that are turned"
+            )
 
 
 def tempered_scale(rope: RopeSpec, width: int) -> float:

@@ -11,7 +11,6 @@ NAMES = names(LLAMA, QK_NORMS, POST_NORMS)
 
 def spec(fields: Fields) -> ModelSpec:
     """Matches transformers' `Exaone4ForCausalLM`."""
-    depth = fields.integer("num_hidden_layers")
     window = fields.integer_or_null("sliding_window", 4096)
     if fields.has("layer_types"):
         fields.take("sliding_window_pattern", None)  # may be a text; layer_types says it all
@@ -25,7 +24,7 @@ def spec(fields: Fields) -> ModelSpec:
         kv_heads=32,
         norm=NormSpec(fields.number("rms_norm_eps", 1e-5)),
         qk_norm=True,
-        windows=typed_windows(fields, types, 4096) if window else (None,) * depth,
+        windows=typed_windows(fields, types, 4096),
         ropes=tuple(rope if not window or t == "sliding_attention" else None for t in types),
     )
     return with_layers(made, pre_norm=False, post_norm=True)

@@ -60,7 +60,10 @@ def spec(fields: Fields) -> ModelSpec:
         query_beta=fields.number("attn_scale", 0.1, above=-1.0),
         query_shift=1,
     )
-    unturned = tempered if fields.take("attn_temperature_tuning", True) else None
+    tuned = fields.take("attn_temperature_tuning", True)
+    if not isinstance(tuned, bool | int):
+        raise fields.error(f"attn_temperature_tuning is {tuned!r:.200}, expected true or false")
+    unturned = tempered if tuned else None
     qk_norm = replace(norm, weight=False) if fields.flag("use_qk_norm", True) else None
     kinds = ("full_attention", "chunked_attention")
     types = fields.texts("layer_types", depth, kinds) or [kinds[turned] for turned in turns]

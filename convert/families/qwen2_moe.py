@@ -2,7 +2,7 @@
 
 from ...nn.spec import ModelSpec
 from ..config_fields import Fields
-from ..dense import dense_spec
+from ..dense import dense_spec, sliding_windows
 from ..mixture import (
     dense_layers,
     expert_names,
@@ -30,7 +30,8 @@ def spec(fields: Fields) -> ModelSpec:
         kv_heads=16,
         max_positions=32768,
         qkv_bias=fields.flag("qkv_bias", True),
-        windows=_windows(fields),
+        # Where no layer_types say so, every second of the *first* layers slides.
+        windows=sliding_windows(fields, lambda i, last: i % 2 == 0 and i < last),
     )
     moe = moe_spec(
         fields,
@@ -42,22 +43,3 @@ def spec(fields: Fields) -> ModelSpec:
         shared_gate=True,
     )
     return with_experts(made, moe, dense_layers(fields))
-
-
-def _windows(fields: Fields) -> tuple[int | None, ...]:
-    """As Qwen2's, but where no layer_types say so, every second of the *first* layers slides."""
-    depth = fields.integer("num_hidden_layers")
-    last = fields.integer("max_window_layers", 28, low=0)
-    types = fields.texts("layer_types", depth, ("full_attention", "sliding_attention"))
-    window = fields.take("sliding_window", 4096)
-    used = fields.flag("use_sliding_window", False)
-    slides = [used and i % 2 == 0 and i < last for i in range(depth)]
-    if types is not None:
-        slides = [kind == "sliding_attention" for kind in types]
-    if not any(slides):
-        return (None,) * depth
-    if not used:
-        raise fields.error("layer_types asks for windows that use_sliding_window turns off")
-    if type(window) is not int or window < 1:
-        raise fields.error(f"sliding_window is {window!r}, expected a positive integer")
-    return tuple(window if sliding else None for sliding in slides)

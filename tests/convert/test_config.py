@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 
 from purelm.convert.config import Config
 from purelm.convert.registry import FAMILIES, family_of
@@ -172,58 +170,3 @@ def test_families_are_named() -> None:
             family_of({"model_type": model_type}, "here/config.json")
         assert "here/config.json" in str(caught.value)
         assert model_type is None or ", ".join(FAMILIES) in str(caught.value)
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 3)
-    | st.integers()
-    | st.sampled_from([10**9, 2**31, 2**63, 10**400, -(10**400), 48, 96, 1e300, 1e-300, 5e-324])
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.sampled_from(["", "yarn", "dynamic", "llama3", "default", "sliding_attention", "gelu"])
-    | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-ROPE = [
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-]
-
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@given(data=st.data())
-def test_any_json_is_a_spec_or_a_config_error(family: str, data: st.DataObject) -> None:
-    """One to three fields of anything: never another exception, never a spec of nonsense."""
-    fields = fields_of(family)
-    names = st.sampled_from([*fields, "rope_scaling", "layer_types", "sliding_window", "head_dim"])
-    for name in data.draw(st.lists(names, min_size=1, max_size=3)):
-        value = json_values
-        if name in ("rope_parameters", "rope_scaling"):
-            value = st.dictionaries(st.sampled_from(ROPE), json_values, max_size=6)
-        fields[name] = data.draw(value)
-    try:
-        spec = spec_of(fields)
-    except ConfigError as problem:
-        assert len(str(problem)) < 3000
-        return
-    assert hash(spec) == hash(spec_of(fields))
-    for layer in spec.layers:
-        a = layer.attention
-        assert a.heads % a.kv_heads == 0 and a.head_dim > 0 and 0 < a.rope.dim <= a.head_dim
-        assert a.window is None or a.window > 0
