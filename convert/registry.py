@@ -2,74 +2,29 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ..errors import ConfigError
 from ..nn.spec import ModelSpec
 from .config_fields import Fields
-from .families import (
-    apertus,
-    arcee,
-    cohere,
-    cohere2,
-    deepseek_v3,
-    ernie4_5,
-    exaone4,
-    falcon,
-    falcon_h1,
-    gemma,
-    gemma2,
-    gemma3_text,
-    gemma4_text,
-    glm,
-    glm4,
-    glm4_moe,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    granitemoe,
-    granitemoehybrid,
-    helium,
-    hunyuan_v1_dense,
-    lfm2,
-    llama,
-    llama4_text,
-    ministral,
-    ministral3,
-    mistral,
-    mixtral,
-    nemotron,
-    olmo,
-    olmo2,
-    olmo3,
-    olmoe,
-    phi,
-    phi3,
-    phimoe,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_5_moe_text,
-    qwen3_5_text,
-    qwen3_moe,
-    qwen3_next,
-    seed_oss,
-    smollm3,
-    stablelm,
-    starcoder2,
-)
 from .names import Names
 from .rope_config import check_frequencies
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one model_type is read: its module (`spec`, `NAMES`) and its class in transformers."""
+    """How one model_type is read, by the module of that name in families/, and its class in
+    transformers.
+    """
 
     model_type: str
-    module: Any
     hf_class: str
+
+    @property
+    def module(self) -> Any:
+        """What has `spec` and `NAMES`; imported when first asked for."""
+        return import_module(f".families.{self.model_type}", __package__)
 
     @property
     def names(self) -> Names:
@@ -88,56 +43,56 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", llama, "LlamaForCausalLM"),
-        Family("mistral", mistral, "MistralForCausalLM"),
-        Family("qwen2", qwen2, "Qwen2ForCausalLM"),
-        Family("qwen3", qwen3, "Qwen3ForCausalLM"),
-        Family("gemma", gemma, "GemmaForCausalLM"),
-        Family("gemma2", gemma2, "Gemma2ForCausalLM"),
-        Family("gemma3_text", gemma3_text, "Gemma3ForCausalLM"),
-        Family("gemma4_text", gemma4_text, "Gemma4ForCausalLM"),
-        Family("granite", granite, "GraniteForCausalLM"),
-        Family("smollm3", smollm3, "SmolLM3ForCausalLM"),
-        Family("phi3", phi3, "Phi3ForCausalLM"),
-        Family("olmo2", olmo2, "Olmo2ForCausalLM"),
-        Family("cohere", cohere, "CohereForCausalLM"),
-        Family("cohere2", cohere2, "Cohere2ForCausalLM"),
-        Family("olmo3", olmo3, "Olmo3ForCausalLM"),
-        Family("exaone4", exaone4, "Exaone4ForCausalLM"),
-        Family("ministral", ministral, "MinistralForCausalLM"),
-        Family("ernie4_5", ernie4_5, "Ernie4_5ForCausalLM"),
-        Family("helium", helium, "HeliumForCausalLM"),
-        Family("glm", glm, "GlmForCausalLM"),
-        Family("glm4", glm4, "Glm4ForCausalLM"),
-        Family("stablelm", stablelm, "StableLmForCausalLM"),
-        Family("arcee", arcee, "ArceeForCausalLM"),
-        Family("nemotron", nemotron, "NemotronForCausalLM"),
-        Family("mixtral", mixtral, "MixtralForCausalLM"),
-        Family("qwen3_moe", qwen3_moe, "Qwen3MoeForCausalLM"),
-        Family("qwen2_moe", qwen2_moe, "Qwen2MoeForCausalLM"),
-        Family("olmoe", olmoe, "OlmoeForCausalLM"),
-        Family("granitemoe", granitemoe, "GraniteMoeForCausalLM"),
-        Family("glm4_moe", glm4_moe, "Glm4MoeForCausalLM"),
-        Family("starcoder2", starcoder2, "Starcoder2ForCausalLM"),
-        Family("seed_oss", seed_oss, "SeedOssForCausalLM"),
-        Family("olmo", olmo, "OlmoForCausalLM"),
-        Family("hunyuan_v1_dense", hunyuan_v1_dense, "HunYuanDenseV1ForCausalLM"),
-        Family("gpt_neox", gpt_neox, "GPTNeoXForCausalLM"),
-        Family("phi", phi, "PhiForCausalLM"),
-        Family("deepseek_v3", deepseek_v3, "DeepseekV3ForCausalLM"),
-        Family("llama4_text", llama4_text, "Llama4ForCausalLM"),
-        Family("phimoe", phimoe, "PhimoeForCausalLM"),
-        Family("ministral3", ministral3, "Ministral3ForCausalLM"),
-        Family("falcon", falcon, "FalconForCausalLM"),
-        Family("apertus", apertus, "ApertusForCausalLM"),
-        Family("gpt2", gpt2, "GPT2LMHeadModel"),
-        Family("gpt_oss", gpt_oss, "GptOssForCausalLM"),
-        Family("lfm2", lfm2, "Lfm2ForCausalLM"),
-        Family("falcon_h1", falcon_h1, "FalconH1ForCausalLM"),
-        Family("granitemoehybrid", granitemoehybrid, "GraniteMoeHybridForCausalLM"),
-        Family("qwen3_next", qwen3_next, "Qwen3NextForCausalLM"),
-        Family("qwen3_5_text", qwen3_5_text, "Qwen3_5ForCausalLM"),
-        Family("qwen3_5_moe_text", qwen3_5_moe_text, "Qwen3_5MoeForCausalLM"),
+        Family("llama", "LlamaForCausalLM"),
+        Family("mistral", "MistralForCausalLM"),
+        Family("qwen2", "Qwen2ForCausalLM"),
+        Family("qwen3", "Qwen3ForCausalLM"),
+        Family("gemma", "GemmaForCausalLM"),
+        Family("gemma2", "Gemma2ForCausalLM"),
+        Family("gemma3_text", "Gemma3ForCausalLM"),
+        Family("gemma4_text", "Gemma4ForCausalLM"),
+        Family("granite", "GraniteForCausalLM"),
+        Family("smollm3", "SmolLM3ForCausalLM"),
+        Family("phi3", "Phi3ForCausalLM"),
+        Family("olmo2", "Olmo2ForCausalLM"),
+        Family("cohere", "CohereForCausalLM"),
+        Family("cohere2", "Cohere2ForCausalLM"),
+        Family("olmo3", "Olmo3ForCausalLM"),
+        Family("exaone4", "Exaone4ForCausalLM"),
+        Family("ministral", "MinistralForCausalLM"),
+        Family("ernie4_5", "Ernie4_5ForCausalLM"),
+        Family("helium", "HeliumForCausalLM"),
+        Family("glm", "GlmForCausalLM"),
+        Family("glm4", "Glm4ForCausalLM"),
+        Family("stablelm", "StableLmForCausalLM"),
+        Family("arcee", "ArceeForCausalLM"),
+        Family("nemotron", "NemotronForCausalLM"),
+        Family("mixtral", "MixtralForCausalLM"),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM"),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM"),
+        Family("olmoe", "OlmoeForCausalLM"),
+        Family("granitemoe", "GraniteMoeForCausalLM"),
+        Family("glm4_moe", "Glm4MoeForCausalLM"),
+        Family("starcoder2", "Starcoder2ForCausalLM"),
+        Family("seed_oss", "SeedOssForCausalLM"),
+        Family("olmo", "OlmoForCausalLM"),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM"),
+        Family("gpt_neox", "GPTNeoXForCausalLM"),
+        Family("phi", "PhiForCausalLM"),
+        Family("deepseek_v3", "DeepseekV3ForCausalLM"),
+        Family("llama4_text", "Llama4ForCausalLM"),
+        Family("phimoe", "PhimoeForCausalLM"),
+        Family("ministral3", "Ministral3ForCausalLM"),
+        Family("falcon", "FalconForCausalLM"),
+        Family("apertus", "ApertusForCausalLM"),
+        Family("gpt2", "GPT2LMHeadModel"),
+        Family("gpt_oss", "GptOssForCausalLM"),
+        Family("lfm2", "Lfm2ForCausalLM"),
+        Family("falcon_h1", "FalconH1ForCausalLM"),
+        Family("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+        Family("qwen3_next", "Qwen3NextForCausalLM"),
+        Family("qwen3_5_text", "Qwen3_5ForCausalLM"),
+        Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
     )
 }
 

@@ -1,5 +1,6 @@
 """The command: exit codes, one-line errors, quick help."""
 
+import csv
 import io
 import json
 import os
@@ -190,10 +191,39 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(
     assert not [f for f in os.listdir(tmp_path / "out") if f.startswith(".")]
 
 
-def test_bench_load_prints_its_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "load", str(folder)]) == 0
-    found = json.loads(capsys.readouterr().out.removeprefix("RESULT "))
-    assert found["model"] == folder.name and found["load_s"] > 0
+def test_bench_load_prints_its_figures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--who=purelm", "--repeats=1", f"--output={tmp_path}"]
+    assert cli.main(["bench", "load", str(folder), *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[0].removeprefix("RESULT "))
+    assert found["model"] == folder.name and found["load_s"] > 0 and found["host_peak_gib"] >= 0
+    assert found["parameters"] > 0 and found["read_gb"] >= 0
+    assert "load s" in lines[1] and lines[2].startswith("purelm")
+    (row,) = csv.DictReader((tmp_path / "load.csv").read_text().splitlines())
+    assert row["who"] == "purelm" and float(row["load_s"]) == found["load_s"]
+    assert "torch=" in row["versions"]
+
+
+def test_bench_load_tells_of_what_failed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((folder / "config.json").read_text())
+    assert cli.main(["bench", "load", str(broken), "--who=purelm", "--repeats=1"]) == 1
+    assert "purelm failed: exit code 1: " in capsys.readouterr().out
+    assert cli.main(["bench", "load", "some/name", "--who=purelm"]) == cli.FAILED
+
+
+@pytest.mark.full
+def test_bench_load_beside_transformers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--who=purelm,hf", "--repeats=1", "--16bit"]
+    assert cli.main(["bench", "load", str(folder), *asked]) == 0
+    results = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RESULT")]
+    ours, theirs = (json.loads(line.removeprefix("RESULT ")) for line in results)
+    assert ours["parameters"] == theirs["parameters"]
 
 
 def test_bench_packing_trains_the_same_either_way(

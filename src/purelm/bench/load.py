@@ -1,79 +1,167 @@
-"""Loading in this process: `python -m purelm.bench.load MODEL`.
+"""Loading a model, beside other libraries: `purelm bench load MODEL`.
 
-Prints one line, `RESULT {json}`: seconds to import and to load into NF4, the finished model's
-device memory and its peak while loading, and how far the process's own memory grew. Files should
-be in the page cache: run it twice.
+Each library loads the model into NF4 in a process of its own, with the files in the page cache.
+What is measured: seconds to import it beyond torch, seconds to load, the finished model's device
+memory, how far the peak while loading was above it, and how far the process's own memory (without
+mapped files) grew at most while loading and stayed grown. With --output, load.csv keeps machine and
+versions.
 """
 
 import argparse
+import contextlib
+import csv
 import json
+import os
+import statistics
+import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from ._wait import finished
+from ..convert import atomic
+from ..errors import ArgumentError
 
-GIB = 2**30
+Row = dict[str, Any]
+WHO = ("purelm", "hf", "unsloth")
+_NEEDS = {"hf": ("transformers", "bitsandbytes"), "unsloth": ("unsloth",)}
+_FIGURES = {
+    "import_s": "import s",
+    "load_s": "load s",
+    "model_gib": "model GiB",
+    "peak_over_model_gib": "peak over it GiB",
+    "host_peak_gib": "host peak GiB",
+    "host_growth_gib": "host stays GiB",
+}
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "unsloth", "safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the measurement and print it."""
+    """Run the table and print it; 1 if a library failed."""
     parser = argparse.ArgumentParser(prog="purelm bench load", description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--16bit", dest="in_16bit", action="store_true", help="no quantization")
+    one = parser.add_argument
+    one("model", help="folder of a checkpoint with a tokenizer")
+    one("--who", type=_names, help=f"of {','.join(WHO)} (default: the installed, but for unsloth)")
+    one("--16bit", dest="in_16bit", action="store_true", help="no quantization")
+    one("--repeats", type=_number, default=3, help="processes of each library, whose median counts")
+    one("--output", type=Path, help="folder for load.csv")
+    one("--timeout", type=_number, default=600, help="seconds that one process may take")
     args = parser.parse_args(argv)
-    print("RESULT " + json.dumps(measure(args)), flush=True)
-    return 0
+    if not Path(args.model).is_dir():
+        raise ArgumentError(f"{args.model} is no folder: loading is measured without a network")
+    size = _into_page_cache(Path(args.model))
+    rows, failed = [], False
+    for who in args.who or _installed():
+        # What a library writes into the folder that it runs in is there for its next run only.
+        with tempfile.TemporaryDirectory() as cwd:
+            # The first process may compile bytecode and fill caches: if there are more, it is none.
+            runs = args.repeats + (args.repeats > 1)
+            found: list[Row] = []
+            while len(found) < runs and (not found or "failed" not in found[-1]):
+                found.append(_apart(who, args, cwd))
+        if "failed" in found[-1]:
+            print(f"{who} failed: {found[-1]['failed']}", flush=True)
+            failed = True
+            continue
+        rows.append(_median(found[-args.repeats :]) | {"read_gb": round(size / 1e9, 3)})
+        print("RESULT " + json.dumps(rows[-1]), flush=True)
+    _print(rows)
+    if args.output is not None and rows:
+        _write(args.output, rows)
+    return int(failed)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one run, as a flat dict."""
-    start = time.perf_counter()
-    import torch
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in WHO:
+            raise argparse.ArgumentTypeError(f"{name!r}: expected some of {', '.join(WHO)}")
+    return names
 
-    torch_s = time.perf_counter() - start
-    from purelm import FastLanguageModel
 
-    import_s = time.perf_counter() - start - torch_s
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.zeros(1, device="cuda")  # its context is not part of loading
-    before = _own_bytes()
-    start = time.perf_counter()
-    model, _ = FastLanguageModel.from_pretrained(
-        args.model,
-        dtype=torch.bfloat16,
-        load_in_4bit=not args.in_16bit,
-        load_in_16bit=args.in_16bit,
-        local_files_only=True,
-    )
-    finished(cuda)
-    seconds = time.perf_counter() - start
-    result: dict[str, Any] = {
-        "model": Path(args.model).name,
-        "parameters": model.num_parameters(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "import_torch_s": round(torch_s, 2),
-        "import_s": round(import_s, 2),
-        "load_s": round(seconds, 2),
-        "host_growth_gib": round((_own_bytes() - before) / GIB, 3),
-    }
-    if cuda:
-        result["model_gib"] = round(torch.cuda.memory_allocated() / GIB, 3)
-        result["peak_over_model_gib"] = round(
-            (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / GIB, 3
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
+    return int(text)
+
+
+def _installed() -> list[str]:
+    """Who runs unasked. Importing Unsloth changes other libraries and may ask the network."""
+    return [
+        who
+        for who in WHO[:-1]
+        if all(util.find_spec(package) is not None for package in _NEEDS.get(who, ()))
+    ]
+
+
+def _into_page_cache(folder: Path) -> int:
+    """Read every shard once; returns their bytes."""
+    total, buffer = 0, bytearray(16 << 20)
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total
+
+
+def _apart(who: str, args: argparse.Namespace, cwd: str) -> Row:
+    """One library's figures from a process of its own, or why it has none."""
+    model = str(Path(args.model).resolve())
+    command = [sys.executable, "-m", "purelm.bench._load_one", who, model]
+    try:
+        done = subprocess.run(
+            [*command, *(["--16bit"] if args.in_16bit else [])],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=args.timeout,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         )
-    return result
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {args.timeout} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines()
+        return {"failed": f"exit code {done.returncode}: {said[-1][:300] if said else ''}"}
+    found: Row = json.loads(lines[-1].removeprefix("RESULT "))
+    return found
 
 
-def _own_bytes() -> int:
-    """What the process holds beside mapped files (anonymous memory); 0 where not on Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
+def _median(found: Sequence[Row]) -> Row:
+    """The middle of each figure over runs of one library."""
+    return {
+        name: round(statistics.median(run[name] for run in found), 3)
+        if isinstance(value, float)
+        else value
+        for name, value in found[0].items()
+    } | {"repeats": len(found)}
+
+
+def _print(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    shown = [name for name in _FIGURES if name in rows[0]]
+    print(f"{'':10}" + "".join(f"{_FIGURES[name]:>18}" for name in shown))
+    for row in rows:
+        print(f"{row['who']:10}" + "".join(f"{row[name]:18.3f}" for name in shown), flush=True)
+
+
+def _write(folder: Path, rows: Sequence[Row]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = []
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name}={metadata.version(name)}")
+    fields = ["who", "model", "precision", *(name for name in _FIGURES if name in rows[0])]
+    fields += ["import_torch_s", "parameters", "read_gb", "repeats", "device", "versions"]
+    with atomic.file(folder / "load.csv") as new, new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row | {"versions": " ".join(versions)})
 
 
 if __name__ == "__main__":
