@@ -158,14 +158,12 @@ class _Watch:
 
 
 def _own_bytes() -> int:
-    """What the process holds beside mapped files (anonymous and shared memory, to which pinned
-    memory belongs); 0 where not on Linux.
-    """
+    """What the process holds beside mapped files (anonymous memory); 0 where not on Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 if __name__ == "__main__":
