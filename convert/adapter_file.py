@@ -61,11 +61,11 @@ def read_adapter(
         check_complete(config, known, pairs, found, whole, spec, names, place)
         stored = {
             name: LoRA(
-                read(pair["A"]).float(),
-                read(pair["B"]).float(),
+                _finite(pair["A"]),
+                _finite(pair["B"]),
                 rank_and_scale(config, name)[1],
                 config.lora_dropout,
-                read(pair["magnitude"]).float() if config.use_dora else None,
+                _finite(pair["magnitude"]) if config.use_dora else None,
             )
             for name, pair in pairs.items()
         }
@@ -77,7 +77,7 @@ def read_adapter(
         stacked = {
             path: expert_adapters.read(
                 path,
-                {kind: read(info) for kind, info in pair.items()},
+                {kind: _finite(info) for kind, info in pair.items()},
                 *rank_and_scale(config, params_of_all[path]),
                 spec,
                 names,
@@ -85,8 +85,8 @@ def read_adapter(
             )
             for path, pair in whole.items()
         }
-        of_any = reader(read)
-        copies = {path: of_any(info).float() for path, info in found.items()}
+        of_any = reader(_finite)
+        copies = {path: of_any(info) for path, info in found.items()}
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
     _tie(copies, spec, params, place)
@@ -98,6 +98,19 @@ def read_adapter(
     if any(name in fused.modules(spec, names) for name in pairs):
         config = _of_parts(config, made, trained, spec, names, place)
     return made, trained, config
+
+
+def _finite(info: TensorInfo) -> torch.Tensor:
+    """The tensor in fp32; raises AdapterError for values that are NaN or infinite."""
+    tensor = read(info).float()
+    if bad := int((~tensor.isfinite()).sum()):
+        raise AdapterError(
+            f"{bad} of {tensor.numel()} values are NaN or infinite; train it again or take an "
+            "earlier checkpoint of it",
+            tensor=info.name,
+            file=info.file,
+        )
+    return tensor
 
 
 def _ours(

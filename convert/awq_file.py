@@ -25,7 +25,8 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
         return False
     bits = stored.get("bits", stored.get("w_bit", 4))
     layout = stored.get("version", stored.get("format", "gemm"))
-    if bits != 4 or str(layout).lower() != "gemm" or stored.get("zero_point", True) is not True:
+    four = type(bits) is int and bits == 4
+    if not four or str(layout).lower() != "gemm" or stored.get("zero_point", True) is not True:
         raise ConfigError(
             f"AWQ weights have {bits!r:.20} bits in version {layout!r:.40} with zero_point "
             f"{stored.get('zero_point', True)!r:.20}; read is version 'gemm' of 4 bits with zero "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from .encoded import SCALES, Format, Found, encoded, expect, siblings, unpacked, wrong
 from .safetensors_file import TensorInfo
 
@@ -25,7 +25,8 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
     if stored.get("quant_method") != "gptq":
         return False
     bits, layout = stored.get("bits"), stored.get("checkpoint_format", "gptq")
-    if bits not in _BITS or layout not in _ZERO_BELOW:
+    known = isinstance(layout, str) and layout in _ZERO_BELOW
+    if type(bits) is not int or bits not in _BITS or not known:
         raise ConfigError(
             f"GPTQ weights have {bits!r:.20} bits in format {layout!r:.40}; read are 2, 4 and 8 "
             "bits in 'gptq' and 'gptq_v2'",
@@ -47,9 +48,25 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
         expect(scales, (scales.shape[0], rows), *SCALES)
         expect(zeros, (scales.shape[0], -(-rows // per_word)), torch.int32)
         expect(groups, (columns,), torch.int32, torch.int64)
-        decode = partial(dequantize, bits=bits, below=below)
+        decode = partial(_decoded, place=groups, bits=bits, below=below)
         made.append(encoded(f"{module}.weight", (rows, columns), scales.dtype, parts, decode))
     return made, set()
+
+
+def _decoded(
+    words: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    place: TensorInfo,
+    bits: int,
+    below: int,
+) -> torch.Tensor:
+    count = len(scales)
+    if not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise wrong(place, f"it names groups outside the {count} that there are")
+    return dequantize(words, zeros, scales, groups, bits=bits, below=below)
 
 
 def dequantize(
@@ -62,9 +79,7 @@ def dequantize(
     below: int,
 ) -> torch.Tensor:
     """The weight [out, in] in fp32; `below` is what the stored zero points lack."""
-    count, rows = scales.shape
-    if not 0 <= int(groups.min()) <= int(groups.max()) < count:
-        raise CheckpointError(f"g_idx names groups outside the {count} that there are")
+    rows = scales.shape[1]
     zero = unpacked(zeros.T.contiguous(), bits).flatten(0, 1)[:rows].T.float() + below
     fields, groups = unpacked(words, bits).flatten(0, 1), groups.long()
     return ((fields - zero[groups]) * scales.float()[groups]).T.contiguous()

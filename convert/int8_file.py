@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
 from ..quant import int8
 from ..quant.int8 import Int8
 from .encoded import Encoded, Format, Found, encoded, expect, wrong
@@ -21,11 +22,24 @@ from .shards import read
 def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
     eight = stored.get("load_in_8bit", stored.get("_load_in_8bit")) is True
     four = stored.get("load_in_4bit", stored.get("_load_in_4bit"))
-    return eight and not four and stored.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    method = stored.get("quant_method", "bitsandbytes")
+    if not eight or four or method != "bitsandbytes":
+        return False
+    threshold = _threshold(stored)
+    if type(threshold) not in (int, float) or not 0 <= threshold < 1e30:
+        raise ConfigError(
+            f"llm_int8_threshold is {threshold!r:.60}, expected a number that is not negative",
+            file=file,
+        )
+    return True
+
+
+def _threshold(stored: Mapping[str, Any]) -> Any:
+    return stored.get("llm_int8_threshold", 6.0)
 
 
 def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
-    threshold = stored.get("llm_int8_threshold", 6.0)
+    threshold = float(_threshold(stored))
     made: list[Encoded] = []
     layouts: set[str] = set()
     for name, info in tensors.items():
@@ -41,7 +55,7 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
             if int(read(layout)):
                 raise wrong(layout, "found a layout other than rows, which is not read")
             layouts.add(layout.name)
-        leaf = partial(_leaf, threshold=float(threshold), info=info)
+        leaf = partial(_leaf, threshold=threshold, info=info)
         made.append(
             encoded(name, info.shape, torch.bfloat16, [info, scale], _dequantize,
                     kept_as=("int8",), leaf=leaf)

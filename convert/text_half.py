@@ -82,7 +82,7 @@ class TextHalf:
     def checkpoint(self, whole: Checkpoint) -> tuple[Checkpoint, str]:
         """The text half's tensors under a text model's names, and what was left out in words.
 
-        Raises CheckpointError where no tensor is the text half's.
+        Raises CheckpointError where no tensor is the text half's, or two are the same.
         """
         flat = not any(
             name.startswith(("model.language_model.", "language_model.")) for name in whole.tensors
@@ -99,6 +99,14 @@ class TextHalf:
         if not renamed:
             raise CheckpointError(
                 "no tensor is called as those of a text half are (language_model.*)",
+                file=whole.folder,
+            )
+        twice = [ours for ours, count in Counter(renamed.values()).items() if count > 1]
+        if twice:
+            both = " and ".join(name for name, ours in renamed.items() if ours == twice[0])
+            raise CheckpointError(
+                f"the text half has this tensor twice, as {both}",
+                tensor=twice[0][:200],
                 file=whole.folder,
             )
         tensors = {ours: replace(whole.tensors[name], name=ours) for name, ours in renamed.items()}
@@ -119,7 +127,7 @@ def text_half(config: Config, file: object = None) -> TextHalf | None:
     kind = config.get("model_type")
     if not is_wrapped(config.fields):
         return None
-    if kind not in _WRAPPERS:
+    if not isinstance(kind, str) or kind not in _WRAPPERS:
         raise ConfigError(
             f"model_type {kind!r:.60} has a text half of which it is not known whether it computes "
             f"alone what it does there; known are {', '.join(sorted(_WRAPPERS))}",
@@ -137,11 +145,11 @@ def text_half(config: Config, file: object = None) -> TextHalf | None:
         raise ConfigError(f"text_config is {inner!r:.60}, expected an object", file=file)
     else:
         left = config.fields.keys() - {"text_config", "model_type", "architectures", *_SHARED}
-    own_type = model_type = inner.get("model_type", kind)
-    model_type = _TEXT_TYPES.get(model_type, model_type)
+    own_type = inner.get("model_type", kind)
+    model_type = _TEXT_TYPES.get(own_type, own_type) if isinstance(own_type, str) else None
     if model_type not in FAMILIES:
         raise ConfigError(
-            f"the text half of this {kind} model is of model_type {model_type!r:.60}, which is not "
+            f"the text half of this {kind} model is of model_type {own_type!r:.60}, which is not "
             f"supported; known are {', '.join(FAMILIES)}",
             file=file,
         )
