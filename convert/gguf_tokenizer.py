@@ -7,7 +7,6 @@ byte-level BPE, whose splitting rule `tokenizer.ggml.pre` names.
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,33 +14,14 @@ import tokenizers
 
 from ..errors import TokenizerError
 from .gguf_file import GGUF
+from .gguf_splits import SPLITS
 from .tokenizer import Tokenizer
 from .tokenizer_files import rust
 from .tokenizer_parts import BYTE, CONTROL, SPACE, UNKNOWN, USER, spm_merges, with_ends
 
 # Tokens are cut everywhere to find their merges.
 _MAX_PIECE = 512
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2 = ("qwen2", "deepseek-r1-qwen")
-_GPT2 = ("gpt-2", "default")
-_SMOLLM = ("smollm",)
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-
-
-@dataclass(frozen=True)
-class Splits:
-    """How a byte-level tokenizer cuts a text, as parts of a tokenizer.json.
-
-    ignore_merges: a word that is a token is taken whole.
-    """
-
-    normalizer: dict[str, Any] | None
-    pre_tokenizers: list[dict[str, Any]]
-    ignore_merges: bool = False
 
 
 def read_tokenizer(gguf: GGUF) -> Tokenizer:
@@ -139,14 +119,13 @@ def _byte_level(gguf: GGUF, tokens: list[str]) -> dict[str, Any]:
             raise _wrong(gguf, f"the merge {merge!r:.60} is not two tokens")
         merges.append([left, right])
     pre = gguf.fields.get("tokenizer.ggml.pre", "default")
-    try:
-        rule = splits(pre)
-    except KeyError:
-        known = ", ".join((*_GPT2, *_LLAMA3, *_QWEN2, *_SMOLLM))
-        raise _wrong(gguf, f"how {pre!r:.60} splits text is not known; known are {known}") from None
+    rule = SPLITS.get(pre) if isinstance(pre, str) else None
+    if rule is None:
+        known = ", ".join(SPLITS)
+        raise _wrong(gguf, f"how {pre!r:.60} splits text is not known; known are {known}")
     return {
         "normalizer": rule.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": rule.pre_tokenizers},
+        "pre_tokenizer": rule.pre_tokenizer,
         "post_processor": {**_LEVEL, "use_regex": True},
         "decoder": {**_LEVEL, "use_regex": True},
         "model": {
@@ -158,29 +137,10 @@ def _byte_level(gguf: GGUF, tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def splits(pre: str) -> Splits:
-    """The rule that `tokenizer.ggml.pre` names; KeyError for a name that is not known."""
-    if pre in _LLAMA3 or pre in _QWEN2:
-        words = _WORDS % ("{1,3}" if pre in _LLAMA3 else "")
-        first = {
-            "type": "Split",
-            "pattern": {"Regex": words},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        normalizer = {"type": "NFC"} if pre in _QWEN2 else None
-        return Splits(normalizer, [first, {**_LEVEL, "use_regex": False}], pre in _LLAMA3)
-    if pre in _SMOLLM:
-        digits = {"type": "Digits", "individual_digits": True}
-        return Splits(None, [digits, {**_LEVEL, "use_regex": True}])
-    if pre in _GPT2:
-        return Splits(None, [{**_LEVEL, "use_regex": True}])
-    raise KeyError(pre)
-
-
 def _ends(gguf: GGUF, inner: Any, tokens: list[str], model: str) -> Any:
     """The post processor that adds the first and the last token, as the file says."""
-    default = model == "llama" or gguf.fields.get("tokenizer.ggml.pre") in _LLAMA3
+    pre = str(gguf.fields.get("tokenizer.ggml.pre"))
+    default = model == "llama" or (pre in SPLITS and SPLITS[pre].bos)
     pieces = []
     for name, added in (("bos", default), ("eos", False)):
         index = gguf.fields.get(f"tokenizer.ggml.{name}_token_id")

@@ -9,14 +9,16 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers import models
+
 from ..errors import TokenizerError
 from .gguf_file import GGUF
-from .gguf_tokenizer import read_tokenizer, splits
+from .gguf_splits import SPLITS, described, name_of, steps
+from .gguf_tokenizer import read_tokenizer
 from .tokenizer import Tokenizer
 from .tokenizer_parts import BYTE, CONTROL, SPACE, UNKNOWN, USER, spm_merges
 
 _PLAIN, _UNUSED = 1, 5
-_PRES = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 _PROBES = (
     "Once upon a time, there was a little girl named Lily.",
     "  two  spaces\n\n\ttab \r\n trailing   ",
@@ -83,7 +85,7 @@ def check_tokenizer(written: GGUF, tokenizer: Tokenizer) -> None:
     found = read_tokenizer(written)
     texts = list(_PROBES)
     made = json.loads(tokenizer.to_json())
-    if any(step.get("prepend_scheme") == "first" for step in _steps(made["pre_tokenizer"])):
+    if any(step.get("prepend_scheme") == "first" for step in steps(made["pre_tokenizer"])):
         warnings.warn(
             "the tokenizer puts a space before the first word of a text; llama.cpp puts one after "
             "each special token too",
@@ -128,47 +130,39 @@ def _tokens(made: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     return [token for token, _ in pairs], [kind for _, kind in pairs]
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as a flat list."""
-    if part is None:
-        return []
-    inner = part.get("normalizers", part.get("pretokenizers"))
-    return [part] if inner is None else [step for each in inner for step in _steps(each)]
-
-
 def _has_bytes(made: Mapping[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(made["pre_tokenizer"]))
+    return any(step["type"] == "ByteLevel" for step in steps(made["pre_tokenizer"]))
 
 
 def _splitting(made: Mapping[str, Any]) -> str:
     """llama.cpp's name of how a byte-level tokenizer splits text."""
+    model, parts = made["model"], (made["normalizer"], made["pre_tokenizer"])
+    whole = bool(model.get("ignore_merges"))
+    pre = name_of(*parts, whole)
+    if pre is None:
+        raise TokenizerError(
+            f"how the tokenizer splits text has no name in a GGUF file; known are "
+            f"{', '.join(SPLITS)}, found {described(*parts)}"
+        )
+    if SPLITS[pre].ignore_merges != whole and not _all_are_made(model):
+        raise TokenizerError(
+            f"a GGUF file's {pre!r} {'joins' if whole else 'does not join'} parts of a word that "
+            "is a token, and this tokenizer has tokens of which that would not give the same"
+        )
+    return pre
 
-    def essence(normalizer: Any, pre_tokenizer: Any) -> list[Any]:
-        kept = ("type", "pattern", "behavior", "invert", "individual_digits", "use_regex")
-        steps = [*_steps(normalizer), *_steps(pre_tokenizer)]
-        # A ByteLevel without a word on it splits.
-        steps = [{"use_regex": True, **s} if s["type"] == "ByteLevel" else s for s in steps]
-        return [{name: s[name] for name in kept if name in s} for s in steps] + [
-            {"add_prefix_space": any(s.get("add_prefix_space") for s in steps)}
-        ]
 
-    wanted = essence(made["normalizer"], made["pre_tokenizer"])
-    for pre in _PRES:
-        rule = splits(pre)
-        same_merging = bool(made["model"].get("ignore_merges")) == rule.ignore_merges
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": rule.pre_tokenizers}
-        if essence(rule.normalizer, pre_tokenizer) == wanted and same_merging:
-            return pre
-    raise TokenizerError(
-        f"how the tokenizer splits text has no name in a GGUF file; known are {', '.join(_PRES)}, "
-        f"found {json.dumps(wanted)[:300]}"
-    )
+def _all_are_made(model: Mapping[str, Any]) -> bool:
+    """Whether merges make every token of its characters, so that it is as if taken whole."""
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    bpe = models.BPE(dict(model["vocab"]), merges)
+    return all(len(bpe.tokenize(token)) == 1 for token in model["vocab"])
 
 
 def _prefix(made: Mapping[str, Any]) -> bool:
     """Whether a space is put before a text; raises for other rules than SentencePiece's."""
-    steps = [*_steps(made["normalizer"]), *_steps(made["pre_tokenizer"])]
-    for step in steps:
+    found = [*steps(made["normalizer"]), *steps(made["pre_tokenizer"])]
+    for step in found:
         known = (
             (step["type"] == "Prepend" and step["prepend"] == SPACE)
             or (step["type"] == "Replace" and step["content"] == SPACE)
@@ -179,12 +173,12 @@ def _prefix(made: Mapping[str, Any]) -> bool:
                 f"the tokenizer changes text by {json.dumps(step)[:200]}, which a GGUF file cannot "
                 "say"
             )
-    if not any(step["type"] in ("Replace", "Metaspace") for step in steps):
+    if not any(step["type"] in ("Replace", "Metaspace") for step in found):
         raise TokenizerError("the tokenizer is neither byte-level nor SentencePiece's kind")
     return any(
         step["type"] == "Prepend"
         or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
+        for step in found
     )
 
 

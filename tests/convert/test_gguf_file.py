@@ -528,7 +528,7 @@ MODELS: dict[str, tuple[dict[str, Any], type[PurelmError], str]] = {
     "a token twice": ({"tokenizer__ggml__tokens": ["a"] * 402}, TokenizerError, "twice"),
     "few types": ({"tokenizer__ggml__token_type": [1, 2]}, TokenizerError, "2 entries"),
     "kind": ({"tokenizer__ggml__model": "t5"}, TokenizerError, "'t5'"),
-    "pre": ({"tokenizer__ggml__pre": "viking"}, TokenizerError, "'viking'"),
+    "pre": ({"tokenizer__ggml__pre": "chameleon"}, TokenizerError, "'chameleon'"),
     "no merges": ({"tokenizer__ggml__merges": None}, TokenizerError, "merges"),
     "bad merge": ({"tokenizer__ggml__merges": ["a b c"]}, TokenizerError, "two tokens"),
     "merge of nothing": ({"tokenizer__ggml__merges": ["zzz yyy"]}, TokenizerError, "made"),
