@@ -7,6 +7,7 @@ a SentencePiece BPE by the scores of its tokens. What they cannot express is ref
 import json
 import warnings
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from tokenizers import models
@@ -25,6 +26,7 @@ _PROBES = (
     "\u00dcn\u00efc\u00f6d\u00e9 e\u0301 \u65e5\u672c\u8a9e \u0645\u0631\u062d \U0001f642",
     "123456 3.14 don't DON'T I'll (x**2)!= {'a': [1,2]} # https://example.com/?q=1",
     "\u0000\u007f\u00ad\u200b\ufeff",
+    *("a" + character * length + "b" for character in " \n\t" for length in (3, 8, 31, 33, 70)),
     "a",
     "",
 )
@@ -161,13 +163,16 @@ def _all_are_made(model: Mapping[str, Any]) -> bool:
 
 def _prefix(made: Mapping[str, Any]) -> bool:
     """Whether a space is put before a text; raises for other rules than SentencePiece's."""
-    found = [*steps(made["normalizer"]), *steps(made["pre_tokenizer"])]
+    found, replaced = [*steps(made["normalizer"]), *steps(made["pre_tokenizer"])], False
     for step in found:
         known = (
             (step["type"] == "Prepend" and step["prepend"] == SPACE)
             or (step["type"] == "Replace" and step["content"] == SPACE)
             or (step["type"] == "Metaspace" and step["replacement"] == SPACE)
+            # Gemma's, which finds nothing once spaces are replaced.
+            or (step["type"] == "Split" and step["pattern"] == {"String": " "} and replaced)
         )
+        replaced = replaced or step["type"] == "Replace"
         if not known:
             raise TokenizerError(
                 f"the tokenizer changes text by {json.dumps(step)[:200]}, which a GGUF file cannot "
@@ -193,14 +198,28 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[list[str]]) -> lis
         scores.append(-float(rank.get(token, len(rank) + index)) if usual else 0.0)
     # SentencePiece joins any two pieces into a third, in the order of the third's score.
     implied = spm_merges(tokens, kinds, scores)
-    if sorted(implied) != sorted(merges) or [a + b for a, b in implied] != [
-        a + b for a, b in merges
-    ]:
+    if sorted(implied) != sorted(merges) or not _same_order(implied, merges):
         raise TokenizerError(
             "the tokenizer's merges do not follow from scores of its tokens, which is all that a "
             "GGUF file can hold for a tokenizer that is not byte-level"
         )
     return scores
+
+
+def _same_order(one: list[list[str]], other: list[list[str]]) -> bool:
+    """Whether both make tokens in the same order, but for Gemma's runs of one character.
+
+    Its merges of spaces, line feeds or tabs alone come first, longer runs before shorter: whatever
+    the order among them, a run that has begun grows from its left end, one by one.
+    """
+    ours, theirs = ([left + right for left, right in merges] for merges in (one, other))
+    front = list(takewhile(lambda product: len(set(product)) == 1, theirs))
+    lengths: dict[str, list[int]] = {}
+    for product in dict.fromkeys(front):
+        lengths.setdefault(product[0], []).append(len(product))
+    whole = all(found == list(range(found[0], found[-1] - 1, -1)) for found in lengths.values())
+    count = len(front) if whole and sorted(front) == sorted(ours[: len(front)]) else 0
+    return ours[count:] == theirs[count:]
 
 
 def _ends(tokenizer: Tokenizer) -> dict[str, bool]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from purelm.convert.gguf_file import open_gguf
 from purelm.convert.gguf_splits import SPLITS, name_of
 from purelm.convert.gguf_tokenizer import read_tokenizer
-from purelm.convert.gguf_tokenizer_write import tokenizer_fields
+from purelm.convert.gguf_tokenizer_write import check_tokenizer, tokenizer_fields
+from purelm.convert.gguf_write import _add
 from purelm.convert.tokenizer import Tokenizer
 from purelm.errors import TokenizerError
 
@@ -190,3 +191,52 @@ def test_whole_words_where_llama_cpp_has_none(words: tokenizers.Tokenizer) -> No
     other = tokenizers.Tokenizer.from_str(json.dumps(made))
     with pytest.raises(TokenizerError, match="does not join|joins"):
         tokenizer_fields(made_by(other, rule, None, True), 2000)
+
+
+def gemma(order: list[list[str]]) -> Tokenizer:
+    """A tokenizer built as Gemma's is, with these merges first."""
+    space = "\u2581"
+    merges = [*order, [space, "a"], ["a", "b"], [space + "a", "b"], [space, "ab"]]
+    tokens = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), space, "a", "b"]
+    tokens += dict.fromkeys(left + right for left, right in merges)
+    made = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": space},
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "invert": False,
+                          "behavior": "MergedWithPrevious"},
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": space}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
+    }  # fmt: skip
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(made)), {"unk_token": "<unk>"})
+
+
+def runs(longest: int) -> list[list[str]]:
+    """Merges of spaces in Gemma's order: the longest left part first."""
+    pairs = [(i, j) for i in range(longest) for j in range(1, longest - i + 1) if i]
+    pairs.sort(key=lambda pair: (-pair[0], -pair[1]))
+    return [["\u2581" * i, "\u2581" * j] for i, j in pairs]
+
+
+def test_gemmas_runs_of_spaces(tmp_path: Path) -> None:
+    ours = gemma(runs(6))
+    fields = tokenizer_fields(ours, 300)
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert not fields["tokenizer.ggml.add_space_prefix"]
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    for name, value in fields.items():
+        _add(writer, name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    written = open_gguf(tmp_path / "t.gguf")
+    check_tokenizer(written, ours)
+    again = read_tokenizer(written)
+    for text in (*("a" + " " * n + "b ab" for n in range(20)), "  ab  b   a"):
+        assert again(text)["input_ids"] == ours(text)["input_ids"]
+    # Shorter runs first is another tokenizer, of which scores cannot tell.
+    with pytest.raises(TokenizerError, match="do not follow from scores"):
+        tokenizer_fields(gemma(runs(6)[::-1]), 300)
