@@ -10,6 +10,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..kernels.nf4 import block_absmax
+from ..nn import stacks
 from ..quant import nf4
 from ..quant.nf4 import NF4
 from .bnb_file import Entry, Packed, read_leaf
@@ -88,9 +89,12 @@ def turned(info: Entry) -> TensorInfo | Turned | Packed:
 
 
 def split(info: TensorInfo | Turned | Packed, fused: Fused) -> dict[str, Stored]:
-    """Our paths -> their rows of `info`; raises CheckpointError for another number of rows."""
+    """Our paths -> their rows of `info`; raises CheckpointError for another shape than theirs."""
     count = sum(fused.rows)
-    if math.prod(info.shape) != count * math.prod(fused.row):
+    experts = {place[1] for path in fused.paths if (place := stacks.place(path)) is not None}
+    shapes = [(count, *fused.row)]
+    shapes += [(len(experts), count // len(experts), *fused.row)] if experts else []
+    if info.shape not in shapes:
         of_each = zip(fused.rows[:6], fused.paths, strict=False)
         raise CheckpointError(
             f"found shape {list(info.shape)}, config.json makes it {count} rows: "
