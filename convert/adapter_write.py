@@ -1,7 +1,7 @@
 """Adapters written as peft would: the files that `adapter_file` reads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import torch
 
 from ..errors import SaveError
 from ..nn import stacks, tree
+from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
 from . import atomic, expert_adapters, fused_adapters, named_adapters, rope_override
 from .adapter_check import MAGNITUDE, PREFIX
@@ -79,15 +80,16 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     tokenizer: Any = None,
     params: tree.Tree = None,
+    change: Callable[[dict[str, LoRA]], dict[str, LoRA]] | None = None,
 ) -> None:
     """Write trees of adapters and trained copies as peft would, whole or not at all.
 
     `config` is corrected where it does not describe the trees. metadata goes into the header of
     the safetensors file, where peft does not look. The tensors keep their dtype. params: the
     base's, needed where of a matrix that holds several projections some have DoRA's magnitude or a
-    trained bias.
+    trained bias. change: what is written in place of the adapters by Hugging Face's modules.
     """
-    files = {"": _files(adapters, spec, names, trained, config, metadata, params)}
+    files = {"": _files(adapters, spec, names, trained, config, metadata, params, change)}
     _write(folder, files, tokenizer)
 
 
@@ -108,11 +110,14 @@ def _files(
     config: PeftConfig | None,
     metadata: Mapping[str, str] | None,
     params: tree.Tree,
+    change: Callable[[dict[str, LoRA]], dict[str, LoRA]] | None = None,
 ) -> _Files:
     config = config or PeftConfig()
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
     worn, copies = (dict(tree.items(stacks.one_by_one(x))) for x in (adapters, trained))
     stored = fused_adapters.as_stored(worn, copies, spec, names, stacks.one_by_one(params))
+    if change is not None:
+        stored = replace(stored, adapters=change(stored.adapters))
     config = fitted_stored(config, stored, whole, spec, names)
     tensors = {
         **_named(stored, spec, names),

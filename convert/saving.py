@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bridge import CausalLM
     from .push import Pushed
+    from .vllm_export import VLLMExport
 
 
 class Saving:
@@ -53,6 +54,16 @@ class Saving:
         from .gguf_write import save_gguf
 
         return save_gguf(self, folder, tokenizer, quantization_method)
+
+    def to_vllm(  # type: ignore[misc]
+        self: CausalLM, folder: str | Path, tokenizer: Any = None, **options: Any
+    ) -> VLLMExport:
+        """Write base and adapters as vLLM serves them; see `vllm_export.to_vllm`, whose `options`
+        it has. `print(model.to_vllm(folder))` shows the command.
+        """
+        from .vllm_export import to_vllm
+
+        return to_vllm(self, folder, tokenizer, **options)
 
     def push_to_hub(  # type: ignore[misc]
         self: CausalLM, repo_id: str, tokenizer: Any = None, **options: Any

@@ -1,0 +1,219 @@
+"""What `to_vllm` writes: what transformers and peft make of it, vLLM's rules, and vLLM itself."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import bridged
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from purelm import FastLanguageModel
+from purelm.convert.bridge import CausalLM
+from purelm.convert.vllm_export import RANKS
+from purelm.errors import ArgumentError, SaveError
+from purelm.nn import tree
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+IDS = bridged.ids(length=9)
+ALL = {
+    "default": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]},
+    "math": {"r": 3, "use_rslora": True, "target_modules": ["down_proj", "v_proj"]},
+    "uneven": {
+        "r": 4,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj", "o_proj"],
+        "rank_pattern": {"o_proj": 9},
+        "alpha_pattern": {"q_proj": 5},
+    },
+}
+
+
+def wearing(folder: Path, adapters: dict[str, dict[str, Any]], family: str = "llama") -> CausalLM:
+    model = bridged.bridge(tiny.save(tiny.hf_model(family), folder))
+    for name, settings in adapters.items():
+        model.add_adapter(name, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for one in model.worn.values():
+            for leaf in tree.leaves(one.adapters):
+                leaf.b.normal_(0, 0.3, generator=generator)
+    model.set_adapter(next(iter(adapters)))
+    return model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> CausalLM:
+    return wearing(tmp_path / "source", ALL)
+
+
+def factors(folder: Path, max_rank: int) -> dict[str, torch.Tensor]:
+    """What vLLM's loader makes of an adapter's folder: the changes to weights, or an error.
+
+    Its rules, of `PEFTHelper` and `LoRAModel`: four fields count, of a config without modules to
+    save, biases and DoRA; one rank and scale; tensors are named base_model.model.MODULE.lora_A or
+    lora_B.weight.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config["modules_to_save"] and config["bias"] == "none" and not config["use_dora"]
+    r, alpha = config["r"], config["lora_alpha"]
+    assert 0 < r <= max_rank and alpha > 0
+    scale = alpha / (math.sqrt(r) if config["use_rslora"] else r)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for name, a in tensors.items():
+        prefix, module = name[:17], name[17:].removesuffix(".weight")
+        assert prefix == "base_model.model." and module.endswith((".lora_A", ".lora_B"))
+        assert a.shape[0 if module.endswith("A") else 1] == r
+        if module.endswith(".lora_A"):
+            b = tensors[name.replace("lora_A", "lora_B")]
+            found[module.removesuffix(".lora_A")] = scale * (b.double() @ a.double())
+    return found
+
+
+def same(ours: Any, theirs: Any) -> None:
+    with torch.no_grad():
+        bridged.same_logits(ours(IDS).logits, theirs(IDS).logits)
+
+
+def test_transformers_and_peft_compute_what_the_model_does(model: CausalLM, tmp_path: Path) -> None:
+    out = model.to_vllm(tmp_path / "served")
+    base = transformers.AutoModelForCausalLM.from_pretrained(out.base, dtype=torch.float32).eval()
+    with model.disable_adapter():
+        same(model, base)
+    assert list(out.adapters) == list(ALL) and out.max_lora_rank == 16
+    for i, (name, folder) in enumerate(out.adapters.items()):
+        model.set_adapter(name)
+        worn = peft.PeftModel.from_pretrained(base, folder, adapter_name=f"a{i}").eval()
+        same(model, worn)
+        base = worn.unload()
+        changes = factors(folder, out.max_lora_rank)
+        assert changes
+        for module, change in changes.items():
+            path = model.origin.family.names.to_ours(f"{module}.weight").removesuffix(".weight")
+            leaf = tree.at(model.adapters, path)
+            want = leaf.scale * (leaf.b.double() @ leaf.a.double())
+            assert (change - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def test_the_command_serves_each_by_its_name(model: CausalLM, tmp_path: Path) -> None:
+    """vLLM's rank is one of a few; a second export leaves nothing of the first."""
+    place = tmp_path / "my model"
+    out = model.to_vllm(place, selected_adapters=["math", "uneven"])
+    assert out.command == (
+        *("vllm", "serve", f"{place}/base", "--served-model-name", "my model"),
+        *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "16"),
+        *("--lora-modules", f"math={place}/adapters/math", f"uneven={place}/adapters/uneven"),
+    )
+    assert f"'{place}/base'" in str(out) and out.max_lora_rank in RANKS
+    (place / "notes.txt").write_text("mine")
+    out = model.to_vllm(place, selected_adapters="default")
+    assert out.max_lora_rank == 8
+    assert sorted(p.name for p in place.iterdir()) == ["adapters", "base", "notes.txt"]
+    assert [p.name for p in (place / "adapters").iterdir()] == ["default"]
+    model.set_adapters({})
+    out = model.to_vllm(place)
+    assert out.adapters == {} and "--enable-lora" not in out.command
+    assert not list(place.glob("adapters/*")) and (place / "base" / "config.json").exists()
+
+
+def test_what_vllm_takes_merged_alone(tmp_path: Path) -> None:
+    for i, (settings, says) in enumerate(
+        (
+            ({"target_modules": ["q_proj"], "use_dora": True}, r"magnitudes \(DoRA\)"),
+            ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "trained whole"),
+            ({"target_modules": ["q_proj"], "r": 513}, "rank 513, more than 512"),
+        )
+    ):
+        model = wearing(tmp_path / f"source{i}", {"default": {"r": 4, "lora_alpha": 8} | settings})
+        with pytest.raises(ArgumentError, match=rf"'default' has .*{says}.* merged=True"):
+            model.to_vllm(tmp_path / "served")
+        assert not (tmp_path / "served").exists()
+        out = model.to_vllm(tmp_path / f"served{i}", merged=True)
+        assert out.adapters == {} and "--enable-lora" not in out.command
+        whole = transformers.AutoModelForCausalLM.from_pretrained(out.base, dtype=torch.float32)
+        same(model, whole.eval())
+
+
+def test_projections_that_are_one_matrix_there(tmp_path: Path) -> None:
+    """Adapters of parts go out as one of the whole, of more ranks than the others have."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj"]}
+    model = wearing(tmp_path / "source", {"default": settings}, "phi3")
+    out = model.to_vllm(tmp_path / "served")
+    assert set(factors(out.adapters["default"], out.max_lora_rank)) >= {
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.o_proj",
+    }
+    base = transformers.AutoModelForCausalLM.from_pretrained(out.base, dtype=torch.float32)
+    same(model, peft.PeftModel.from_pretrained(base, out.adapters["default"]).eval())
+
+
+def test_a_4_bit_model_goes_out_in_both_precisions(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.hf_model("llama"), tmp_path / "source")
+    model = bridged.bridge(folder, quantize="nf4")
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    full = model.to_vllm(tmp_path / "full")
+    assert "quantization_config" not in json.loads((full.base / "config.json").read_text())
+    source, written = (load_file(f / "model.safetensors") for f in (folder, full.base))
+    assert source.keys() == written.keys()
+    assert all(torch.equal(source[name], written[name]) for name in source)
+    four = model.to_vllm(tmp_path / "four", save_method="merged_4bit")
+    config = json.loads((four.base / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "bitsandbytes" and config["load_in_4bit"]
+
+
+def test_bad_input(model: CausalLM, tmp_path: Path) -> None:
+    for options, says in (
+        ({"save_method": "lora"}, "save_method is 'lora'"),
+        ({"selected_adapters": ["other"]}, "no adapter 'other'"),
+        ({"selected_adapters": ["math"], "merged": True}, "leave selected_adapters out"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            model.to_vllm(tmp_path / "served", **options)
+    with pytest.raises(SaveError, match="loaded from"):
+        model.to_vllm(tmp_path / "source")
+    with pytest.raises(TypeError):
+        model.to_vllm(tmp_path / "served", rank=3)
+    assert not (tmp_path / "served").exists()
+
+
+@pytest.mark.full
+def test_vllm_answers_as_the_model_does(tmp_path: Path) -> None:
+    """Greedy ids of the base and of an adapter, where vLLM is installed."""
+    vllm = pytest.importorskip("vllm")
+    from vllm.lora.request import LoRARequest
+
+    made, _ = FastLanguageModel.from_pretrained(
+        "purelm/tiny", load_in_4bit=False, dtype="float32", device_map="cpu"
+    )
+    model = FastLanguageModel.get_peft_model(made, r=8)
+    with torch.no_grad():
+        for leaf in tree.leaves(model.adapters):
+            leaf.b.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    out = model.to_vllm(tmp_path / "served")
+    engine = vllm.LLM(
+        str(out.base),
+        dtype="float32",
+        enforce_eager=True,
+        enable_lora=True,
+        max_lora_rank=out.max_lora_rank,
+        max_model_len=128,
+    )
+    prompt = [3, 17, 29, 40]
+    how = vllm.SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+    def wanted() -> list[int]:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_id=[])
+        return [int(i) for i in ids[0, len(prompt) :]]
+
+    request = LoRARequest("default", 1, str(out.adapters["default"]))
+    given = {"prompt_token_ids": prompt}
+    worn = engine.generate([given], how, lora_request=request)
+    assert list(worn[0].outputs[0].token_ids) == wanted()
+    with model.disable_adapter():
+        assert list(engine.generate([given], how)[0].outputs[0].token_ids) == wanted()
