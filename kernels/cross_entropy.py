@@ -246,7 +246,9 @@ def _chunked(
         elif dwide is not None:
             dwide += logits.t() @ rows
     dweight = weight.new_empty(0) if dwide is None else dwide.to(weight.dtype)
-    total = losses.sum() if token_weights is None else (losses * token_weights).sum()
+    weighed = losses if token_weights is None else losses * token_weights
+    # Many rows' sum, rounded once.
+    total = weighed.sum(dtype=torch.float64).to(wide)
     return total, dhidden, dweight, losses
 
 
