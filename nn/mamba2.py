@@ -5,7 +5,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from ..kernels import ssd_reference as ssd
+from ..kernels import ssd_reference
+from ..kernels.ssd import ssd
 from . import tree
 from .linear import linear, seed_after
 from .short_conv import causal_conv, conv_state
@@ -24,7 +25,7 @@ def mix(
     seed: int | None,
 ) -> torch.Tensor:
     """Dao and Gu, arXiv 2405.21060, sec. 7, as in transformers' `FalconH1Mixer` and
-    `GraniteMoeHybridMambaLayer`; see `recurrent.mix`. The scan, its steps and decays are fp32.
+    `GraniteMoeHybridMambaLayer`; see `recurrent.mix`. Steps, decays, states and sums are fp32.
     """
     get = (adapters or {}).get
     inner = linear(x if spec.in_scale == 1.0 else x * spec.in_scale, p["in"], get("in"), seed)
@@ -53,8 +54,8 @@ def working_bytes(spec: Mamba2Spec, itemsize: int) -> int:
     """
     projected = 3 * (spec.dim + spec.channels + spec.heads) * itemsize
     wide = (spec.kernel + 3) * spec.channels + 6 * spec.dim
-    inside = 4 * spec.heads * ssd.CHUNK
-    states = 4 * spec.dim * spec.state // ssd.CHUNK
+    inside = 4 * spec.heads * ssd_reference.CHUNK
+    states = 4 * spec.dim * spec.state // ssd_reference.CHUNK
     return projected + 4 * (wide + inside + states)
 
 
@@ -66,27 +67,25 @@ def _scanned(
     starts: torch.Tensor | None,
     state: State | None,
 ) -> torch.Tensor:
-    """x, b and c [b, s, c] and the raw steps [b, s, h] -> [b, s, h * p] in fp32."""
+    """x, b and c [b, s, c] and the raw steps [b, s, h] -> [b, s, h * p]."""
     wide = torch.promote_types(mixed.dtype, torch.float32)
-    mixed, dt = mixed.to(wide), F.softplus(dt.to(wide) + p["dt_bias"].to(wide)).clamp(*spec.limits)
+    dt = F.softplus(dt.to(wide) + p["dt_bias"].to(wide)).clamp(*spec.limits)
     sizes = [spec.dim, spec.groups * spec.state, spec.groups * spec.state]
     x, b, c = mixed.split_with_sizes(sizes, -1)
-    lead = x.shape[:2]
-    x = x.reshape(*lead, spec.heads, spec.head_dim)
-    b, c = (t.reshape(*lead, spec.groups, spec.state) for t in (b, c))
-    taken = x * dt[..., None], dt * -p["A_log"].to(wide).exp(), b, c, starts
-    if state is None:
-        y, _ = ssd.scan(*taken, None)
-    else:
-        one = x.shape[1] == 1
-        y, last = ssd.step(*taken, state["ssm"]) if one else ssd.scan(*taken, state["ssm"])
+    x = x.view(*x.shape[:2], spec.heads, spec.head_dim)
+    b, c = (t.view(*t.shape[:2], spec.groups, spec.state) for t in (b, c))
+    decay = dt * -p["A_log"].to(wide).exp()
+    before = None if state is None else state["ssm"]
+    y, last = ssd(x, dt, decay, b, c, p["D"].to(wide), starts, before)
+    if state is not None:
+        assert last is not None
         state["ssm"].copy_(last)
-    skip: torch.Tensor = x * p["D"].to(wide)[:, None]
-    return (y + skip).flatten(-2)
+    return y.flatten(-2)
 
 
 def _gated(y: torch.Tensor, gate: torch.Tensor, p: tree.Tree, spec: Mamba2Spec) -> torch.Tensor:
-    """y [b, s, d] in fp32 times silu(gate), normalised in each group before it or after."""
+    """y [b, s, d] times silu(gate), normalised in each group before it or after; in fp32."""
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
     gate = F.silu(gate.to(y.dtype))
     if spec.norm is None:
         return y * gate

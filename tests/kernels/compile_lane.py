@@ -42,6 +42,8 @@ from purelm.kernels import (
     rms_norm_launch,
     rope_launch,
     short_conv,
+    ssd,
+    ssd_scan,
 )
 from purelm.kernels.launch import Kernel, power_of_two
 
@@ -513,6 +515,45 @@ def short_conv_cases(every: bool) -> Iterator[Case]:
         )
 
 
+def ssd_cases(every: bool) -> Iterator[Case]:
+    """Heads of Granite 4 and of Falcon-H1's smaller and larger models, packed and not."""
+    for (heads, groups, p, n), packed, dtype in itertools.product(
+        ((48, 1, 64, 128), (24, 1, 64, 128), (24, 2, 128, 256)),
+        (False, True),
+        (F16, BF16) if every else (BF16,),
+    ):
+        starts = U8 if packed else None
+        x, b = torch.empty(1, 1, heads, p, dtype=dtype), torch.empty(1, 1, groups, n, dtype=dtype)
+        strides = (2048 * 8192, 8192) * 3
+        configs = ssd.configs_for(p, n)
+        times = (F32, F32)
+        states = (dtype, dtype, *times, starts, F32 if packed else None, dtype)
+        into = (dtype, dtype, dtype, dtype, *times)
+        more = (F32, starts, dtype, dtype)
+        launches: list[tuple[str, Kernel, tuple[Any, ...], ssd.Config, dict[str, Any]]] = [
+            ("out", ssd_scan._out_kernel, (*into[1:], *more), configs.out, {}),
+            ("dx", ssd_scan._dx_kernel, (*into, *more, dtype, F32, F32, F32), configs.dx, {}),
+            (
+                "dbc",
+                ssd_scan._dbc_kernel,
+                (*into, *more[1:], F32, F32),
+                configs.dbc,
+                {"SPLITS": 2},
+            ),
+        ]
+        for name, last, backward in (("states", F32, False), ("pulls", None, True)):
+            args = (*states, last), configs.states, {"BACKWARD": backward}
+            launches.append((name, ssd_scan._states_kernel, *args))
+        for name, kernel, tensors, config, more in launches:
+            sizes = (2048, heads, *strides[: 4 if name in ("states", "pulls") else 6])
+            yield Case(
+                f"ssd_{name} {heads}/{groups}x{p}x{n} {packed=} {dtype}",
+                kernel,
+                tensors + sizes,
+                ssd._options(x, b, config, ssd.CHUNK) | more,
+            )
+
+
 def other_cases(every: bool) -> Iterator[Case]:
     count = 16384 * 14336
     for activation, dtype in itertools.product(gated.ACTIVATIONS, (F32, F16, BF16)):
@@ -573,6 +614,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from head_step_cases(every, arch)
     yield from decode_attention_cases(every, arch)
     yield from short_conv_cases(every)
+    yield from ssd_cases(every)
     yield from other_cases(every)
 
 

@@ -26,6 +26,9 @@ SPILLS = {
     "flash_dq": 320,
     "flash_dk": 1024,
     "flash_dv": 208,
+    # The backward of Mamba 2's scan holds its pairs of tokens beside a head's features.
+    "ssd_dx": 200,
+    "ssd_dbc": 256,
 }
 REPOSITORY = Path(__file__).parents[2]
 
