@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ..kernels import delta_rule_reference
 from ..kernels.delta_rule import delta_rule
+from ..kernels.gated_norm import gated_norm
 from . import tree
 from .linear import linear, project, seed_after
 from .short_conv import causal_conv, conv_state
@@ -32,10 +33,10 @@ def mix(
     qkv, gate, beta, decay = _taken_apart(made, spec) if spec.by_key_head else made
     mixed = causal_conv(qkv, p["conv"], starts, state, spec.activation)
     y = _ruled(mixed, beta, decay, p, spec, starts, state)
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    y = F.rms_norm(y, y.shape[-1:], eps=spec.norm.eps) * p["norm"]["weight"].to(y.dtype)
-    y = y.flatten(-2) * F.silu(gate.to(y.dtype))
-    return linear(y.to(x.dtype), p["out"], get("out"), seed_after(seed, len(names)))
+    y = gated_norm(
+        y.flatten(-2), gate, p["norm"]["weight"], spec.norm.eps, spec.value_dim, norm_first=True
+    )
+    return linear(y, p["out"], get("out"), seed_after(seed, len(names)))
 
 
 def empty(spec: DeltaNetSpec, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import ssd_reference
+from ..kernels.gated_norm import gated_norm
 from ..kernels.ssd import ssd
 from . import tree
 from .linear import linear, seed_after
@@ -34,7 +35,9 @@ def mix(
     gate, mixed, dt = inner.split_with_sizes([spec.dim, spec.channels, spec.heads], -1)
     mixed = causal_conv(mixed, p["conv"], starts, state, spec.activation)
     y = _scanned(mixed, dt, p, spec, starts, state)
-    out = linear(_gated(y, gate, p, spec).to(x.dtype), p["out"], get("out"), seed_after(seed, 1))
+    weight, eps = (None, 0.0) if spec.norm is None else (p["norm"]["weight"], spec.norm.eps)
+    y = gated_norm(y, gate, weight, eps, spec.dim // spec.groups, norm_first=spec.norm_first)
+    out = linear(y, p["out"], get("out"), seed_after(seed, 1))
     return out if spec.out_scale == 1.0 else out * spec.out_scale
 
 
@@ -81,20 +84,6 @@ def _scanned(
         assert last is not None
         state["ssm"].copy_(last)
     return y.flatten(-2)
-
-
-def _gated(y: torch.Tensor, gate: torch.Tensor, p: tree.Tree, spec: Mamba2Spec) -> torch.Tensor:
-    """y [b, s, d] times silu(gate), normalised in each group before it or after; in fp32."""
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    gate = F.silu(gate.to(y.dtype))
-    if spec.norm is None:
-        return y * gate
-    if not spec.norm_first:
-        y = y * gate
-    groups = y.view(*y.shape[:2], spec.groups, -1)
-    normed = F.rms_norm(groups, groups.shape[-1:], eps=spec.norm.eps).flatten(-2)
-    y = normed * p["norm"]["weight"].to(y.dtype)
-    return y * gate if spec.norm_first else y
 
 
 @cache  # for good: graphs read it

@@ -28,6 +28,7 @@ from purelm.kernels import (
     fp8_launch,
     fp8_made,
     gated,
+    gated_norm,
     grouped_dense_launch,
     grouped_nf4_launch,
     head_step,
@@ -554,6 +555,31 @@ def ssd_cases(every: bool) -> Iterator[Case]:
             )
 
 
+def gated_norm_cases(every: bool) -> Iterator[Case]:
+    """Heads of a delta net, Mamba 2 whole and in groups, and without a norm."""
+    kinds = ((32, 128, True, True), (1, 3072, False, False), (8, 1024, False, True))
+    for (groups, width, shared, first), wide, dtype in itertools.product(
+        (*kinds, (1, 8192, None, False)), (False, True), (F32, F16, BF16) if every else (BF16,)
+    ):
+        rows, block, warps = gated_norm.config_for(width)
+        weight = None if shared is None else dtype
+        options = {"EPS": 1e-6, "NORM_FIRST": first, "SHARED": bool(shared), "WIDTH": width}
+        options |= {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+        y, sizes = F32 if wide else dtype, (8192 * groups, groups, 12288)
+        yield Case(
+            f"gated_norm {groups}x{width} {shared=} {first=} {wide=} {dtype}",
+            gated_norm._forward_kernel,
+            (y, dtype, weight, dtype, *sizes),
+            options,
+        )
+        yield Case(
+            f"gated_norm_backward {groups}x{width} {shared=} {first=} {wide=} {dtype}",
+            gated_norm._backward_kernel,
+            (dtype, y, dtype, weight, y, dtype, *sizes),
+            options,
+        )
+
+
 def other_cases(every: bool) -> Iterator[Case]:
     count = 16384 * 14336
     for activation, dtype in itertools.product(gated.ACTIVATIONS, (F32, F16, BF16)):
@@ -615,6 +641,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from decode_attention_cases(every, arch)
     yield from short_conv_cases(every)
     yield from ssd_cases(every)
+    yield from gated_norm_cases(every)
     yield from other_cases(every)
 
 

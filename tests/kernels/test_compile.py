@@ -29,6 +29,7 @@ SPILLS = {
     # The backward of Mamba 2's scan holds its pairs of tokens beside a head's features.
     "ssd_dx": 200,
     "ssd_dbc": 256,
+    "gated_norm 1x3072": 8,
 }
 REPOSITORY = Path(__file__).parents[2]
 
