@@ -36,6 +36,7 @@ from purelm.kernels import (  # noqa: E402
     clamped,
     cross_entropy,
     fp8,
+    fp8_made,
     gated,
     launch,
     low_rank,
@@ -114,13 +115,26 @@ def check_rms_norm(r: random.Random) -> None:
     width = r.choice([16, 64, 128, 300, 576, 2048, 4096, 5120, 8192, 16384] if LONG else few)
     style = r.choice([{}, {"offset": 1.0, "cast_first": False}])
     dtype = r.choice(FLOATS)
-    x, w = randn(r.randrange(1, 7), width, dtype=dtype), randn(width, dtype=dtype) * 0.1 + 1
-    compare(
-        "rms_norm",
-        lambda x, w: rms_norm.rms_norm(x, w, 1e-5, **style),
-        lambda x, w: rms_norm.rms_norm_reference(x, w, 1e-5, **style),
-        (x, w.to(dtype)),
-    )
+    rows = r.randrange(1, 7)
+    x, w = randn(rows, width, dtype=dtype), (randn(width, dtype=dtype) * 0.1 + 1).to(dtype)
+    onto = (randn(rows, width, dtype=dtype),) if r.random() < 0.5 else ()
+
+    def run(f: Callable[..., Any]) -> Callable[..., Any]:
+        def called(x: torch.Tensor, w: torch.Tensor, *onto: torch.Tensor) -> Any:
+            return f(x, w, 1e-5, **style, onto=onto[0] if onto else None)
+
+        return called
+
+    compare("rms_norm", run(rms_norm.rms_norm), run(rms_norm.rms_norm_reference), (x, w, *onto))
+    dy, beside = randn(rows, width, dtype=dtype), onto[0] if onto else None
+    pulled = rms_norm.rms_norm_pull(dy, x, w, 1e-5, **style, onto=beside)
+    found = []
+    for wide in (dtype, torch.float64):
+        leaf = x.to(wide).requires_grad_()
+        y = rms_norm.rms_norm_reference(leaf, w.to(wide), 1e-5, **style)
+        (dx,) = torch.autograd.grad(y, leaf, dy.to(wide))
+        found.append((dx if beside is None else dx + beside).cpu())
+    assert_rows(pulled.cpu(), *found)
 
 
 def check_rope(r: random.Random) -> None:
@@ -146,6 +160,34 @@ def check_rope(r: random.Random) -> None:
         (randn(b, s, h, dim, dtype=dtype), randn(b, s, k, dim, dtype=dtype)),
         elementwise=True,
     )
+
+
+def check_normed_heads(r: random.Random) -> None:
+    b, s, h, k = (r.randrange(1, n) for n in (3, 6, 10, 5))
+    few = [(22, 5), (64, 0), (128, 0)]
+    rot, rest = r.choice([(256, 0), (80, 48), (128, 0), (2, 14)] if LONG else few)
+    dim, dtype, interleaved = rot + rest, r.choice(FLOATS), r.random() < 0.5
+    offset, cast_first = r.choice([(0.0, True), (1.0, False)])
+    angle = torch.rand(r.choice([1, b]), s, rot, device=DEVICE) * 100
+    cos, sin = angle.cos(), angle.sin()
+    weights = (1 - offset + randn(2, dim) * 0.2).to(dtype).unbind(0)
+    trained = r.random() < 0.3
+
+    def ours(q: torch.Tensor, k: torch.Tensor, *ws: torch.Tensor) -> Any:
+        norm = rope.HeadNorm(*(ws or weights), 1e-6, offset, cast_first)
+        return rope.rope_qk(q, k, cos, sin, interleaved=interleaved, norm=norm)
+
+    def reference(q: torch.Tensor, k: torch.Tensor, *ws: torch.Tensor) -> list[torch.Tensor]:
+        wide, made = torch.promote_types(q.dtype, torch.float32), []
+        for x, w in zip((q, k), ws or weights, strict=True):
+            y = rms_norm.rms_norm_reference(
+                x, w.to(x.dtype), 1e-6, offset=offset, cast_first=cast_first
+            )
+            made += [rope.rope_reference(y, cos.to(wide), sin.to(wide), interleaved=interleaved)]
+        return made
+
+    q, keys = (randn(b, s, n, dim, dtype=dtype) for n in (h, k))
+    compare("normed heads", ours, reference, (q, keys, *(weights if trained else ())))
 
 
 def check_gated(r: random.Random) -> None:
@@ -219,6 +261,33 @@ def check_fp8(r: random.Random) -> None:
         assert same, f"codes {widths} {n=} {k=}"
 
 
+def check_fp8_made(r: random.Random) -> None:
+    """Values near the plain kernels', and to the bit the rows that are cast from them."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return
+    width = r.randrange(1, 16384) if LONG else r.choice([40, 300] if TINY else [576, 14336])
+    rows, dtype = r.randrange(1, 5), r.choice(FLOATS)
+    x, gate, up, dh = (randn(rows, width, dtype=dtype) for _ in range(4))
+    made = fp8_made.norm_rows(x, gate[0], 1e-5)
+    exact = rms_norm.rms_norm_reference(x.double(), gate[0].double(), 1e-5)
+    eager = rms_norm.rms_norm_reference(x, gate[0], 1e-5)
+    assert_rows(made.value.cpu(), eager.cpu(), exact.cpu())
+    found = [(made.rows, [made.value])]
+    activation = r.choice(gated.ACTIVATIONS)
+    made = fp8_made.gated_rows(gate, up, activation)
+    found.append((made.rows, [made.value]))
+    plain = gated.gated_pull(dh.clone(), gate, up, activation)
+    *grads, cast = fp8_made.gated_pull_rows(dh.clone(), gate, up, activation)
+    for ours, theirs in zip([*grads, made.value], [*plain, plain[0]], strict=True):
+        wide = theirs.double().cpu()
+        assert_rows(ours.cpu(), theirs.cpu(), wide)
+    found.append((cast, grads[1:]))
+    for got, values in found:
+        want = fp8.cast_rows_reference([v.cpu() for v in values])
+        same = torch.equal(got.codes.cpu().view(torch.uint8), want.codes.view(torch.uint8))
+        assert same and torch.equal(got.scale.cpu(), want.scale), f"rows {width} {dtype}"
+
+
 def check_low_rank(r: random.Random) -> None:
     m, n, rank = r.randrange(1, 100), r.randrange(1, 300 if TINY else 3000), r.randrange(1, 70)
     dtype = r.choice([torch.bfloat16, torch.float16])
@@ -233,10 +302,12 @@ CHECKS = {
     "nf4": check_nf4,
     "rms_norm": check_rms_norm,
     "rope": check_rope,
+    "normed_heads": check_normed_heads,
     "gated": check_gated,
     "clamped": check_clamped,
     "cross_entropy": check_cross_entropy,
     "fp8": check_fp8,
+    "fp8_made": check_fp8_made,
     "low_rank": check_low_rank,
 }
 
