@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.clamped import clamped
+from ..kernels.fp8 import Rows, cast_rows
+from ..kernels.fp8_made import gated_pull_rows, gated_rows
 from ..kernels.gated import gated, gated_pull
 from . import tree
 from .spec import XIELU_BETA, XIELU_EPS, Activation, MLPSpec
@@ -27,6 +29,17 @@ def activated(parts: Sequence[torch.Tensor], spec: MLPSpec, p: tree.Tree) -> tor
     if spec.activation == "xielu":
         return xielu(up, p["act"]["alpha_p"], p["act"]["alpha_n"])
     return act(up, spec.activation)
+
+
+def activated_rows(
+    parts: Sequence[torch.Tensor], spec: MLPSpec, p: tree.Tree
+) -> tuple[torch.Tensor, Rows]:
+    """`activated`, and its rows in e4m3: of a kernel that makes both, where there is one."""
+    if spec.gated and spec.activation != "clamped":
+        gate, up = parts
+        return gated_rows(gate, up, spec.activation)
+    hidden = activated(parts, spec, p)
+    return hidden, cast_rows(hidden.flatten(0, -2))
 
 
 def act(x: torch.Tensor, kind: Activation) -> torch.Tensor:
@@ -58,6 +71,23 @@ def pull(
         parts = [t.detach().requires_grad_() for t in parts]
         hidden = activated(parts, spec, p)
     return hidden.detach(), torch.autograd.grad(hidden, parts, dhidden)
+
+
+def pull_rows(
+    dhidden: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    spec: MLPSpec,
+    p: tree.Tree,
+    *,
+    spend: bool = False,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor], Rows]:
+    """`pull`, and the rows of the parts' gradients, side by side, in e4m3."""
+    if spec.gated and spec.activation != "clamped":
+        gate, up = parts
+        hidden, *grads, rows = gated_pull_rows(dhidden, gate, up, spec.activation, spend=spend)
+        return hidden, grads, rows
+    hidden, found = pull(dhidden, parts, spec, p, spend=spend)
+    return hidden, found, cast_rows([grad.flatten(0, -2) for grad in found])
 
 
 def xielu(x: torch.Tensor, alpha_p: torch.Tensor, alpha_n: torch.Tensor) -> torch.Tensor:

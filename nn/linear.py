@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
+from ..kernels.fp8 import Rows
 from ..kernels.launch import apply
 from ..kernels.low_rank import add_low_rank
 from ..quant.fake import Fake
@@ -127,16 +128,18 @@ def products(
     adapters: Sequence[LoRA | None],
     seed: int | None = None,
     lows: Sequence[torch.Tensor] | None = None,
+    rows: Rows | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """`project` without a graph: the outputs, and x A^T [t, r] of each adapted projection, which
-    `pull` and a later call with the same x can be given as `lows`.
+    `pull` and a later call with the same x can be given as `lows`. rows: x in e4m3, where all the
+    projections round it so (`quant.linear.rounds`) and what made it did.
     """
     x2 = x.reshape(-1, x.shape[-1])
     lows = list(_low_ranks(x2, adapters, seed) if lows is None else lows)
     remaining, outputs = iter(lows), []
     if any(computes(p["weight"]) for p in projections):
         biases = [p.get("bias") for p in projections]
-        ys = linears(x2, [p["weight"] for p in projections], biases)
+        ys = linears(x2, [p["weight"] for p in projections], biases, rows)
         for y, adapter in zip(ys, adapters, strict=True):
             if adapter is not None:
                 add_low_rank(y, next(remaining), scaled_b(adapter, x2.dtype).mT)
@@ -235,9 +238,11 @@ def pull_input(
     dys: Sequence[torch.Tensor],
     *,
     need_x: bool = True,
+    rows: Rows | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The part of `pull` that needs no input: dx [..., in], and dy B [t, r] of each adapted
-    projection for `pull_weights`.
+    projection for `pull_weights`. rows: all dys side by side in e4m3, where all the projections'
+    products are in fp8 and what made the dys rounded them.
     """
     flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dtype = flat[0].dtype
@@ -250,7 +255,7 @@ def pull_input(
     eight = [i for i, p in enumerate(projections) if computes(p["weight"])]
     dx: torch.Tensor | None = None
     if eight:
-        dx = pulled([flat[i] for i in eight], [projections[i]["weight"] for i in eight])
+        dx = pulled([flat[i] for i in eight], [projections[i]["weight"] for i in eight], rows)
     if _drops(adapters, seed):
         for (i, adapter), dlow in zip(adapted, dlows, strict=True):
             part = _drop(dlow @ adapter.a.to(dtype), adapter, seed, i)

@@ -40,12 +40,14 @@ def computes(leaf: Any) -> bool:
     return isinstance(leaf, NF4 | Fp8) and leaf.fp8_rows is not None
 
 
-def products(x: Tensor, leaves: Sequence[NF4 | Fp8]) -> tuple[Tensor, ...]:
+def products(
+    x: Tensor, leaves: Sequence[NF4 | Fp8], rows: Rows | None = None
+) -> tuple[Tensor, ...]:
     """x [..., in] times the transpose of each [out_i, in]: [..., out_i] in the dtype of x, which
-    is rounded to e4m3 once for all.
+    is rounded to e4m3 once for all, or was where it was made: `rows`.
 
-    Differentiable in x, once. Raises KernelError for shapes that do not fit, and on a GPU
-    without e4m3 or for x other than bfloat16 there.
+    Differentiable in x, once, without `rows`. Raises KernelError for shapes that do not fit, and on
+    a GPU without e4m3 or for x other than bfloat16 there.
     """
     for leaf in leaves:
         if x.shape[-1:] != leaf.shape[1:]:
@@ -53,17 +55,23 @@ def products(x: Tensor, leaves: Sequence[NF4 | Fp8]) -> tuple[Tensor, ...]:
                 f"input {list(x.shape)} and an fp8 product's weight {list(leaf.shape)}: "
                 "expected [..., in] and [out, in]"
             )
-    flat, structure = pytree.tree_flatten(list(leaves))
-    made = apply(_Products, structure, x.reshape(-1, x.shape[-1]), *flat)
+    if rows is not None:
+        made = _made(rows, leaves, x.dtype)
+    else:
+        flat, structure = pytree.tree_flatten(list(leaves))
+        made = apply(_Products, structure, x.reshape(-1, x.shape[-1]), *flat)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in made)
 
 
-def pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8]) -> Tensor:
+def pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8], rows: Rows | None = None) -> Tensor:
     """The backward of `products`: the sum of dys_i [m, out_i] times leaves_i [out_i, in], [m, in].
 
-    As one product over all outputs, up to three at a time: the sums stay in fp32. It has no
-    derivative: asked for one, raises KernelError.
+    As one product over all outputs, up to three at a time: the sums stay in fp32. `rows`: those of
+    all dys, up to three, side by side, where what made them rounded them. It has no derivative:
+    asked for one, raises KernelError.
     """
+    if rows is not None:
+        return _pulled(dys, leaves, rows)
     flat, structure = pytree.tree_flatten(list(leaves))
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         dx: Tensor = _Pulled.apply(structure, len(dys), *dys, *flat)  # type: ignore[no-untyped-call]
@@ -105,7 +113,12 @@ def _nf4_rows(leaf: NF4, scale: Tensor, out: Tensor | None = None) -> Tensor:
     )
 
 
-def _pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8]) -> Tensor:
+def _made(rows: Rows, leaves: Sequence[NF4 | Fp8], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(kernel.product(rows, _forward_rows(leaf), dtype) for leaf in leaves)
+
+
+def _pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8], rows: Rows | None = None) -> Tensor:
+    assert rows is None or len(dys) <= kernel.MOST_PARTS
     total: Tensor | None = None
     for at in range(0, len(dys), kernel.MOST_PARTS):
         some = leaves[at : at + kernel.MOST_PARTS]
@@ -117,8 +130,9 @@ def _pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8]) -> Tensor:
         for leaf, width in zip(some, widths, strict=True):
             _backward_rows(leaf, scale, codes[:, at_column : at_column + width])
             at_column += width
-        rows = kernel.cast_rows(list(dys[at : at + kernel.MOST_PARTS]))
-        dx = kernel.product(rows, Rows(codes, scale), dys[at].dtype)
+        parts = list(dys[at : at + kernel.MOST_PARTS])
+        given = kernel.cast_rows(parts) if rows is None else rows
+        dx = kernel.product(given, Rows(codes, scale), dys[at].dtype)
         total = dx if total is None else total + dx
     assert total is not None
     return total
@@ -127,9 +141,8 @@ def _pulled(dys: Sequence[Tensor], leaves: Sequence[NF4 | Fp8]) -> Tensor:
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(structure: Any, x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        rows = kernel.cast_rows(x)
         leaves = pytree.tree_unflatten(list(flat), structure)
-        return tuple(kernel.product(rows, _forward_rows(leaf), x.dtype) for leaf in leaves)
+        return _made(kernel.cast_rows(x), leaves, x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..errors import KernelError
 from ..kernels import nf4 as kernel
 from ..kernels import nf4_matvec, nf4_matvec_launch
+from ..kernels.fp8 import Rows
 from ..kernels.launch import apply, on_gpu
 from . import fp8, fp8_product, int8
 from .fp8 import Fp8
@@ -83,19 +84,26 @@ def linear(x: Tensor, leaf: Leaf, bias: Tensor | None = None) -> Tensor:
     return _plus(apply(_FrozenLinear, x, structure, *flat), bias)
 
 
+def rounds(x: Tensor, leaf: Leaf) -> bool:
+    """Whether `linear` rounds the rows of x to e4m3: what is as long and of its dtype may stand for
+    x.
+    """
+    packed = isinstance(leaf, NF4) and _stays_packed(x, leaf)
+    return fp8_product.computes(leaf) and not packed
+
+
 def linears(
-    x: Tensor, leaves: Sequence[Leaf], biases: Sequence[Tensor | None]
+    x: Tensor,
+    leaves: Sequence[Leaf],
+    biases: Sequence[Tensor | None],
+    rows: Rows | None = None,
 ) -> tuple[Tensor, ...]:
-    """`linear` of one x through several weights; where all are in fp8 it is rounded once."""
-    together = [
-        isinstance(leaf, NF4 | Fp8)
-        and fp8_product.computes(leaf)
-        and not (isinstance(leaf, NF4) and _stays_packed(x, leaf))
-        for leaf in leaves
-    ]
-    if len(leaves) < 2 or not all(together):
+    """`linear` of one x through several weights; where all are in fp8 it is rounded once. `rows`:
+    x in e4m3, where what made it did that and all of them round it.
+    """
+    if rows is None and (len(leaves) < 2 or not all(rounds(x, leaf) for leaf in leaves)):
         return tuple(linear(x, leaf, bias) for leaf, bias in zip(leaves, biases, strict=True))
-    made = fp8_product.products(x, leaves)  # type: ignore[arg-type]
+    made = fp8_product.products(x, leaves, rows)  # type: ignore[arg-type]
     return tuple(_plus(y, bias) for y, bias in zip(made, biases, strict=True))
 
 
