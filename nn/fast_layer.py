@@ -125,16 +125,18 @@ class Bound(NamedTuple):
         dbranch = add_backward(dy, branch, p.get("mlp_post_norm"), spec)
         del branch
         need_mid = need_dx or not spec.parallel
-        dmid, found = self.mlp.backward(dbranch, source, residuals, p, self.adapters, need_mid)
-        del source, dbranch
-        dmid = dy if dmid is None else dy + dmid
+        given = (dbranch, source, residuals, p, self.adapters)
+        dmid, found = self.mlp.backward(*given, onto=dy, need_x=need_mid)
+        del source, dbranch, given
+        dmid = dy if dmid is None else dmid
         branch = residuals.pop("attn_branch", None)
         dbranch = dy if spec.parallel else dmid
         dbranch = add_backward(dbranch, branch, p.get("attn_post_norm"), spec)
         del branch
         x = residuals.pop("x")
-        dx, more = self.mixer.backward(dbranch, x, residuals, p, self.adapters, need_dx)
-        return None if dx is None else dmid + dx, {**found, **more}
+        given = (dbranch, x, residuals, p, self.adapters)
+        dx, more = self.mixer.backward(*given, onto=dmid, need_x=need_dx)
+        return dx, {**found, **more}
 
 
 def _cast(adapters: tree.Tree, parts: set[str], dtype: torch.dtype) -> tree.Tree:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..quant.fp8_product import computes
+from ..quant.linear import rounds
 from . import tree
-from .activation import activated, inputs
+from .activation import activated, activated_rows, inputs, pull_rows
 from .activation import pull as pull_activated
 from .half import Residuals
 from .linear import products, scaled, seed_after
@@ -26,12 +28,16 @@ class FastMLP:
     ) -> tuple[torch.Tensor, Residuals]:
         residuals = Residuals()
         gate_up, residuals["low_gate_up"] = self._gate_up(inner, p, adapters, seed)
-        hidden = activated(gate_up, self.spec, p)
+        rows = None
+        if rounds(gate_up[0], p["down"]["weight"]):  # of as many rows as what down reads
+            hidden, rows = activated_rows(gate_up, self.spec, p)
+        else:
+            hidden = activated(gate_up, self.spec, p)
         if self.policy.gate_up != "recompute":
             residuals["gate_up"] = gate_up
         del gate_up
         (down,), residuals["low_down"] = products(
-            hidden, *picked(p, adapters, ("down",)), seed_after(seed, 2)
+            hidden, *picked(p, adapters, ("down",)), seed_after(seed, 2), rows=rows
         )
         return scaled(down, self.spec.down_scale), residuals
 
@@ -54,12 +60,17 @@ class FastMLP:
             gate_up, _ = self._gate_up(inner, p, adapters, seed, low_gate_up)
         dhidden = down.input((scaled(dout, self.spec.down_scale),))
         assert dhidden is not None
-        hidden, dgate_up = pull_activated(dhidden, gate_up, self.spec, p, spend=again)
+        rows = None
+        reads = [p[name]["weight"] for name in inputs(self.spec)]
+        if need_inner and self.spec.gate_scale == 1.0 and all(map(computes, reads)):
+            hidden, dgate_up, rows = pull_rows(dhidden, gate_up, self.spec, p, spend=again)
+        else:
+            hidden, dgate_up = pull_activated(dhidden, gate_up, self.spec, p, spend=again)
         del gate_up, dhidden
         down.weights(hidden, residuals.pop("low_down", None))
         del hidden
         dgate, *dup = dgate_up
-        dinner = wide.input((scaled(dgate, self.spec.gate_scale), *dup), need_inner)
+        dinner = wide.input((scaled(dgate, self.spec.gate_scale), *dup), need_inner, rows)
         wide.weights(inner, low_gate_up)
         return dinner, found
 

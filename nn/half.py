@@ -13,7 +13,7 @@ import torch
 from . import tree
 from .linear import seed_after
 from .mlp import TILE_SEEDS
-from .norm import norm
+from .norm import norm, pull
 from .pulling import Found, added
 from .spec import NormSpec
 
@@ -77,16 +77,20 @@ class Half:
         residuals: Residuals,
         p: tree.Tree,
         adapters: tree.Tree,
+        onto: torch.Tensor,
         need_x: bool = True,
     ) -> tuple[torch.Tensor | None, Found]:
-        """dx, the branch's share of it, if it is needed, and the adapters' gradients by path."""
+        """dx, if it is needed, and the adapters' gradients by path. onto: the gradient that reaches
+        x beside the branch, to which the branch's is added.
+        """
         tiles = self._tiles(x)
         if len(tiles) == 1:
-            return self._backward(dout, x, residuals, p, adapters, self.seed, need_x)
-        douts, rows = (t.reshape(-1, t.shape[-1]) for t in (dout, x))
+            return self._backward(dout, x, residuals, p, adapters, self.seed, onto, need_x)
+        douts, rows, ontos = (t.reshape(-1, t.shape[-1]) for t in (dout, x, onto))
         dx, found = torch.empty_like(rows), Found()
         for tile, seed in tiles:
-            made, more = self._backward(douts[tile], rows[tile], {}, p, adapters, seed, True)
+            ends = douts[tile], rows[tile]
+            made, more = self._backward(*ends, {}, p, adapters, seed, ontos[tile], True)
             assert made is not None
             dx[tile] = made
             found = added(found, more)
@@ -125,19 +129,20 @@ class Half:
         p: tree.Tree,
         adapters: tree.Tree,
         seed: int | None,
+        onto: torch.Tensor,
         need_x: bool,
     ) -> tuple[torch.Tensor | None, Found]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            inner = self._inner(x, p)
+        inner = self._inner(x, p)
         dinner: torch.Tensor | None = None
         found = Found()
         for part, function in self.functions.items():
             own = p[part], tree.get(adapters, part)
-            made, grads = function.backward(dout, inner.detach(), residuals, *own, seed, need_x)
+            made, grads = function.backward(dout, inner, residuals, *own, seed, need_x)
             found.update({f"{part}.{path}": grad for path, grad in grads.items()})
             if made is not None:
                 dinner = made if dinner is None else dinner + made
         if dinner is None:
             return None, found
-        return torch.autograd.grad(inner, x, dinner)[0], found
+        if self.norm is None:
+            return onto + dinner, found
+        return pull(dinner, x, p.get(self.weights), self.norm, onto), found

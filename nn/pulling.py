@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels.fp8 import Rows
 from . import tree
 from .linear import Projection, Wanted, pull_input, pull_weights
 from .lora import LoRA
@@ -50,10 +51,13 @@ class Puller:
         self.projections, self.adapters = picked(p, adapters, names)
         self.names, self.seed, self.found = names, seed, found
 
-    def input(self, dys: Sequence[torch.Tensor], need_x: bool = True) -> torch.Tensor | None:
-        """The gradient of the input, None where it is not needed."""
+    def input(
+        self, dys: Sequence[torch.Tensor], need_x: bool = True, rows: Rows | None = None
+    ) -> torch.Tensor | None:
+        """The gradient of the input, None where it is not needed; `rows` as of `pull_input`."""
         self.dys = dys
-        dx, self.dlows = pull_input(self.projections, self.adapters, self.seed, dys, need_x=need_x)
+        given = (self.projections, self.adapters, self.seed, dys)
+        dx, self.dlows = pull_input(*given, need_x=need_x, rows=rows)
         return dx
 
     def weights(self, x: torch.Tensor, lows: Lows | None) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import purelm
 from purelm.errors import ArgumentError, CheckpointError, KernelError
 from purelm.kernels import fp8 as kernel
-from purelm.nn import decoder, lora, loss, tree
+from purelm.nn import decoder, fast_mlp, lora, loss, tree
+from purelm.nn.residuals import KEEP, RECOMPUTE, Policy
 from purelm.quant.fp8 import Fp8
 from purelm.quant.fp8_product import computes
 from purelm.quant.linear import weight_of
@@ -105,6 +106,36 @@ def test_gradients_stray_as_e4m3_does(folder: Path) -> None:
 
     lost = apart("fp8", "nf4")
     assert (lost > 1e-6).all() and lost.mean() < 0.5 * apart("nf4", "exact").mean()
+
+
+@pytest.mark.parametrize("policy", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
+def test_rows_rounded_where_they_are_made_are_the_same(
+    folder: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those that a product rounds for itself, to the bit, forward and backward."""
+    model = adapted(folder, **COMPUTE)
+    model.residuals = policy
+    found, made = [], []
+
+    def watched(f: Any) -> Any:
+        def called(*args: Any, **how: Any) -> Any:
+            made.append(f.__name__)
+            return f(*args, **how)
+
+        return called
+
+    monkeypatch.setattr(fast_mlp, "activated_rows", watched(fast_mlp.activated_rows))
+    monkeypatch.setattr(fast_mlp, "pull_rows", watched(fast_mlp.pull_rows))
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(fast_mlp, "rounds", lambda *_: False)
+            monkeypatch.setattr(fast_mlp, "computes", lambda _: False)
+        value = model(bridged.ids(), labels=bridged.ids()).loss
+        grads = torch.autograd.grad(value, [t for t in model.parameters() if t.requires_grad])
+        found.append([value.detach(), *grads])
+    layers = len(model.params["layers"])
+    assert sorted(made) == ["activated_rows"] * layers + ["pull_rows"] * layers
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_per_sample_gradients(folder: Path) -> None:
