@@ -14,7 +14,11 @@ from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
 
 MAX_WIDTH = 65536
-PARTIALS = 512  # programs, and so partial sums, of the weight's gradient
+# Of the weight's gradient: programs, and so partial sums, a multiprocessor; multiprocessors where
+# there is no GPU; rows under way at a time, of as many bytes at most.
+PROGRAMS, PROCESSORS = 2, 132
+STAGES, STAGED_BYTES = 3, 16384
+SUM_ROWS, SUM_COLUMNS = 32, 32
 
 
 class Config(NamedTuple):
@@ -30,6 +34,18 @@ def config_for(width: int) -> Config:
     block = power_of_two(width)
     rows = max(1, 2048 // block)
     return Config(rows, block, min(16, max(4, rows * block // 512)))
+
+
+def partials(device: torch.device) -> int:
+    """How many programs sum the weight's gradient: so many as run at once."""
+    if device.type != "cuda":
+        return PROGRAMS * PROCESSORS
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stages_for(block: int, itemsize: int) -> int:
+    """How many tiles a program that sums the weight's gradient has under way."""
+    return STAGES if block * itemsize <= STAGED_BYTES else 1
 
 
 @jit
@@ -110,17 +126,20 @@ def _backward_kernel(
     PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # With x^ = x * rstd and g = dy * scale: dx = rstd * (g - x^ * mean(g * x^)), dscale = sum of
-    # dy * x^.
+    # dy * x^, of which each program has a part. Neighbouring programs have neighbouring tiles, and
+    # the next ones of a program are loaded while one is at work.
     i_program = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BLOCK)
     m_col = o_col < width
     b_w = tl.load(p_w + o_col, mask=m_col, other=0.0)
     b_scale = _scale(b_w, p_w.dtype.element_ty, OFFSET, CAST_FIRST)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for i_turn in range(turns):
-        o_row = (i_program * turns + i_turn) * ROWS + tl.arange(0, ROWS)
+    for i_turn in tl.range(0, turns, num_stages=STAGES):
+        i_tile = i_program + i_turn * tl.num_programs(0)
+        o_row = i_tile * ROWS + tl.arange(0, ROWS)
         m_row = o_row < num_rows
         mask = m_row[:, None] & m_col[None, :]
         b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
@@ -146,6 +165,20 @@ def _backward_kernel(
             b_sum += tl.sum(b_dy * b_normed, axis=0)
     if PARTIAL:
         tl.store(p_partial + i_program * width + o_col, b_sum, mask=m_col)
+
+
+@jit
+def _sum_kernel(p_partial, p_sum, count, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over the rows of partial [count, width]."""
+    o_col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m_col = o_col < width
+    b_sum = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, count, ROWS):
+        o_row = start + tl.arange(0, ROWS)
+        o = o_row[:, None] * width + o_col[None, :]
+        mask = (o_row < count)[:, None] & m_col[None, :]
+        b_sum += tl.load(p_partial + o, mask=mask, other=0.0)
+    tl.store(p_sum + o_col, tl.sum(b_sum, axis=0).to(p_sum.dtype.element_ty), mask=m_col)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -211,7 +244,7 @@ def _launch_backward(
     count, width = rows.shape
     config = config_for(width)
     tiles = ceil_div(count, config.rows)
-    turns = max(1, ceil_div(tiles, PARTIALS)) if partial else 1
+    turns = max(1, ceil_div(tiles, partials(x.device))) if partial else 1
     programs = ceil_div(tiles, turns)
     sums = x.new_empty((programs, width), dtype=torch.float32) if partial else None
     _backward_kernel(
@@ -235,6 +268,7 @@ def _launch_backward(
         PARTIAL=partial,
         ROWS=config.rows,
         BLOCK=config.block,
+        STAGES=stages_for(config.block, x.element_size()) if partial else 1,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
     )
@@ -277,4 +311,16 @@ def _launch_both(
 ) -> tuple[Tensor, Tensor]:
     dx, sums = _launch_backward(dy, x, weight, rstd, None, eps, offset, cast_first, True)
     assert sums is not None
-    return dx, sums.sum(0).to(weight.dtype)
+    count, width = sums.shape
+    dweight = torch.zeros_like(weight) if count == 0 else torch.empty_like(weight)
+    _sum_kernel(
+        (ceil_div(width, SUM_COLUMNS) if count else 0,),
+        sums,
+        dweight,
+        count,
+        width,
+        ROWS=SUM_ROWS,
+        COLUMNS=SUM_COLUMNS,
+        num_warps=4,
+    )
+    return dx, dweight

@@ -355,14 +355,25 @@ def rms_norm_cases(every: bool) -> Iterator[Case]:
                     rms_norm_launch._backward_kernel,
                     (dtype, dtype, dtype, None if onto else F32, *beside, None)
                     + (16384, width, width, width, width, 1),
-                    {"PARTIAL": False, **style, **shape},
+                    {"PARTIAL": False, "STAGES": 1, **style, **shape},
                 )
+            stages = rms_norm_launch.stages_for(config.block, dtype.itemsize)
             yield Case(
                 f"rms_norm_backward e={width} {dtype} {gemma=} dweight",
                 rms_norm_launch._backward_kernel,
                 (dtype, dtype, dtype, F32, None, dtype, F32, 16384, width, width, width, 0, 32),
-                {"PARTIAL": True, **style, **shape},
+                {"PARTIAL": True, "STAGES": stages, **style, **shape},
             )
+        yield Case(
+            f"rms_norm_sum e={width}",
+            rms_norm_launch._sum_kernel,
+            (F32, BF16, 264, width),
+            {
+                "ROWS": rms_norm_launch.SUM_ROWS,
+                "COLUMNS": rms_norm_launch.SUM_COLUMNS,
+                "num_warps": 4,
+            },
+        )
 
 
 def rope_cases(every: bool) -> Iterator[Case]:

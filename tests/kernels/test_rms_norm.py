@@ -54,11 +54,11 @@ def test_reference_equals_transformers(dtype):
     assert torch.equal(rms_norm(x, w, 1e-6, offset=1.0, cast_first=False), theirs(x))
 
 
-@given(**SHAPES, partials=st.sampled_from([512, 2]))
-def test_launch(interpreted, poisoned, rows, width, seed, dtype, style, size, partials):
+@given(**SHAPES, processors=st.sampled_from([132, 1]))
+def test_launch(interpreted, poisoned, rows, width, seed, dtype, style, size, processors):
     x, w, dy = drawn(rows, width, seed, dtype, size)
     # Few programs for the weight's gradient: each takes several tiles, as one does of many rows.
-    with mock.patch.object(module, "PARTIALS", partials):
+    with mock.patch.object(module, "PROCESSORS", processors):
         ours = gradients(lambda x, w: rms_norm(x, w, 1e-6, **style), x, w, dy)
 
     def reference(x, w):
@@ -117,7 +117,7 @@ def test_frozen_weight_gets_the_same_dx(interpreted, poisoned):
 
 
 def test_partial_sums_of_many_rows(interpreted, poisoned, monkeypatch):
-    monkeypatch.setattr("purelm.kernels.rms_norm_launch.PARTIALS", 3)
+    monkeypatch.setattr(module, "PROCESSORS", 2)
     x, w, dy = drawn(50, 300, 2, torch.float32)
     ours = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, w, dy)
     with shim.checking(reverse=True):
