@@ -8,7 +8,7 @@ another direction, with scales of its own. e4m3 is a floating format: a scale to
 at the small end, not precision.
 
 The references here define the arithmetic, and emulate it where there is no such hardware; the
-Triton launches are in fp8_launch.py.
+Triton launches are in fp8_launch.py and fp8_nf4_launch.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
+from . import fp8_nf4_launch as fp8_nf4_launch  # which defines its launch
 from . import nf4
 from .fp8_launch import LARGEST, TINY
 from .launch import on_gpu, ops

@@ -1,4 +1,6 @@
-"""The Triton launches behind fp8.py, which has their references and defines the arithmetic."""
+"""The Triton launch behind fp8.py's `cast_rows`, which has its reference and defines the
+arithmetic.
+"""
 
 # Kernels are written in Triton's language: they have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -11,36 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import codebook
 from .launch import ceil_div, jit, operator, power_of_two
 from .launch import language as tl
-from .nf4_decode import _absmax
 
 LARGEST = 448.0  # of e4m3
 TINY = 1e-30  # what a row's largest magnitude counts as, if it is less
 WHOLE = 32768  # values of a row that a program holds in registers
 CHUNK = 4096  # of a wider row it takes so much at a time
-
-
-class Config(NamedTuple):
-    """The tile of a dequantizing program: rows of the weight, runs of columns, warps."""
-
-    rows: int
-    runs: int
-    num_warps: int
-
-
-def unit_for(width: int, block: int) -> int:
-    """Weights of a row that are sure to share their absmax, at most 64; width a multiple of 16."""
-    unit = min(block, 64)
-    while width % unit:
-        unit //= 2
-    return unit
-
-
-def config_for(unit: int, transposed: bool) -> Config:
-    """32 rows x 128 columns where both directions matter, else long runs of a few rows."""
-    return Config(32, 128 // unit, 4) if transposed else Config(8, 512 // unit, 4)
 
 
 class CastConfig(NamedTuple):
@@ -162,54 +141,6 @@ def _cast_kernel(
     tl.store(p_scale + i_row + tl.arange(0, 1), b_scale)
 
 
-@jit
-def _nf4_kernel(
-    p_packed,
-    p_absmax,
-    p_absmax_scale,
-    p_offset,
-    p_levels,
-    p_map,
-    p_scale,
-    p_out,
-    rows,
-    width,
-    stride_out,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUNS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    # A tile is ROWS rows of RUNS runs of UNIT weights, each run within one block.
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
-    mask = (o_row < rows)[:, None] & (o_run * UNIT < width)[None, :]
-    o_first = o_row[:, None] * width + o_run[None, :] * UNIT
-    o_block = o_first // BLOCK
-    b_absmax = _absmax(p_absmax, p_absmax_scale, p_offset, p_map, o_block, mask, DOUBLE)
-    o_byte = (o_first // 2)[:, :, None] + tl.arange(0, UNIT // 2)[None, None, :]
-    b_packed = tl.load(p_packed + o_byte, mask=mask[:, :, None], other=0).to(tl.int32)
-    b_first = tl.load(p_levels + (b_packed >> 4)) * b_absmax[:, :, None]
-    b_second = tl.load(p_levels + (b_packed & 15)) * b_absmax[:, :, None]
-    b_w = tl.reshape(tl.join(b_first, b_second), (ROWS, RUNS * UNIT))
-    o_col = tl.program_id(1) * RUNS * UNIT + tl.arange(0, RUNS * UNIT)
-    m_row, m_col = o_row < rows, o_col < width
-    if TRANSPOSED:
-        b_scale = tl.load(p_scale + o_col, mask=m_col, other=1.0)
-        b_one = tl.full([RUNS * UNIT], 1.0, dtype=tl.float32)
-        b_codes = (b_w * tl.div_rn(b_one, b_scale)[None, :]).to(p_out.dtype.element_ty)
-        o = o_col[:, None].to(tl.int64) * stride_out + o_row[None, :]
-        tl.store(p_out + o, tl.trans(b_codes), mask=m_col[:, None] & m_row[None, :])
-    else:
-        b_scale = tl.load(p_scale + o_row, mask=m_row, other=1.0)
-        b_one = tl.full([ROWS], 1.0, dtype=tl.float32)
-        b_codes = (b_w * tl.div_rn(b_one, b_scale)[:, None]).to(p_out.dtype.element_ty)
-        o = o_row[:, None] * stride_out + o_col[None, :]
-        tl.store(p_out + o, b_codes, mask=m_row[:, None] & m_col[None, :])
-
-
 def _new_rows(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     width = x.shape[1] + sum(t.shape[1] for t in others if t is not None)
     codes = x.new_empty((x.shape[0], width), dtype=torch.float8_e4m3fn)
@@ -246,48 +177,3 @@ def _launch_cast(x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor,
         enable_fp_fusion=False,
     )
     return codes, scale
-
-
-@operator(
-    "fp8_nf4_rows(Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset,"
-    ' Tensor scale, Tensor(a!) out, int block, bool transposed, str kind="nf4") -> ()',
-    fake=lambda *_: None,
-    mutates=("out",),
-)
-def _launch_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    scale: Tensor,
-    out: Tensor,
-    block: int,
-    transposed: bool,
-    kind: str = "nf4",
-) -> None:
-    rows, width = out.shape[::-1] if transposed else out.shape
-    levels, _, dynamic, *_ = codebook.device_tables(packed.device, kind)
-    unit = unit_for(width, block)
-    config = config_for(unit, transposed)
-    _nf4_kernel(
-        (ceil_div(rows, config.rows), ceil_div(width, config.runs * unit)),
-        packed,
-        absmax,
-        absmax_scale,
-        absmax_offset,
-        levels,
-        dynamic,
-        scale,
-        out,
-        rows,
-        width,
-        out.stride(0),
-        BLOCK=block,
-        UNIT=unit,
-        ROWS=config.rows,
-        RUNS=config.runs,
-        DOUBLE=absmax_scale is not None,
-        TRANSPOSED=transposed,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-    )

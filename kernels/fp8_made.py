@@ -34,6 +34,10 @@ class Made(NamedTuple):
     rows: Rows
 
 
+# Values of a row that a thread holds: of one result, and of two.
+HELD, HELD_OF_TWO = 32, 16
+
+
 def warps_for(width: int, values: int) -> int:
     """So many that a thread holds at most `values` of a row."""
     return min(32, max(4, ceil_div(power_of_two(width), 32 * values)))
@@ -221,7 +225,7 @@ def _launch_norm(
         OFFSET=offset,
         CAST_FIRST=cast_first,
         BLOCK=power_of_two(width),
-        num_warps=warps_for(width, 16),
+        num_warps=warps_for(width, HELD),
         enable_fp_fusion=True,
     )
     return y, codes, scale
@@ -245,7 +249,7 @@ def _launch_gated(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Te
         width,
         ACTIVATION=activation,
         BLOCK=power_of_two(width),
-        num_warps=warps_for(width, 16),
+        num_warps=warps_for(width, HELD),
         enable_fp_fusion=True,
     )
     return h, codes, scale
@@ -274,7 +278,7 @@ def _launch_gated_pull(
         width,
         ACTIVATION=activation,
         BLOCK=power_of_two(width),
-        num_warps=warps_for(width, 16),
+        num_warps=warps_for(width, HELD_OF_TWO),
         enable_fp_fusion=True,
     )
     return codes, scale

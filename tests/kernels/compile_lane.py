@@ -27,6 +27,7 @@ from purelm.kernels import (
     flash_launch,
     fp8_launch,
     fp8_made,
+    fp8_nf4_launch,
     gated,
     gated_norm,
     grouped_dense_launch,
@@ -254,7 +255,8 @@ def fp8_cases(every: bool) -> Iterator[Case]:
     for width, dtype in itertools.product(
         (576, 4096, 14336), (F32, F16, BF16) if every else (BF16,)
     ):
-        shape = {"BLOCK": power_of_two(width), "num_warps": fp8_made.warps_for(width, 16)}
+        warps = fp8_made.warps_for(width, fp8_made.HELD)
+        shape = {"BLOCK": power_of_two(width), "num_warps": warps}
         yield Case(
             f"fp8_norm_rows {width} {dtype}",
             fp8_made._norm_kernel,
@@ -272,28 +274,41 @@ def fp8_cases(every: bool) -> Iterator[Case]:
                 f"fp8_gated_pull_rows {width} {activation} {dtype}",
                 fp8_made._gated_pull_kernel,
                 (dtype, dtype, dtype, dtype, dtype, E4M3, F32, width),
-                {"ACTIVATION": activation, **shape},
+                {
+                    "ACTIVATION": activation,
+                    "BLOCK": power_of_two(width),
+                    "num_warps": fp8_made.warps_for(width, fp8_made.HELD_OF_TWO),
+                },
             )
     for block, width, double, transposed in itertools.product(
         (32, 64, 4096) if every else (64,), (4096, 592), (False, True), (False, True)
     ):
-        unit = fp8_launch.unit_for(width, block)
-        config = fp8_launch.config_for(unit, transposed)
+        unit = fp8_nf4_launch.unit_for(width, block)
+        config = fp8_nf4_launch.config_for(unit, transposed)
         absmax = (U8, F32, F32) if double else (F32, None, None)
-        yield Case(
-            f"fp8_nf4_rows {width} {block=} {double=} {transposed=}",
-            fp8_launch._nf4_kernel,
-            (U8, *absmax, F32, F32, F32, E4M3, 4096, width, 4096 if transposed else width),
-            {
-                "BLOCK": block,
-                "UNIT": unit,
-                "ROWS": config.rows,
-                "RUNS": config.runs,
-                "DOUBLE": double,
-                "TRANSPOSED": transposed,
-                "num_warps": config.num_warps,
-            },
-        )
+        shape = {
+            "BLOCK": block,
+            "UNIT": unit,
+            "ROWS": config.rows,
+            "RUNS": config.runs,
+            "DOUBLE": double,
+            "num_warps": config.num_warps,
+        }
+        name = f"fp8_nf4_rows {width} {block=} {double=} {transposed=}"
+        if transposed:
+            yield Case(
+                name,
+                fp8_nf4_launch._columns_kernel,
+                (U8, *absmax, F32, F32, F32, E4M3, 4096, width, 4096),
+                shape,
+            )
+        else:
+            yield Case(
+                name,
+                fp8_nf4_launch._rows_kernel,
+                (I32, *absmax, F32, F32, F32, I32, 4096, width, width // 4),
+                {"LOOKUP": fp8_nf4_launch.LOOKUP, **shape},
+            )
 
 
 def nf4_products_cases(every: bool) -> Iterator[Case]:
@@ -695,7 +710,8 @@ def main(arch: int, every: bool) -> None:
             nf4_quantize_launch._quantize_absmax_kernel,
             nf4_launch._dequantize_kernel,
             fp8_launch._cast_kernel,
-            fp8_launch._nf4_kernel,
+            fp8_nf4_launch._columns_kernel,
+            fp8_nf4_launch._rows_kernel,
             rope_launch._rope_kernel,
         )
         made = case.kernel.jitted.warmup(

@@ -119,6 +119,20 @@ def test_nf4_rows(n, k, block, double, transposed, into, seed, kind):
         )
 
 
+@pytest.mark.parametrize("at, more", [(1, 32), (16, 33)])
+def test_nf4_rows_into_memory_off_the_words(at, more):
+    """At any byte, and with packed codes at any."""
+    packed, *rest = packed_parts((32, 48), 64, True, 5)
+    packed = torch.cat([packed[:3], packed])[3:]
+    scale = torch.full((32,), 0.01)
+    wide = torch.full((32, 48 + more), 7.0).to(fp8.E4M3)
+    fp8.nf4_rows(packed, *rest, (32, 48), 64, scale, out=wide[:, at : at + 48])
+    with launch.interpreting(False):
+        want = fp8.nf4_rows(packed, *rest, (32, 48), 64, scale)
+    assert torch.equal(bits(wide[:, at : at + 48]), bits(want))
+    assert (wide[:, :at].float() == 7).all() and (wide[:, at + 48 :].float() == 7).all()
+
+
 def test_programs_in_any_order():
     parts = packed_parts((80, 144), 64, True, 3)
     x = values(5, 70, 1, torch.bfloat16)
