@@ -164,12 +164,19 @@ def layer_types(fields: Fields, every: int, last: str | None = None) -> list[str
     return types
 
 
-def typed_windows(fields: Fields, types: list[str], default: int) -> tuple[int | None, ...]:
-    """Each layer's window: `sliding_window` where its type says so."""
-    window = fields.integer_or_null("sliding_window", default)
-    if window is None and "sliding_attention" in types:
-        raise fields.error("sliding_window is null, and layer_types has sliding_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+def typed_windows(
+    fields: Fields,
+    types: list[str],
+    default: int,
+    *,
+    name: str = "sliding_window",
+    of: str = "sliding_attention",
+) -> tuple[int | None, ...]:
+    """Each layer's window: the field `name` where its type is `of`."""
+    window = fields.integer_or_null(name, default)
+    if window is None and of in types:
+        raise fields.error(f"{name} is null, and layer_types has {of}")
+    return tuple(window if kind == of else None for kind in types)
 
 
 def sliding_windows(

@@ -1,12 +1,13 @@
 """Fields by which layers of a model differ: their heads, whose keys they read, their own inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..nn.spec import AttentionSpec, LayerInputSpec, LayerSpec, MLPSpec, ModelSpec
+from ..nn.spec import AttentionSpec, LayerInputSpec, LayerSpec, MLPSpec, ModelSpec, RopeSpec
 from .config_fields import Fields
 from .dense import head_width, map_attention, with_layers
+from .rope_config import typed_ropes
 
 FULL = "full_attention"
 
@@ -54,19 +55,28 @@ def layer_heads(
     return found
 
 
-def typed_widths(
-    fields: Fields, types: Sequence[str], heads: Sequence[tuple[int, int]], absent: int
-) -> dict[str, int]:
-    """The head width of each type of layer, `absent` for one that no layer has; ConfigError where
-    layers of a type, which share a rotary embedding, differ.
+def layer_ropes(
+    fields: Fields,
+    types: Sequence[str],
+    heads: Sequence[tuple[int, int]],
+    default: Mapping[str, Mapping[str, Any]],
+    max_positions: int,
+) -> tuple[RopeSpec, ...]:
+    """Each layer's rotary embedding, which those of a type share: `rope_parameters`, which is
+    `default` where there is none. Raises ConfigError where a type's heads differ in width.
     """
-    found: dict[str, int] = {FULL: absent, "sliding_attention": absent}
-    for kind in found:
+    if not fields.has("rope_parameters"):
+        fields.put("rope_parameters", default)
+    widths = {}
+    for kind in default:
         own = {pair[0] for pair, other in zip(heads, types, strict=True) if other == kind}
         if len(own) > 1:
             raise fields.error(f"per_layer_config gives layers of {kind} head_dim {sorted(own)}")
-        found[kind] = min(own, default=absent)
-    return found
+        widths[kind] = own.pop() if own else heads[0][0]
+    bases = {kind: rotary["rope_theta"] for kind, rotary in default.items()}
+    positions = fields.integer("max_position_embeddings", max_positions)
+    ropes = typed_ropes(fields, widths, positions, bases)
+    return tuple(ropes[kind] for kind in types)
 
 
 def with_heads(
@@ -85,22 +95,6 @@ def with_heads(
     return map_attention(spec, changed)
 
 
-def lending_layers(fields: Fields, types: Sequence[str]) -> list[int | None]:
-    """For each of the last `num_kv_shared_layers` layers the one whose keys and values it reads:
-    the last of its type before them. None for all others.
-    """
-    depth = len(types)
-    shared = fields.integer("num_kv_shared_layers", 0, low=0)
-    own = list(types[: max(0, depth - shared)])
-    if missing := sorted(set(types[len(own) :]) - set(own)):
-        raise fields.error(
-            f"num_kv_shared_layers is {shared} of {depth} layers: none of the first {len(own)} is "
-            f"of {', '.join(missing)} and has keys and values to share"
-        )
-    last = {kind: i for i, kind in enumerate(own)}
-    return [None] * len(own) + [last[kind] for kind in types[len(own) :]]
-
-
 def with_inputs(fields: Fields, spec: ModelSpec, *, width: int) -> ModelSpec:
     """The spec with inputs of each layer's own, `width` wide where nothing else is said; 0: none.
 
@@ -117,12 +111,14 @@ def with_inputs(fields: Fields, spec: ModelSpec, *, width: int) -> ModelSpec:
     return with_layers(spec, inputs=LayerInputSpec(dim, rows, spec.norm, mlp.activation))
 
 
-def with_lending(
-    spec: ModelSpec, sources: Sequence[int | None], *, same: bool, factor: int
-) -> ModelSpec:
-    """The spec with layers that read the keys and values of their `sources`, and whose MLPs are
-    `factor` times as wide. same: values are keys in the other layers without a window.
+def with_lending(fields: Fields, spec: ModelSpec, types: Sequence[str]) -> ModelSpec:
+    """The spec in which the last `num_kv_shared_layers` layers read keys and values of others, with
+    MLPs twice as wide by `use_double_wide_mlp`, and by `attention_k_eq_v` values are keys in the
+    other layers without a window.
     """
+    sources = _sources(fields, types)
+    same = fields.flag("attention_k_eq_v", False)
+    factor = 1 + fields.flag("use_double_wide_mlp", False)
 
     def changed(i: int, layer: LayerSpec) -> LayerSpec:
         a, mlp, source = layer.attention, layer.mlp, sources[i]
@@ -134,3 +130,19 @@ def with_lending(
         return replace(layer, attention=a, mlp=mlp)
 
     return replace(spec, layers=tuple(changed(i, x) for i, x in enumerate(spec.layers)))
+
+
+def _sources(fields: Fields, types: Sequence[str]) -> list[int | None]:
+    """For each of the last `num_kv_shared_layers` layers the one whose keys and values it reads:
+    the last of its type before them. None for all others.
+    """
+    depth = len(types)
+    shared = fields.integer("num_kv_shared_layers", 0, low=0)
+    own = list(types[: max(0, depth - shared)])
+    if missing := sorted(set(types[len(own) :]) - set(own)):
+        raise fields.error(
+            f"num_kv_shared_layers is {shared} of {depth} layers: none of the first {len(own)} is "
+            f"of {', '.join(missing)} and has keys and values to share"
+        )
+    last = {kind: i for i, kind in enumerate(own)}
+    return [None] * len(own) + [last[kind] for kind in types[len(own) :]]

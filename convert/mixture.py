@@ -187,3 +187,14 @@ def dense_layers(fields: Fields) -> frozenset[int]:
     step = fields.integer("decoder_sparse_step", 1)
     only = layer_numbers(fields, "mlp_only_layers", ())
     return frozenset(i for i in range(depth) if i in only or (i + 1) % step)
+
+
+def interleaved_layers(fields: Fields) -> frozenset[int]:
+    """The layers without experts, by `interleave_moe_layer_step` and `moe_layers` (Llama 4)."""
+    depth, step = (
+        fields.integer("num_hidden_layers"),
+        fields.integer("interleave_moe_layer_step", 1),
+    )
+    return frozenset(range(depth)) - layer_numbers(
+        fields, "moe_layers", range(step - 1, depth, step)
+    )

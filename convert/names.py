@@ -178,7 +178,7 @@ class Names:
     def is_called(self, name: str, path: str) -> bool:
         """Whether a stored tensor's name, or an alias of it, is that of our `path`."""
         try:
-            return self.to_ours(name) == path
+            return self.to_ours(name, {path}) == path
         except KeyError:
             return False
 

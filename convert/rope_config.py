@@ -205,6 +205,18 @@ def check_frequencies(fields: Fields, ropes: Iterable[RopeSpec]) -> None:
             )
 
 
+def temperature(fields: Fields) -> RopeSpec | None:
+    """How queries of layers that turn nothing grow with their position, if they do (Llama 4)."""
+    scale = fields.integer("floor_scale", 8192)
+    beta = fields.number("attn_scale", 0.1, above=-1.0)
+    tuned = fields.take("attn_temperature_tuning", True)
+    if not isinstance(tuned, bool | int):
+        raise fields.error(f"attn_temperature_tuning is {tuned!r:.200}, expected true or false")
+    if not tuned:
+        return None
+    return RopeSpec(0, 1.0, original_positions=scale, query_beta=beta, query_shift=1)
+
+
 def tempered_scale(rope: RopeSpec, width: int) -> float:
     """width ** -0.5, times YaRN's `mscale_all_dim` twice (DeepSeek): in place of q's and k's."""
     if not rope.mscale_all_dim or rope.factor <= 1:

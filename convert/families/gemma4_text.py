@@ -7,18 +7,9 @@ from dataclasses import replace
 from ...nn.spec import ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import dense_spec, layer_types, typed_windows, with_layers
-from ..layer_fields import (
-    FULL,
-    layer_heads,
-    lending_layers,
-    typed_widths,
-    with_heads,
-    with_inputs,
-    with_lending,
-)
-from ..mixture import beside, stacked
+from ..layer_fields import FULL, layer_heads, layer_ropes, with_heads, with_inputs, with_lending
+from ..mixture import beside, shared_names, stacked
 from ..names import LLAMA, QK_NORMS, SANDWICH_NORMS, names
-from ..rope_config import typed_ropes
 from .gemma import scaled
 from .gemma2 import activation
 
@@ -35,11 +26,10 @@ _OWN = {
     "mlp.post_norm": "post_feedforward_layernorm_2",
     "mlp.shared_norm": "pre_feedforward_layernorm",
     "mlp.shared_post_norm": "post_feedforward_layernorm_1",
-    **{f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
     **{f"mlp.experts.*.{part}": f"experts.*.{part}_proj" for part in ("gate", "up", "down")},
 }
 NAMES = names(
-    *(LLAMA, QK_NORMS, SANDWICH_NORMS),
+    *(LLAMA, QK_NORMS, SANDWICH_NORMS, shared_names("mlp")),
     {f"layers.*.{ours}": _LAYER + theirs for ours, theirs in _OWN.items()},
     {
         "layers.*": "model.layers.*",  # the scale
@@ -49,9 +39,11 @@ NAMES = names(
     },
     fused=stacked(),
 )
-_THETAS = {FULL: 1e6, "sliding_attention": 1e4}
-_ROPES = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in _THETAS.items()}
-_ROPES[FULL].update(rope_type="proportional", partial_rotary_factor=0.25)
+_ROPES = {
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_POSITIONS = 131072
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -61,16 +53,12 @@ def spec(fields: Fields) -> ModelSpec:
     fields.expect("use_bidirectional_attention", "vision", False)
     types, bias = layer_types(fields, 6, FULL), fields.flag("attention_bias", False)
     heads = layer_heads(fields, types, width=256, wide=512, kv_heads=4)
-    if not fields.has("rope_parameters"):
-        fields.put("rope_parameters", _ROPES)
-    positions = fields.integer("max_position_embeddings", 131072)
-    ropes = typed_ropes(fields, typed_widths(fields, types, heads, 256), positions, _THETAS)
     norm = NormSpec(fields.number("rms_norm_eps", 1e-6), cast_first=False)
     made = dense_spec(
         fields,
         head_dim=256,
         kv_heads=4,
-        max_positions=positions,
+        max_positions=_POSITIONS,
         tied=True,
         qkv_bias=bias,
         out_bias=bias,
@@ -79,15 +67,10 @@ def spec(fields: Fields) -> ModelSpec:
         activation=activation(fields),
         scale=1.0,
         windows=typed_windows(fields, types, 512),
-        ropes=tuple(ropes[kind] for kind in types),
+        ropes=layer_ropes(fields, types, heads, _ROPES, _POSITIONS),
     )
     made = with_heads(fields, made, heads, v_norm=replace(norm, weight=False))
-    made = with_lending(
-        made,
-        lending_layers(fields, types),
-        same=fields.flag("attention_k_eq_v", False),
-        factor=1 + fields.flag("use_double_wide_mlp", False),
-    )
-    made = with_inputs(fields, with_layers(made, post_norm=True, scaled=True), width=256)
+    made = with_layers(with_lending(fields, made, types), post_norm=True, scaled=True)
     cap = fields.number_or_null("final_logit_softcapping", None)
-    return replace(scaled(beside(fields, made)), logit_softcap=cap)
+    made = beside(fields, with_inputs(fields, made, width=256))
+    return replace(scaled(made), logit_softcap=cap)

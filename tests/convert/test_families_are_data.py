@@ -1,6 +1,8 @@
 """A family is a description: its file has no tensor math, and nn/ knows no family."""
 
 import ast
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,26 @@ def test_nn_knows_no_family(path: Path) -> None:
 
 def test_every_family_has_parity_cases() -> None:
     assert set(COVERED) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_a_short_file(family: str) -> None:
+    lines = (ROOT / f"convert/families/{family}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 85
+
+
+def test_the_contributor_text_shows_a_real_family() -> None:
+    """Qwen3's whole file but for its imports and docstrings, and its row in each other file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    file, rows = (
+        textwrap.dedent(block) for block in re.findall(r"   ```python\n(.*?)   ```", text, re.S)
+    )
+    real = ast.parse((ROOT / "convert/families/qwen3.py").read_text(encoding="utf-8"))
+    code = [node for node in real.body if not isinstance(node, ast.ImportFrom | ast.Expr)]
+    for node in code:
+        if isinstance(node, ast.FunctionDef):
+            del node.body[0]  # its docstring
+    assert ast.dump(ast.parse(file)) == ast.dump(ast.Module(code, type_ignores=[]))
+    others = ("convert/registry.py", "tests/tiny.py", "tests/family_cases.py")
+    for row, path in zip(rows.splitlines(), others, strict=True):
+        assert row in (ROOT / path).read_text(encoding="utf-8"), path

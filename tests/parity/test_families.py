@@ -9,7 +9,7 @@ import tiny
 import torch
 from family_cases import CASES, FAMILIES, LLAMA3, MAGNIFIED, VARIANTS, name_of
 
-from purelm.convert.fused import parts
+from purelm.convert.fused import stored
 from purelm.convert.load import Loaded, load_folder
 from purelm.nn import cache as kv
 from purelm.nn import decoder, layout, lora, loss, stacks, tree
@@ -34,26 +34,15 @@ def theirs_of(model: Any, loaded: Loaded, grad: bool = False) -> dict[str, torch
     with an axis of kv heads in front where they are stored head by head.
     """
     names, found = loaded.family.names, {}
-    groups = names.groups(loaded.spec)
-    each = stacks.one_by_one(loaded.params)
-    shapes = {path: leaf.shape for path, leaf in tree.items(each)}
+    known = dict(tree.items(stacks.one_by_one(loaded.params)))
     for name, p in (*model.named_parameters(), *tiny.trained_buffers(model)):
         value = p.grad if grad else p.data
         value = value.mT if names.is_transposed(name) else value
-        if paths := parts(names, name, shapes):
-            if ".experts." in paths[0]:  # a stack, whose experts' parts follow each other
-                each, turns = len(paths) // len(value), names.turns(name)
-                for i, one in enumerate(value):
-                    some = paths[i * each : (i + 1) * each]
-                    rows = [shapes[x][0] for x in some]
-                    views = one.split(rows) if turns == 1 else [one[j::turns] for j in range(turns)]
-                    found.update(zip(some, views, strict=True))
-                continue
-            value = value.view(groups, -1, *value.shape[1:]) if groups > 1 else value
-            rows = [shapes[x][0] // groups for x in paths]
-            found.update(zip(paths, value.split(rows, int(groups > 1)), strict=True))
+        one = stored(name, names, loaded.spec, known)
+        if one is None:
+            found[names.to_ours(name, known)] = value
         else:
-            found[names.to_ours(name, shapes)] = value
+            found.update({path: one.view(value, i) for i, path in enumerate(one.paths)})
     return found
 
 
