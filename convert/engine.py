@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import ArgumentError, BusyError, InputError
-from ..nn.cache import Cache
 from ..nn.pages import PAGE
 from .bridge import CausalLM
 from .end_ids import end_ids
-from .engine_request import Event, Request, Running, failed, next_token
+from .engine_prompts import Prompts
+from .engine_request import Event, Request, Running, failed
 from .engine_rows import EngineRows, Launched
 from .engine_stats import Stats
 from .grammar import Grammar
@@ -27,9 +27,10 @@ class Engine:
     cache_blocks: how many blocks of 16 tokens the cache may grow to; a request waits until there
     are enough for its prompt and all of max_new_tokens (None: as many as the slots can fill).
     cache_dtype: of keys and values; torch.float8_e4m3fn halves them. prefill_chunk: how many tokens
-    of prompts are run between two steps of those that run, which a long prompt so never keeps
-    waiting for long. graphs: on a GPU replay steps from CUDA graphs. log_stats: while there is
-    work, tell the logger "purelm.engine" every 10 seconds, as INFO, how it goes.
+    of prompts are run between two steps of those that run, short ones together, and a long one in
+    pieces, which so never keeps the others waiting for long. graphs: on a GPU replay steps from
+    CUDA graphs. log_stats: while there is work, tell the logger "purelm.engine" every 10 seconds,
+    as INFO, how it goes.
 
     Every request gets the tokens that `generate` gives it alone with the same sampling and seed:
     its draws come from its own generator. Beginnings that prompts share with earlier ones are not
@@ -64,10 +65,9 @@ class Engine:
                 raise ArgumentError(f"{name} is {value!r}, expected a whole number from {least}")
         self.model = model
         self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
-        self.slots, self.max_queue, self.prefill_chunk = slots, max_queue, prefill_chunk
+        self.slots, self.max_queue = slots, max_queue
         self.eos_ids = tuple(end_ids(None, model.generation_config, model.config, self.tokenizer))
         self._ids = itertools.count()
-        self._waiting: deque[Running] = deque()
         self._rows = EngineRows(
             model,
             slots,
@@ -75,8 +75,7 @@ class Engine:
             columns=cache_dtype,
             graphs=graphs,
         )
-        # The request whose prompt is being run, and what there is of it.
-        self._prompt: tuple[Running, Cache] | None = None
+        self._prompts = Prompts(self._rows, prefill_chunk)
         self._launched: Launched | None = None
         self._device = model.device
         self._lags = model.device.type == "cuda"
@@ -87,12 +86,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Is there anything for `step` to do?"""
-        return bool(self._waiting or self.running or self._cancelled)
+        return bool(self._prompts.waiting or self.running or self._cancelled)
 
     @property
     def running(self) -> int:
         """How many slots are taken."""
-        return len(self._rows.rows) + (self._prompt is not None)
+        return self._prompts.running
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +111,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many requests wait for a slot."""
-        return len(self._waiting)
+        return len(self._prompts.waiting)
 
     def add(self, request: Request) -> int:
         """Queue a request; its id, which its events bear.
@@ -122,15 +121,15 @@ class Engine:
         """
         self._check(request)
         # The free slots take the first of those that wait at the next step.
-        if len(self._waiting) >= self.max_queue + self.slots - self.running:
+        if len(self._prompts.waiting) >= self.max_queue + self.slots - self.running:
             raise BusyError(
-                f"{self.running} requests run and {len(self._waiting)} wait, of at most "
+                f"{self.running} requests run and {len(self._prompts.waiting)} wait, of at most "
                 f"{self.slots} and {self.max_queue}; come again later"
             )
         eos = self.eos_ids if request.eos_ids is None else request.eos_ids
         vocab = self.model.spec.vocab
         running = Running.start(next(self._ids), request, eos, self.tokenizer, vocab)
-        self._waiting.append(running)
+        self._prompts.waiting.append(running)
         return running.id
 
     def prepare(self, requests: Sequence[Request]) -> None:
@@ -155,7 +154,7 @@ class Engine:
         (out of memory), all that run end so, and those that wait go on.
         """
         with torch.inference_mode():
-            events = [*self._drop_cancelled(), *self._decode(), *self._admit()]
+            events = [*self._drop_cancelled(), *self._decode(), *self._prompts.admit()]
         for event in events:
             if event.id in self._mail:
                 self._mail[event.id].append(event)
@@ -250,13 +249,9 @@ class Engine:
             gone.add(self._cancelled.popleft())
         if not gone:
             return []
-        ended = [r for r in [*self._rows.rows, *self._waiting] if r.id in gone]
-        self._waiting = deque(r for r in self._waiting if r.id not in gone)
-        self._rows.leave([r for r in self._rows.rows if r.id in gone])
-        if self._prompt is not None and self._prompt[0].id in gone:
-            ended.append(self._prompt[0])
-            self._rows.release(self._prompt[0])
-            self._prompt = None
+        ended = [r for r in self._rows.rows if r.id in gone]
+        self._rows.leave(ended)
+        ended = [*ended, *self._prompts.drop(gone)]
         for running in ended:
             running.ended = True
         return [Event(r.id, None, "cancelled") for r in ended]
@@ -279,48 +274,3 @@ class Engine:
             return [*events, *(failed(r, problem) for r in gone)]
         self._rows.leave([r for r in self._rows.rows if r.ended])
         return events
-
-    def _admit(self) -> list[Event]:
-        """Run what is next of the prompts of those that find a slot."""
-        events: list[Event] = []
-        left = self.prefill_chunk
-        while left > 0:
-            if self._prompt is None and not self._next_prompt(events):
-                break
-            if self._prompt is None:
-                continue
-            (running, cache), self._prompt = self._prompt, None
-            count = min(left, len(running.ids) - cache.length)
-            left -= count
-            try:
-                logits, cache = self._rows.prefill(running, cache, count)
-                if logits is None:
-                    self._prompt = running, cache
-                    continue
-                event = next_token(running, logits)
-                if event.finish is None:
-                    self._rows.enter(running, cache)
-            except (RuntimeError, ValueError) as problem:
-                event = failed(running, problem)
-            events.append(event)
-            if event.finish is not None:
-                running.ended = True
-                self._rows.release(running)
-        return events
-
-    def _next_prompt(self, events: list[Event]) -> bool:
-        """Begin with the next request; False where none waits or there is no room for it. One that
-        cannot begin fails: its last event is noted.
-        """
-        if not self._waiting or self.running >= self.slots:
-            return False
-        running = self._waiting[0]
-        try:
-            if not self._rows.reserve(running):
-                return False
-            self._prompt = running, self._rows.stage(running)
-        except (RuntimeError, ValueError) as problem:
-            self._rows.release(running)
-            events.append(failed(running, problem))
-        self._waiting.popleft()
-        return True

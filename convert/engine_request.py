@@ -11,6 +11,7 @@ import torch
 from ..errors import ArgumentError, InputError
 from ..nn import sample_rows
 from ..nn import sampling as rules
+from ..nn.blocks import Name
 from ..nn.sampling import GREEDY, Sampling
 from .constraint import Constraint
 from .grammar import Follower, Grammar
@@ -80,7 +81,8 @@ class Running:
     """A request under way; ids: its prompt and answer.
 
     blocks: what it holds of the cache, of which the first `known` held its tokens before; content:
-    which weights those are of. launched: how many tokens were begun.
+    which weights those are of; names: of the blocks of its prompt, once they were asked for.
+    launched: how many tokens were begun.
     """
 
     id: int
@@ -93,6 +95,7 @@ class Running:
     blocks: list[int] = field(default_factory=list)
     known: int = 0
     content: int = 0
+    names: list[Name] | None = None
     launched: int = 0
     ended: bool = False
     _drawn: list[float] = field(default_factory=list)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from ..nn import decode, decoder, pages, sample_rows
-from ..nn.blocks import Blocks, names
+from ..nn import decode, pages, sample_rows
+from ..nn.blocks import Blocks, Name, names
 from ..nn.cache import Cache
 from ..nn.graph import capture
 from ..nn.pages import PAGE, Pages
@@ -88,8 +88,7 @@ class EngineRows:
         raises, and InputError where there is no room to be made.
         """
         self.look(closely=True)
-        named = names(running.ids, PAGE)[: (len(running.ids) - 1) // PAGE] if self._shares else []
-        known = self.blocks.match(named)
+        known = self.blocks.match(self.names_of(running))
         need = -(-(len(running.ids) + running.request.max_new_tokens) // PAGE) - len(known)
         try:
             fresh = self.blocks.take(need)
@@ -106,6 +105,13 @@ class EngineRows:
         self.known_tokens += len(known) * PAGE
         self.prompt_tokens += len(running.ids)
         return True
+
+    def names_of(self, running: Running) -> list[Name]:
+        """Of the blocks of a prompt that others may have run; its last token always is run."""
+        if running.names is None:
+            prompt = running.request.prompt
+            running.names = names(prompt, PAGE)[: (len(prompt) - 1) // PAGE] if self._shares else []
+        return running.names
 
     def _make_room(self, need: int) -> bool:
         """Whether there is room for so many more blocks now."""
@@ -135,36 +141,32 @@ class EngineRows:
         self.blocks.grow(wanted)
         return True
 
-    def stage(self, running: Running) -> Cache:
-        """A cache of the request's own for its prompt, with what is known of it."""
+    def stage(self, group: Sequence[Running]) -> Cache:
+        """A cache of their own for prompts, a row each, with what is known of all of them."""
         assert self._pages is not None
-        known = running.blocks[: running.known]
-        capacity = -(-len(running.ids) // PAGE) * PAGE
+        known = [r.blocks[: r.known] for r in group]
+        longest, padded = max(len(r.ids) for r in group), len({len(r.ids) for r in group}) > 1
+        # Whole blocks from wherever the prompt of a row begins.
+        capacity = -(-longest // PAGE) * PAGE + padded * PAGE
         dtype = self.model.params["embed"]["weight"].dtype
-        return pages.staged(self.model.spec, self._pages, known, capacity, dtype)
+        spec = self.model.spec
+        return pages.staged(spec, self._pages, known, capacity, dtype, padded=padded)
 
-    def prefill(
-        self, running: Running, cache: Cache, count: int
-    ) -> tuple[torch.Tensor | None, Cache]:
-        """Run the prompt's next `count` tokens: the logits [1, v] after its last, or None."""
-        self.look()
-        ids = running.ids[cache.length : cache.length + count]
-        tokens = torch.tensor([ids], device=self.model.device)
-        args = self.weights.params, self.model.spec, tokens, cache
-        if cache.length + count < len(running.ids):
-            return None, decoder.extend(*args, adapters=self.weights.adapters)[1]
-        return decode.prefill(*args, adapters=self.weights.adapters)
-
-    def enter(self, running: Running, cache: Cache) -> None:
-        """The request takes a row: `cache` has its prompt, and its first token is chosen."""
+    def enter(self, running: Running, cache: Cache, at: int = 0) -> None:
+        """The request takes a row: row `at` of `cache` has its prompt, and its first token is
+        chosen.
+        """
         assert self._pages is not None and self._controls is not None
         row = len(self.rows)
         ids = torch.tensor(running.ids, device=self.model.device)
         start, vocab = len(running.request.prompt), self.model.spec.vocab
         if self._controls.place(row, running.device_sampling(), ids, start, vocab):
             self._replays.clear()
-        pages.unstage(self._pages, cache, row, running.blocks, running.known)
-        pages.place(self._pages, row, running.blocks, cache.length, running.ids[-1])
+        # The token that was chosen is one of its ids, and not in the cache.
+        length = len(running.ids) - 1
+        begin = cache.length - length
+        pages.unstage(self._pages, cache, at, begin, row, running.blocks, running.known)
+        pages.place(self._pages, row, running.blocks, length, running.ids[-1])
         running.launched = 1
         self.rows.append(running)
         self._name(running)

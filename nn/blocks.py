@@ -56,13 +56,15 @@ class Blocks:
         self._free[:0] = range(count - 1, self.count - 1, -1)
         self.count = count
 
+    def known(self, named: Sequence[Name]) -> int:
+        """How many blocks the longest known prefix has."""
+        return next((i for i, name in enumerate(named) if name not in self._block_of), len(named))
+
     def match(self, named: Sequence[Name]) -> list[int]:
         """The blocks of the longest known prefix, each held once more."""
         found = []
-        for name in named:
-            block = self._block_of.get(name)
-            if block is None:
-                break
+        for name in named[: self.known(named)]:
+            block = self._block_of[name]
             self._idle.pop(block, None)
             self._holders[block] = self._holders.get(block, 0) + 1
             found.append(block)

@@ -129,36 +129,47 @@ def vacate(pages: Pages, first: int) -> None:
 
 
 def staged(
-    spec: ModelSpec, pages: Pages, prefix: Sequence[int], capacity: int, dtype: torch.dtype
+    spec: ModelSpec,
+    pages: Pages,
+    prefixes: Sequence[Sequence[int]],
+    capacity: int,
+    dtype: torch.dtype,
+    *,
+    padded: bool = False,
 ) -> Cache:
-    """A cache of one row, in which a prompt is run by itself; it holds the tokens of `prefix`, full
-    blocks, already.
+    """A cache in which prompts are run by themselves, a row each; it has the tokens of `prefixes`
+    already, as many full blocks of each row. padded: rows will hold padding.
     """
-    device, length = pages.end.device, len(prefix) * PAGE
+    device, length = pages.end.device, len(prefixes[0]) * PAGE
     columns = next(
         (x.dtype for state in pages.layers for n, x in state.items() if n in kv.COLUMNS), dtype
     )
-    made = kv.empty(spec, 1, capacity, padded=False, dtype=dtype, columns=columns, device=device)
-    if not prefix:
+    made = kv.empty(
+        spec, len(prefixes), capacity, padded=padded, dtype=dtype, columns=columns, device=device
+    )
+    if not length:
         return made
-    blocks = torch.tensor(prefix, device=device)
+    blocks = torch.tensor(list(map(list, prefixes)), device=device)
     for state, ours in zip(made.layers, pages.layers, strict=True):
         for name in kv.COLUMNS:
             if name in state:
-                state[name][0, :length] = ours[name][blocks].flatten(0, 1)
+                state[name][:, :length] = ours[name][blocks].flatten(1, 2)
     return Cache(made.layers, capacity, None, length, made.first, torch.full_like(made.end, length))
 
 
-def unstage(pages: Pages, cache: Cache, row: int, blocks: Sequence[int], skip: int) -> None:
-    """Copy a prompt run by itself into its blocks, of which the first `skip` have theirs, and its
-    states to its row. cache: of whole blocks.
+def unstage(
+    pages: Pages, cache: Cache, at: int, begin: int, row: int, blocks: Sequence[int], skip: int
+) -> None:
+    """Copy the prompt in row `at` of `cache`, from column `begin` on, into its blocks, of which the
+    first `skip` have theirs, and its states to its row. There must be room for whole blocks.
     """
-    used = blocks[skip : -(-cache.length // PAGE)]
+    used = blocks[skip : -(-(cache.length - begin) // PAGE)]
     index = torch.tensor(used, dtype=torch.int64, device=pages.end.device)
-    bounds = slice(skip * PAGE, (skip + len(used)) * PAGE)
+    first = begin + skip * PAGE
+    bounds = slice(first, first + len(used) * PAGE)
     for state, ours in zip(cache.layers, pages.layers, strict=True):
         for name, x in state.items():
             if name not in kv.COLUMNS:
-                ours[name][row] = x[0]
+                ours[name][row] = x[at]
             elif used:
-                ours[name][index] = x[0, bounds].view(-1, PAGE, *x.shape[2:])
+                ours[name][index] = x[at, bounds].view(-1, PAGE, *x.shape[2:])

@@ -68,16 +68,16 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     return step
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     kind=st.sampled_from(list(MIXERS)),
     slots=st.integers(1, 4),
-    piece=st.integers(1, 40),
+    piece=st.integers(1, 40) | st.integers(60, 200),
     lags=st.booleans(),
     replays=st.booleans(),
     blocks=st.sampled_from([None, 5, 8]),
     shapes=st.lists(
-        st.tuples(st.integers(0, 1), st.integers(1, 3 * PAGE), st.integers(1, 9), st.booleans()),
+        st.tuples(st.integers(0, 2), st.integers(1, 3 * PAGE), st.integers(1, 9), st.booleans()),
         min_size=1,
         max_size=6,
     ),
@@ -125,6 +125,69 @@ def test_shared_beginnings_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None
         follow = Request((*first.prompt, *answer)[: 3 * PAGE] + (1, 2, 3), 2)
         ran.clear()
         assert engine.run([follow]) == [alone(model, follow)] and ran[0] == turn
+
+
+def passes(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> list[tuple[int, int]]:
+    """Of each pass over prompts, how many and how many tokens of each; filled as they are run."""
+    ran: list[tuple[int, int]] = []
+    prefill = engine._prompts._prefill
+
+    def noted(group: Any, cache: Any, count: int) -> Any:
+        ran.append((len(group), count))
+        return prefill(group, cache, count)
+
+    monkeypatch.setattr(engine._prompts, "_prefill", noted)
+    return ran
+
+
+def test_prompts_that_wait_are_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit into a piece with their padding, but not what others among them are to run;
+    a long prompt alone."""
+    model = stand_in()
+
+    def run(prompts: list[tuple[int, ...]], **how: Any) -> list[tuple[int, int]]:
+        engine = Engine(model, **{"slots": 8, "prefill_chunk": 96} | how)
+        ran = passes(monkeypatch, engine)
+        requests = [Request(prompt, 3) for prompt in prompts]
+        assert engine.run(requests) == [alone(model, r) for r in requests]
+        return ran
+
+    assert run([text(i, 7 + i) for i in range(5)]) == [(5, 11)]
+    assert run([text(i, 20) for i in range(6)]) == [(4, 20), (2, 20)]
+    assert run([text(i, 9) for i in range(5)], slots=2) == [(2, 9), (2, 9), (1, 9)]
+    assert run([text(0, 100), text(1, 5), text(2, 6)]) == [(1, 96), (1, 4), (2, 6)]
+    # One text, and a longer and a shorter one that begin as it does.
+    same = [text(0, 2 * PAGE + 3)] * 4
+    assert run(same) == [(1, 2 * PAGE + 3), (3, 3)]
+    longer = [*same[:2], (*same[0], 4), text(3, 5)]
+    assert run(longer) == [(1, 2 * PAGE + 3), (1, 3), (1, 4), (1, 5)]
+
+
+def test_a_pass_over_prompts_that_fails_is_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is not to blame gets the answer, and who is alone an error."""
+    model = stand_in()
+    engine = Engine(model, slots=4)
+    requests = [Request(text(i, 5 + i), 4) for i in range(4)]
+    prefill = engine._prompts._prefill
+
+    def failing(group: Any, cache: Any, count: int) -> Any:
+        if any(r.id == 2 for r in group):
+            raise torch.OutOfMemoryError("no room")
+        return prefill(group, cache, count)
+
+    monkeypatch.setattr(engine._prompts, "_prefill", failing)
+    for request in requests:
+        engine.add(request)
+    events: list[Any] = []
+    while engine.busy:
+        events += engine.step()
+    for i, request in enumerate(requests):
+        mine = [e for e in events if e.id == i]
+        if i == 2:
+            assert [e.finish for e in mine] == ["error"] and "no room" in str(mine[0].error)
+        else:
+            assert [e.token for e in mine] == alone(model, request)
+    assert engine.held_blocks == 0
 
 
 def test_beginnings_that_end_with_a_block() -> None:

@@ -19,10 +19,10 @@ def test_rows_come_and_go(kind: str, piece: int) -> None:
     blocks = [[7], [2, 9, 4], [5, 1]]
 
     def enter(i: int, row: int) -> None:
-        cache = pages.staged(spec, made, [], len(blocks[i]) * PAGE, torch.float64)
+        cache = pages.staged(spec, made, [[]], len(blocks[i]) * PAGE, torch.float64)
         for part in texts[i].split(piece, 1):
             _, cache = decoder.extend(params, spec, part, cache)
-        pages.unstage(made, cache, row, blocks[i], 0)
+        pages.unstage(made, cache, 0, 0, row, blocks[i], 0)
         pages.place(made, row, blocks[i], cache.length, 0)
 
     def step(seed: int, running: list[int]) -> None:
@@ -50,14 +50,14 @@ def test_a_prefix_in_blocks_is_gone_on_from() -> None:
     spec, params = small("full")
     made = pages.empty(spec, 1, 6, dtype=torch.float64, columns=torch.float64, device="cpu")
     text = prompt(0, 1, 2 * PAGE + 5)
-    whole = pages.staged(spec, made, [], 3 * PAGE, torch.float64)
+    whole = pages.staged(spec, made, [[]], 3 * PAGE, torch.float64)
     want, whole = decode.prefill(params, spec, text, whole)
-    pages.unstage(made, whole, 0, [3, 1, 2], 0)
+    pages.unstage(made, whole, 0, 0, 0, [3, 1, 2], 0)
     before = [state["keys"][[3, 1]].clone() for state in made.layers]
-    again = pages.staged(spec, made, [3, 1], 3 * PAGE, torch.float64)
+    again = pages.staged(spec, made, [[3, 1]], 3 * PAGE, torch.float64)
     got, again = decode.prefill(params, spec, text[:, 2 * PAGE :], again)
     torch.testing.assert_close(got, want)
-    pages.unstage(made, again, 0, [3, 1, 5], 2)
+    pages.unstage(made, again, 0, 0, 0, [3, 1, 5], 2)
     for state, keys in zip(made.layers, before, strict=True):
         assert torch.equal(state["keys"][[3, 1]], keys)
         torch.testing.assert_close(state["keys"][5, :5], state["keys"][2, :5])
