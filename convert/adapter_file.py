@@ -17,7 +17,7 @@ from ..errors import AdapterError, ArgumentError, CheckpointError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import expert_adapters, fused, fused_adapters, rope_override
+from . import expert_adapters, expert_parts, fused, fused_adapters, rope_override
 from .adapter_check import PREFIX, check_complete, check_pair
 from .adapter_config import CONFIG, parse, read_config
 from .adapter_fit import fitted, name_targets
@@ -47,7 +47,7 @@ def read_adapter(
     raw = read_config(folder)
     if raw is None:
         raise AdapterError(f"the folder has no {CONFIG}, so it is no adapter", file=folder)
-    config = parse(raw, folder / CONFIG)
+    config = expert_parts.as_modules(parse(raw, folder / CONFIG))
     place = folder / f"{STEM}.safetensors"
     try:
         checkpoint = open_checkpoint(folder, stem=STEM)
@@ -93,9 +93,12 @@ def read_adapter(
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
         # The file's own expression is never run; the tensors say what it matched.
         config = name_targets(config, set(pairs), known)
+    apart = expert_parts.taken_apart(stacked, ranks, spec, names) if stacked else None
+    if apart is not None:
+        stacked, config = apart, replace(config, target_parameters=None)
     made = tree.from_items(dict(tree.items(_stacked(adapters, place))) | stacked)
     trained = _stacked(copies, place)
-    if any(name in fused.modules(spec, names) for name in pairs):
+    if apart is not None or any(name in fused.modules(spec, names) for name in pairs):
         config = _of_parts(config, made, trained, spec, names, place)
     return made, trained, config
 

@@ -1,6 +1,6 @@
 """A config that describes given trees exactly, so that peft makes the same of the files."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
@@ -9,7 +9,7 @@ from ..errors import ArgumentError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import expert_adapters, fused, peft_targets
+from . import expert_adapters, expert_parts, fused, peft_targets
 from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
@@ -35,27 +35,44 @@ def fitted(
     differ are listed by their full names. Raises ArgumentError for an empty adapter.
     """
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
-    config = _with_parameters(config, whole, spec, names)
+    known = peft_targets.parameters(spec, names)
+    params = {known[path]: leaf for path, leaf in whole.items()}
+    config = _with_parameters(config, set(params), known.values())
     adapters, trained = stacks.one_by_one(adapters), stacks.one_by_one(trained)
     leaves = {names.module_to_hf(path): leaf for path, leaf in tree.items(adapters)}
     copies = [names.to_hf(path) for path, _ in tree.items(trained)]
     biases = {names.to_hf(path): names.module_to_hf(module) for path, module in _biases(spec)}
     every = {known[0]: known for known in targetable(config, spec, names).values()}
-    return _fitted(config, leaves, whole, copies, _View(every, biases), spec, names)
+    return _fitted(config, leaves, params, copies, _View(every, biases), spec, names)
 
 
 def fitted_stored(
     config: PeftConfig, stored: Stored, whole: Mapping[str, LoRA], spec: ModelSpec, names: Names
 ) -> PeftConfig:
-    """As `fitted`, for what a file holds by the names of Hugging Face's class."""
-    config = _with_parameters(config, whole, spec, names)
+    """As `fitted`, for what a file holds by the names of Hugging Face's class.
+
+    A module that has its name from experts too is named as its parameter, which peft does not
+    take for theirs.
+    """
+    leaves = dict(stored.adapters)
+    known = peft_targets.parameters(spec, names)
+    params = {known[path]: leaf for path, leaf in whole.items()}
+    shared = set[str]()
+    if expert_parts.has_place(config, leaves.values()):
+        shared = expert_parts.namesakes(spec, names)
+    for name in shared & set(leaves):
+        params[f"{name}.weight"] = leaves.pop(name)
+    every = [*known.values(), *(f"{name}.weight" for name in shared)]
+    config = _with_parameters(config, set(params), every)
     biases = {
         fused.to_hf(path, spec, names): fused.module_to_hf(module, spec, names)
         for path, module in _biases(spec)
     }
-    every = {known[-1]: known[-1:] for known in targetable(config, spec, names).values()}
-    view = _View(every, biases)
-    return _fitted(config, stored.adapters, whole, stored.copies, view, spec, names)
+    targets = {known[-1]: known[-1:] for known in targetable(config, spec, names).values()}
+    view = _View({n: as_one for n, as_one in targets.items() if n not in shared}, biases)
+    if params:  # of a name that is left out of the parameters peft would make some
+        config = name_targets(config, set(leaves), view.targets)
+    return _fitted(config, leaves, params, stored.copies, view, spec, names)
 
 
 def _biases(spec: ModelSpec) -> list[tuple[str, str]]:
@@ -64,30 +81,22 @@ def _biases(spec: ModelSpec) -> list[tuple[str, str]]:
     return [(path, path.removesuffix(".bias")) for path in paths]
 
 
-def _parameters(whole: Mapping[str, LoRA], spec: ModelSpec, names: Names) -> dict[str, LoRA]:
-    known = peft_targets.parameters(spec, names)
-    return {known[path]: leaf for path, leaf in whole.items()}
-
-
-def _with_parameters(
-    config: PeftConfig, whole: Mapping[str, LoRA], spec: ModelSpec, names: Names
-) -> PeftConfig:
-    have = set(_parameters(whole, spec, names))
-    targets = expert_adapters.fitted(config.target_parameters, have, spec, names)
+def _with_parameters(config: PeftConfig, have: set[str], every: Iterable[str]) -> PeftConfig:
+    targets = expert_adapters.fitted(config.target_parameters, have, list(every))
     return replace(config, target_parameters=targets)
 
 
 def _fitted(
     config: PeftConfig,
     leaves: Mapping[str, LoRA],
-    whole: Mapping[str, LoRA],
+    params: Mapping[str, LoRA],
     copies: Collection[str],
     view: _View,
     spec: ModelSpec,
     names: Names,
 ) -> PeftConfig:
-    """leaves and copies by their names in `view`; whole: adapters of all experts, by path."""
-    every = dict(leaves) | _parameters(whole, spec, names)
+    """leaves and copies by their names in `view`, and adapters of parameters by theirs."""
+    every = dict(leaves) | dict(params)
     if not every:
         raise ArgumentError("there are no adapters; peft's format needs at least one")
     config = replace(config, inference_mode=True, init_lora_weights=True, use_dora=_dora(every))
@@ -123,13 +132,18 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """What differs from the default: by the last part of names that all have it, or by name."""
     by_last: dict[str, set[Any]] = {}
     for name, value in values.items():
-        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
+        by_last.setdefault(_last(name), set()).add(value)
     return {
-        last if len(by_last[last]) == 1 else name: value
+        _last(name) if len(by_last[_last(name)]) == 1 else name: value
         for name, value in values.items()
         if value != default
-        for last in (name.rpartition(".")[2],)
     }
+
+
+def _last(name: str) -> str:
+    """`q_proj` of `...self_attn.q_proj`; `q_proj.weight` of a parameter."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:])
 
 
 def _dora(leaves: Mapping[str, LoRA]) -> bool:

@@ -17,6 +17,7 @@ from .adapter_check import MAGNITUDE, PREFIX
 from .adapter_config import CONFIG
 from .adapter_file import RANKS, STEM
 from .adapter_fit import fitted_stored
+from .expert_parts import has_place, is_joined_by_peft, put_together
 from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
@@ -112,7 +113,11 @@ def _files(
     params: tree.Tree,
     change: Callable[[dict[str, LoRA]], dict[str, LoRA]] | None = None,
 ) -> _Files:
-    config = config or PeftConfig()
+    config, ranks = config or PeftConfig(), dict[str, fused_adapters.Ranks]()
+    leaves = [leaf for _, leaf in tree.items(adapters)]
+    if has_place(config, leaves) and not is_joined_by_peft(adapters, spec, names):
+        adapters, ranks = put_together(adapters, spec, names)
+        config = replace(config, target_parameters=(*(config.target_parameters or ()), *ranks))
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
     worn, copies = (dict(tree.items(stacks.one_by_one(x))) for x in (adapters, trained))
     stored = fused_adapters.as_stored(worn, copies, spec, names, stacks.one_by_one(params))
@@ -126,8 +131,8 @@ def _files(
     entries = [atomic.entry(name, tensor.detach()) for name, tensor in tensors.items()]
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
-    if stored.ranks:
-        header[RANKS] = fused_adapters.to_text(stored.ranks)
+    if ranks := {**ranks, **stored.ranks}:
+        header[RANKS] = fused_adapters.to_text(ranks)
     return _Files(text + "\n", entries, header)
 
 

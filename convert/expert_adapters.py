@@ -8,6 +8,7 @@ another, so that of two on one module the first is `experts.base_layer`, the sec
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,23 @@ def named(whole: Mapping[str, LoRA], spec: ModelSpec, names: Names) -> dict[str,
     found: dict[str, torch.Tensor] = {}
     for module, paths in _modules(whole, spec, names).items():
         for depth, path in enumerate(reversed(paths)):
-            leaf, name = whole[path], module + depth * _INNER
+            leaf, name = _turned(whole[path], names), module + depth * _INNER
             found[f"{name}.lora_A.weight"] = leaf.a.flatten(0, 1)
             b = leaf.b
             if _in_turn(path, names):
                 b = torch.stack(b.chunk(2, 1), 2).flatten(1, 2)
             found[f"{name}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
     return found
+
+
+def _turned(leaf: LoRA, names: Names) -> LoRA:
+    """The adapter of a stack [x, out, in] as of its transpose, where peft takes it for that."""
+    return replace(leaf, a=leaf.b.mT, b=leaf.a.mT) if names.peft_swaps else leaf
+
+
+def _stored_shape(path: str, spec: ModelSpec, names: Names) -> tuple[int, int, int]:
+    x, out, inp = shape_of(path, spec)
+    return (x, inp, out) if names.peft_swaps else (x, out, inp)
 
 
 def _in_turn(path: str, names: Names) -> bool:
@@ -99,7 +110,7 @@ def sorted_out(
     found = {}
     for name, pair in pairs.items():
         for path in modules.get(name.replace(_INNER, ""), ()):
-            _, out, inp = shape_of(path, spec)
+            _, out, inp = _stored_shape(path, spec, names)
             a, b = (getattr(pair.get(kind), "shape", (0, 0)) for kind in "AB")
             if path not in found and len(a) == len(b) == 2 and (b[0], a[1]) == (out, inp):
                 found[path] = pair
@@ -117,7 +128,7 @@ def read(
     file: Path,
 ) -> LoRA:
     """The adapter of a parameter, from peft's layout; AdapterError for another rank's shapes."""
-    x, out, inp = shape_of(path, spec)
+    x, out, inp = _stored_shape(path, spec, names)
     a, b = pair["A"], pair["B"]
     if a.shape != (x * rank, inp) or b.shape != (out, rank * x):
         raise AdapterError(
@@ -128,14 +139,14 @@ def read(
     b = b.float().view(out, rank, x).permute(2, 0, 1)
     if _in_turn(path, names):
         b = torch.cat([b[:, ::2], b[:, 1::2]], 1)
-    return LoRA(a.float().view(x, rank, inp), b.contiguous(), scale)
+    made = _turned(LoRA(a.float().view(x, rank, inp), b, scale), names)
+    return replace(made, a=made.a.contiguous(), b=made.b.contiguous())
 
 
 def fitted(
-    targets: tuple[str, ...] | None, have: set[str], spec: ModelSpec, names: Names
+    targets: tuple[str, ...] | None, have: set[str], every: Iterable[str]
 ) -> tuple[str, ...] | None:
-    """`target_parameters` that mean exactly the parameters called `have`."""
-    every = list(parameters(spec, names).values())
+    """`target_parameters` that mean exactly the parameters called `have` of `every` one."""
     if {name for name in every if matches(targets or (), name)} == have:
         return targets or None
     short = {re.sub(r".*\.\d+\.", "", name) for name in have}

@@ -102,14 +102,12 @@ def joined(
     blocks: list[torch.Tensor] = []
     ranks: list[tuple[int, int] | None] = []
     for leaf in leaves:
-        ranks.append(None if leaf is None else _placed(leaf.a, blocks))
+        ranks.append(None if leaf is None else placed(leaf.a, blocks))
     a = torch.cat(blocks)
     b = first.b.new_zeros(sum(one.rows), len(a))
     for i, (leaf, at) in enumerate(zip(leaves, ranks, strict=True)):
         if leaf is not None and at is not None:
-            # All scales are the first's; where they are equal, nothing is rounded.
-            scaled = leaf.b if leaf.scale == first.scale else leaf.b * (leaf.scale / first.scale)
-            one.put(b[:, slice(*at)], i, scaled)
+            one.put(b[:, slice(*at)], i, b_at(leaf, first.scale))
     magnitude = None
     if any(leaf is not None and leaf.magnitude is not None for leaf in leaves):
         magnitude = one.whole(
@@ -121,16 +119,21 @@ def joined(
     return LoRA(a, b, first.scale, first.dropout, magnitude), ranks
 
 
-def _placed(a: torch.Tensor, blocks: list[torch.Tensor]) -> tuple[int, int]:
+def placed(a: torch.Tensor, blocks: list[torch.Tensor]) -> tuple[int, int]:
     """Where `a` stands among the blocks, behind which it is put if it is none of them."""
     begin = 0
     for block in blocks:
         if block.shape == a.shape and torch.equal(block, a):
             break
-        begin += len(block)
+        begin += block.shape[-2]
     else:
         blocks.append(a)
-    return begin, begin + len(a)
+    return begin, begin + a.shape[-2]
+
+
+def b_at(leaf: LoRA, scale: float) -> torch.Tensor:
+    """B where the adapter's scale is another; nothing is rounded where it is its own."""
+    return leaf.b if leaf.scale == scale else leaf.b * (leaf.scale / scale)
 
 
 def _magnitude(leaf: LoRA, name: str) -> torch.Tensor:

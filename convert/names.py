@@ -56,8 +56,9 @@ class Names:
     `transposed`: modules whose weights are stored [in, out] (Conv1D), and stacks.
     `further_layers`: a checkpoint may have layers behind the last, or a module `mtp`, which predict
     further tokens and are left out. `peft_refuses`: last parts of modules on which peft takes no
-    adapters. `own_linear`: transformers has projections in a class of its own, which it does not
-    make bitsandbytes' of.
+    adapters. `peft_joins`: peft makes adapters of experts' parameters of those of single experts.
+    `peft_swaps`: it takes experts' parameters [x, in, out] for [x, out, in]. `own_linear`:
+    transformers has projections in a class of its own, which it does not have in 4 bits.
     """
 
     table: tuple[tuple[str, str], ...]
@@ -70,6 +71,8 @@ class Names:
     further_layers: bool = False
     peft_refuses: frozenset[str] = frozenset()
     own_linear: bool = False
+    peft_joins: bool = False
+    peft_swaps: bool = False
 
     @cached_property
     def _ours_to_hf(self) -> dict[str, str]:
@@ -195,6 +198,8 @@ def names(
     further_layers: bool = False,
     peft_refuses: Iterable[str] = (),
     own_linear: bool = False,
+    peft_joins: bool = False,
+    peft_swaps: bool = False,
 ) -> Names:
     """The table with all these rows; a later one replaces an earlier one of the same module."""
     rows = {ours: hf for table in tables for ours, hf in table.items()}
@@ -211,6 +216,8 @@ def names(
         further_layers,
         frozenset(peft_refuses),
         own_linear,
+        peft_joins,
+        peft_swaps,
     )
 
 

@@ -20,6 +20,7 @@ NAMES = names(
         "layers.*.attn.kv_b": f"{_ATTENTION}.kv_b_proj",
     },
     fused=stacked("mlp"),
+    peft_joins=True,
     further_layers=True,
 )
 

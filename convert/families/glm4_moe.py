@@ -12,6 +12,7 @@ NAMES = names(
     QK_NORMS,
     SIGMOID_NAMES,
     fused=stacked("mlp"),
+    peft_joins=True,
     further_layers=True,
 )
 _POSITIONS = 131072

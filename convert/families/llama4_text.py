@@ -25,6 +25,7 @@ NAMES = names(
     {f"layers.*.mlp.{x}": f"{_BLOCK}.{x}_proj" for x in ("gate", "up", "down")},
     fused=_STACKS,
     transposed=_STACKS,
+    peft_swaps=True,
 )
 _POSITIONS = 131072
 

@@ -11,6 +11,7 @@ NAMES = names(
     expert_names("block_sparse_moe", "w1", "w3", "w2"),
     # As transformers 5 has them in memory.
     fused=stacked("mlp"),
+    peft_joins=True,
     aliases={"model.layers.*.mlp.gate": "layers.*.mlp.router"},
 )
 

@@ -20,6 +20,7 @@ NAMES = names(
     shared_names("mlp.shared_expert"),
     {"layers.*.mlp.shared_gate": "model.layers.*.mlp.shared_expert_gate"},
     fused=stacked("mlp"),
+    peft_joins=True,
 )
 
 

@@ -6,7 +6,7 @@ from ..dense import dense_spec
 from ..mixture import dense_layers, expert_names, mlp_spec, moe_spec, stacked, with_experts
 from ..names import LLAMA, QK_NORMS, names
 
-NAMES = names(LLAMA, QK_NORMS, expert_names("mlp"), fused=stacked("mlp"))
+NAMES = names(LLAMA, QK_NORMS, expert_names("mlp"), fused=stacked("mlp"), peft_joins=True)
 
 
 def spec(fields: Fields) -> ModelSpec:

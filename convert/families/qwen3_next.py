@@ -16,6 +16,7 @@ NAMES = names(
     delta_net_names(qkv_gate="in_proj_qkvz", beta_decay="in_proj_ba"),
     fused=dict(qwen2_moe.NAMES.fused),
     further_layers=True,
+    peft_joins=True,
 )
 _WIDTH, _POSITIONS = 256, 32768
 
