@@ -116,8 +116,7 @@ def _files(
     config, ranks = config or PeftConfig(), dict[str, fused_adapters.Ranks]()
     leaves = [leaf for _, leaf in tree.items(adapters)]
     if has_place(config, leaves) and not is_joined_by_peft(adapters, spec, names):
-        adapters, ranks = put_together(adapters, spec, names)
-        config = replace(config, target_parameters=(*(config.target_parameters or ()), *ranks))
+        adapters, config, ranks = put_together(adapters, config, spec, names)
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
     worn, copies = (dict(tree.items(stacks.one_by_one(x))) for x in (adapters, trained))
     stored = fused_adapters.as_stored(worn, copies, spec, names, stacks.one_by_one(params))

@@ -13,10 +13,11 @@ import torch
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
+from .expert_adapters import fitted
 from .fused_adapters import Ranks, b_at, placed
 from .lora_config import PeftConfig
 from .names import Names
-from .peft_targets import parameters, projections
+from .peft_targets import matches, parameters, projections
 
 
 def has_place(config: PeftConfig, leaves: Iterable[LoRA]) -> bool:
@@ -81,25 +82,28 @@ def namesakes(spec: ModelSpec, names: Names) -> set[str]:
 
 @torch.no_grad()
 def put_together(
-    adapters: tree.Tree, spec: ModelSpec, names: Names
-) -> tuple[tree.Tree, dict[str, Ranks]]:
-    """`adapters` with those of experts' gate and up as one of both, and of every parameter whose
-    adapter was one of single projections, which of its ranks are whose. Stacks [x, ...] stay so.
+    adapters: tree.Tree, config: PeftConfig, spec: ModelSpec, names: Names
+) -> tuple[tree.Tree, PeftConfig, dict[str, Ranks]]:
+    """`adapters` with those of experts' gate and up as one of both, the config that has them, and
+    of every parameter that it did not have, which ranks of its adapter are whose.
     """
     flat = dict(tree.items(adapters))
     known = parameters(spec, names)
-    whole = {_layer(path) for path in flat if path in known and _is_both(path)}
+    had = {name for name in known.values() if matches(config.target_parameters or (), name)}
     ranks: dict[str, Ranks] = {}
     for path, name in known.items():
-        if _layer(path) in whole:
+        if name in had:
             continue
-        if path in flat:
-            ranks[name] = [(0, flat[path].rank)]
-        elif _is_both(path):
+        if _is_both(path) and path not in flat:
             leaves = [flat.pop(part, None) for part in _parts(path)]
             if any(leaves):
                 flat[path], ranks[name] = _both(leaves)
-    return tree.from_items(flat), ranks
+        elif path in flat and not _is_both(path):
+            ranks[name] = [(0, flat[path].rank)]
+    if ranks:
+        every = list(known.values())
+        config = replace(config, target_parameters=fitted(None, had | set(ranks), every))
+    return tree.from_items(flat), config, ranks
 
 
 def taken_apart(
@@ -138,13 +142,10 @@ def _both(leaves: Sequence[LoRA | None]) -> tuple[LoRA, Ranks]:
     return LoRA(a, b, first.scale), ranks
 
 
-def _layer(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
 def _is_both(path: str) -> bool:
     return path.endswith(f".{stacks.BOTH}")
 
 
 def _parts(path: str) -> tuple[str, str]:
-    return f"{_layer(path)}.gate", f"{_layer(path)}.up"
+    layer = path.rpartition(".")[0]
+    return f"{layer}.gate", f"{layer}.up"

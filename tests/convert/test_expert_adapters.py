@@ -9,9 +9,12 @@ import pytest
 import tiny
 import torch
 import transformers
+from family_cases import MOE4
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from purelm.convert import peft_config
+from purelm.convert.adapter_config import read_config
 from purelm.convert.adapter_file import read_adapter
 from purelm.errors import AdapterError, ArgumentError
 from purelm.nn import decoder, tree
@@ -21,11 +24,44 @@ pytestmark = [
     # peft warns of patterns that its own conversion made.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
 ]
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+PARTS = ["gate_proj", "up_proj", "down_proj"]
+# Families and what is adapted, single experts among it. peft puts some of them together itself, but
+# takes shared experts and dense MLPs for them, and gate for gate and up.
+SINGLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", {}, {"target_modules": ["q_proj", "gate_proj", "down_proj"]}),
+    "ranks": (
+        "qwen3_moe",
+        {},
+        {"target_modules": PARTS, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"mlp_only_layers": [0]},
+        {"target_modules": ["q_proj", *PARTS], "rank_pattern": {"shared_expert.up_proj": 2}},
+    ),
+    "some layers": (
+        "qwen2_moe",
+        {},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 2]},
+    ),
+    "granitemoe": ("granitemoe", {}, {"target_modules": ["o_proj", *PARTS]}),
+    "glm4_moe": ("glm4_moe", {}, {"target_modules": "all-linear"}),
+    "deepseek_v3": ("deepseek_v3", {}, {"target_modules": "all-linear"}),
+    "llama4_text": ("llama4_text", {}, {"target_modules": ["v_proj", *PARTS]}),
+    "phimoe": ("phimoe", {}, {"target_modules": ["w1", "w2", "w3"]}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {},
+        {"target_modules": ["q_proj", *PARTS, "input_linear"], "use_rslora": True},
+    ),
+    "gpt_oss": ("gpt_oss", {}, {"target_modules": ["q_proj", *PARTS]}),
+    "gemma4_text": ("gemma4_text", {"num_kv_shared_layers": 0, **MOE4}, {"target_modules": PARTS}),
+}
 
 
-def base(family: str, folder: Path) -> tuple[Path, Any]:
-    folder = tiny.save(tiny.hf_model(family), folder / "base")
+def base(family: str, folder: Path, **switches: Any) -> tuple[Path, Any]:
+    folder = tiny.save(tiny.hf_model(family, **switches), folder / "base")
     return folder, bridged.bridge(folder)
 
 
@@ -48,7 +84,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "gate up", "down"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4_text"])
 def test_peft_loads_ours(family: str, targets: list[str], tmp_path: Path) -> None:
     """As parameters: peft's logits over transformers are ours, merged by either side too."""
     folder, model = base(family, tmp_path)
@@ -73,7 +109,7 @@ def test_peft_loads_ours(family: str, targets: list[str], tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_ours_loads_peft(family: str, tmp_path: Path) -> None:
     folder, model = base(family, tmp_path)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "target_parameters": BOTH}
@@ -104,6 +140,65 @@ def test_peft_loads_experts_one_by_one(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(hf(folder), tmp_path / "adapter").eval()
     bridged.same_logits(theirs(bridged.ids()).logits.detach(), logits(model))
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_peft_loads_single_experts_as_parameters(case: str, tmp_path: Path) -> None:
+    """The same logits there; here again every leaf is what it was, and training goes on."""
+    family, switches, settings = SINGLE[case]
+    folder, model = base(family, tmp_path, **switches)
+    adapted(model, **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    want = logits(model)
+    theirs = peft.PeftModel.from_pretrained(hf(folder), tmp_path / "adapter").eval()
+    bridged.same_logits(theirs(bridged.ids()).logits.detach(), want)
+    saved = read_config(tmp_path / "adapter") or {}
+    assert any("experts" in name for name in saved["target_parameters"])
+    again = bridged.bridge(folder)
+    made, trained, config = read_adapter(
+        tmp_path / "adapter", again.spec, again.origin.family.names
+    )
+    assert not trained and config.target_parameters is None
+    leaves, kept = dict(tree.items(made)), dict(tree.items(model.adapters))
+    assert leaves.keys() == kept.keys()
+    for path, leaf in leaves.items():
+        torch.testing.assert_close(leaf.b * leaf.scale, kept[path].b.detach() * kept[path].scale)
+        assert torch.equal(leaf.a, kept[path].a)
+    again.set_adapters(made, config=config)
+    peft_config.apply(again, r=3, lora_alpha=6, **{"target_modules": ["q_proj"], **settings})
+
+
+def test_single_experts_that_peft_trained_on(tmp_path: Path) -> None:
+    """Where gate's ranks act on up too, they are one adapter of both from then on."""
+    folder, model = base("granitemoe", tmp_path)
+    adapted(model, target_modules=["gate_proj", "up_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    stored = {n: t + 0.1 if "lora_B" in n else t for n, t in load_file(file).items()}
+    save_file(stored, file, header)
+    theirs = peft.PeftModel.from_pretrained(hf(folder), tmp_path / "adapter").eval()
+    names = model.origin.family.names
+    made, _, config = read_adapter(tmp_path / "adapter", model.spec, names)
+    model.set_adapters(made, config=config)
+    bridged.same_logits(theirs(bridged.ids()).logits.detach(), logits(model))
+    assert config.target_parameters == ("block_sparse_moe.experts.gate_up_proj",)
+
+
+def test_experts_with_dropout_stay_single(tmp_path: Path) -> None:
+    """Parameters have none in peft."""
+    _, model = base("granitemoe", tmp_path)
+    adapted(model, target_modules=["gate_proj", "up_proj"], lora_dropout=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert any(".experts.3.up_proj." in n for n in load_file(adapter_tensors(tmp_path)))
+    made, _, config = read_adapter(tmp_path / "adapter", model.spec, model.origin.family.names)
+    model.set_adapters(made, config=config)
+    assert config.lora_dropout == 0.1
+
+
+def adapter_tensors(folder: Path) -> Path:
+    return folder / "adapter" / "adapter_model.safetensors"
 
 
 def test_experts_train_as_one(tmp_path: Path) -> None:

@@ -117,6 +117,9 @@ def test_peft_loads_ours(case: str, variant: str, tmp_path: Path) -> None:
         for name in peft_tensors(tmp_path / "adapter")
     }
     assert modules <= {name for name, _ in base.named_modules()}
+    # Servers that read only these two have the scale of every module.
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert saved["lora_alpha"] / saved["r"] == 12 / 4
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = bridged.ids()
     ours = model(ids).logits.detach()
