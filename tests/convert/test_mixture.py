@@ -112,7 +112,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_moe", {"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\]"),
     ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
-    ("glm4_moe", {"n_group": 3}, "n_group is 3 and topk_group 2: 8 experts"),
+    ("glm4_moe", {"n_group": 3}, "n_group is 3 and topk_group 2: n_routed_experts 8"),
     ("glm4_moe", {"n_group": 8}, "n_group is 8"),
     ("glm4_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok 5"),
 ]
