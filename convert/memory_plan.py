@@ -14,8 +14,8 @@ from ..nn import experts, tree
 from ..nn.layout import Layout
 from ..nn.plan import GIB, plan
 from ..nn.residuals import Policy, Residuals
-from ..nn.spec import MoESpec
-from ..nn.step_memory import Shape
+from ..nn.spec import LayerSpec, MoESpec
+from ..nn.step_shape import Shape
 from ..quant.fp8_product import computes
 
 if TYPE_CHECKING:
@@ -56,13 +56,14 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
             model.dtype.itemsize,
             offload=device.type == "cuda",
             scores=first is not None and _scores(model, first.head_dim),
-            ranks=max(sum(leaf.rank for leaf in tree.leaves(own)) for own in worn),
+            ranks=max(_ranks(*pair) for pair in zip(model.spec.layers, worn, strict=True)),
             tile=model.tile,
             masked=masked,
             dora=any(leaf.magnitude is not None for leaf in tree.leaves(adapters)),
             trained=_trains_layers(model),
             fp8=any(computes(leaf) for leaf in tree.leaves(layers)),
-            one_by_one=_experts_wait(model, layers, worn),
+            one_by_one=any(experts_wait(model, seed=0)),
+            rounded=model.qat_scheme is not None,
             gradients=_gradients(layers, worn),
         )
         fixed = max(_lasting(model), _allocated(device))
@@ -137,19 +138,23 @@ def _trains_layers(model: "CausalLM") -> bool:
     return model.train_all or bool(tree.tensors((model.trained or {}).get("layers", {})))
 
 
-def _experts_wait(
-    model: "CausalLM", params: Sequence[tree.Tree], worn: Sequence[tree.Tree]
-) -> bool:
-    """Whether the experts of some layer run one after the other in training."""
-    if model.device.type != "cuda" or model.qat_scheme is not None:
-        return True
-    layers = zip(model.spec.layers, params, worn, strict=True)
-    return any(
-        experts.waits_for(p["mlp"]["experts"], tree.get(own, "mlp", "experts"), layer.mlp, seed=0)
-        is not None
-        for layer, p, own in layers
-        if isinstance(layer.mlp, MoESpec)
-    )
+def experts_wait(model: "CausalLM", seed: int | None = None) -> list[str | None]:
+    """Of each layer, why its experts run one after the other, if it has any and they do."""
+    found: list[str | None] = []
+    for i, layer in enumerate(model.spec.layers):
+        own = tree.get(model.adapters, "layers", i, "mlp", "experts")
+        p = tree.get(model.params, "layers", i, "mlp", "experts")
+        mlp = layer.mlp
+        found.append(experts.waits_for(p, own, mlp, seed) if isinstance(mlp, MoESpec) else None)
+    return found
+
+
+def _ranks(layer: LayerSpec, worn: tree.Tree) -> int:
+    """The ranks of a layer's adapters, of experts' those that a token passes."""
+    of_experts = tree.leaves(tree.get(worn, "mlp", "experts"))
+    active = layer.mlp.active if isinstance(layer.mlp, MoESpec) else 1
+    ranks: list[int] = [leaf.rank for leaf in tree.leaves(worn)]
+    return sum(ranks) + (active - 1) * sum(int(leaf.rank) for leaf in of_experts)
 
 
 def _gradients(params: Sequence[tree.Tree], worn: Sequence[tree.Tree]) -> int:

@@ -14,6 +14,7 @@ from ..quant.fp8_product import computes
 from ..quant.int8 import Int8
 from ..quant.nf4 import NF4
 from ..quant.stack import Stack
+from .memory_plan import experts_wait
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -114,9 +115,11 @@ def _backward(model: "CausalLM") -> str:
 def _run_again(model: "CausalLM") -> str:
     """What autograd runs again of the layers, whatever becomes of their residuals."""
     plain: dict[tuple[str, str], list[str]] = {}
+    waits = experts_wait(model)
     for i, layer in enumerate(model.spec.layers):
         worn = tree.get(model.adapters, "layers", i)
-        for found in runs_again(layer, worn, rounded=model.qat_scheme is not None).items():
+        parts = runs_again(layer, worn, rounded=model.qat_scheme is not None, waits=waits[i])
+        for found in parts.items():
             plain.setdefault(found, []).append(str(i))
     text = ""
     for (part, reason), layers in plain.items():

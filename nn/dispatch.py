@@ -9,8 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..kernels.grouped import offsets_of
+from ..kernels.weighted_rows import weighted_sum
 
-# Rows whose weighed sums are in fp32 at a time.
+# Rows whose gradients are in fp32 at a time.
 CHUNK = 1 << 14
 
 
@@ -64,22 +65,15 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (back,) = ctx.saved_tensors
-        each = grad.index_select(0, back).view(-1, ctx.active, grad.shape[-1])
-        return each.sum(1), None, None, None
+        return weighted_sum(grad, back.view(-1, ctx.active)), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """In chunks of tokens: a whole fp32 copy of the rows would be the largest tensor of a layer."""
-
     @staticmethod
     def forward(
         rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, back: torch.Tensor
     ) -> torch.Tensor:
-        made = [
-            (_rows(rows, own) * w[..., None]).sum(1).to(rows.dtype)
-            for own, w in _chunks(back.view(weights.shape), weights)
-        ]
-        return made[0] if len(made) == 1 else torch.cat(made)
+        return weighted_sum(rows, back.view(weights.shape), weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -23,8 +23,9 @@ from .pulling import Found
 from .residuals import Policy
 from .spec import LayerSpec
 
-# What mixer and MLP make, of which a layer with norms after its branches needs the values.
-BRANCHES = ("attn_branch", "mlp_branch")
+# Of hidden states' size as the middle residual is, whose fate they share: what mixer and MLP make,
+# for norms after them, and what a shared MLP makes, for the gate after it.
+LIKE_MID = ("attn_branch", "mlp_branch", "shared")
 
 
 class Layer:
@@ -45,9 +46,8 @@ class Layer:
         self.stays = stays  # on the device, whatever the policy sends away
 
     def fate(self, name: str) -> str:
-        if name.startswith("low_"):  # a few columns a projection, which spare a pass over its input
-            return "keep"
-        fate: str = getattr(self.policy, "mid" if name in BRANCHES else name)
+        # Others are kept: places of rows, and narrow products, which spare a pass over an input.
+        fate: str = getattr(self.policy, "mid" if name in LIKE_MID else name, "keep")
         return "keep" if fate == "offload" and self.stays else fate
 
     def run(

@@ -9,11 +9,11 @@ import torch
 
 from ..kernels.attention import Documents
 from ..quant.fake import Fake
-from . import recurrent, rope, tree
+from . import experts, recurrent, rope, tree
 from .again import Again
 from .attention import Visible
-from .experts import moe
 from .fast_attention import FastAttention
+from .fast_experts import FastExperts
 from .fast_mlp import FastMLP
 from .half import Function, Half
 from .linear import seed_after
@@ -21,6 +21,7 @@ from .mixer import attention
 from .mlp import mlp
 from .residuals import Policy
 from .spec import LayerSpec, MoESpec
+from .stacks import KEY
 
 # What the parts of a layer's params are called.
 PARTS = {"attn": "attention", "recurrent": "the recurrent mixer", "mlp": "the MLP"}
@@ -41,7 +42,11 @@ def halves(
     """(mixer, MLP) of a layer with frozen params; arguments as of `decoder.layer`."""
     masked = isinstance(seen, torch.Tensor)
     rounded = any(isinstance(leaf, Fake) for leaf in tree.leaves(p))
-    again = runs_again(spec, adapters, masked=masked, rounded=rounded)
+    waits = None
+    if isinstance(spec.mlp, MoESpec):
+        worn = tree.get(adapters, "mlp", KEY)
+        waits = experts.waits_for(p["mlp"][KEY], worn, spec.mlp, seed)
+    again = runs_again(spec, adapters, masked=masked, rounded=rounded, waits=waits)
     mixers: dict[str, Function] = {}
     if spec.attention is not None:
         mixers["attn"] = (
@@ -55,7 +60,9 @@ def halves(
     function: Function
     tile = None
     if isinstance(spec.mlp, MoESpec):
-        function = Again(partial(moe, spec=spec.mlp))
+        function = Again(partial(experts.moe, spec=spec.mlp))
+        if "mlp" not in again:
+            function = FastExperts(spec.mlp, policy)
     else:
         function = (
             Again(partial(mlp, spec=spec.mlp)) if "mlp" in again else FastMLP(spec.mlp, policy)
@@ -79,11 +86,12 @@ def runs_again(
     masked: bool = False,
     dora: bool = False,
     rounded: bool = False,
+    waits: str | None = None,
 ) -> dict[str, str]:
     """Which parts of a layer autograd runs again in backward, or `WHOLE`, and what makes it so.
 
     masked: whether the batch needs a mask; dora: whether all parts have adapters with magnitudes;
-    rounded: whether weights are rounded in training.
+    rounded: whether weights are rounded in training; waits: why experts run one after the other.
     """
     if spec.lends or spec.kv_from is not None:
         return {WHOLE: "keys and values that layers share"}
@@ -94,8 +102,10 @@ def runs_again(
         found["attn"] = "a mask"
     elif spec.attention is not None and spec.attention.latent is not None:
         found["attn"] = "latent attention"
-    if isinstance(spec.mlp, MoESpec):
-        found["mlp"] = "mixtures of experts"
+    if isinstance(spec.mlp, MoESpec) and spec.mlp.norms is not None:
+        found["mlp"] = "a mixture with norms inside"
+    elif isinstance(spec.mlp, MoESpec) and waits is not None:
+        found["mlp"] = f"experts one after the other ({waits})"
     for part in ("attn", "mlp") if spec.attention is not None else ("mlp",):
         own = tree.leaves(tree.get(adapters, part))
         if dora or any(leaf.magnitude is not None for leaf in own):

@@ -14,7 +14,8 @@ from ..errors import ArgumentError
 from .halves import PARTS, WHOLE
 from .residuals import KEEP, Fate, Policy
 from .spec import LayerSpec, MLPSpec, ModelSpec
-from .step_memory import Shape, again, peak, residual_bytes
+from .step_memory import peak, residual_bytes
+from .step_shape import Shape, again
 
 # Rates of a large GPU, of which only the ratios matter here: products and attention in FLOP/s,
 # copies to or from the host in bytes/s, and the fixed cost of one layer's copies in seconds.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ArgumentError
-from .spec import LayerSpec
+from .spec import LayerSpec, MoESpec
 
 Fate = Literal["keep", "offload", "recompute"]
 
@@ -55,11 +55,12 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
     a = spec.attention
     heads, q, kv = (a.heads, *a.widths) if a is not None else (0, 0, 0)
     made = 0 if a is None else len(a.projections) - 1
+    gated = isinstance(spec.mlp, MoESpec) and spec.mlp.shared_gate  # what a shared MLP makes
     return {
         "x": dim * itemsize,
         "qkv": (q * (2 if a is not None and a.gated else 1) + made * kv) * itemsize,
         "out": q * itemsize + heads * 4,
-        "mid": ((not spec.parallel) + 2 * spec.post_norm) * dim * itemsize,
+        "mid": ((not spec.parallel) + 2 * spec.post_norm + gated) * dim * itemsize,
         "gate_up": sum((1 + mlp.gated) * mlp.dim for mlp in spec.mlps) * itemsize,
     }
 

@@ -3,46 +3,14 @@ or the head at work needs beside them. Pure arithmetic; `plan` fits it into a bu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..kernels.cross_entropy import chunk_rows
-from ..kernels.grouped import PACKED_ROWS, PARTS
-from .activation import inputs
-from .dispatch import CHUNK
-from .halves import WHOLE, runs_again
+from .halves import WHOLE
+from .mlp_memory import fast_mixture_bytes, fast_mlp_bytes, mixture_bytes, mlp_bytes
 from .recurrent import working_bytes
 from .residuals import Policy, bytes_per_token
-from .spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A step's shape: rows, tokens in a row, bytes of an element. `offload`: whether there is a
-    host to send residuals to; `scores`: whether attention writes its scores out; `ranks`: the ranks
-    of a layer's adapters summed, whose narrow products are kept throughout; `tile`: how many tokens
-    a dense MLP runs on at a time; `fp8`: whether frozen products are in fp8; `one_by_one`: whether
-    experts run one after the other; `gradients`: bytes of the gradients of one layer, the one where
-    most is trained. Of what autograd runs again: `masked`: whether the batch needs a mask, `dora`:
-    whether adapters have magnitudes, `trained`: whether the layers' weights are trained.
-    """
-
-    batch: int
-    length: int
-    itemsize: int
-    offload: bool = True
-    scores: bool = False
-    ranks: int = 0
-    tile: int | None = None
-    masked: bool = False
-    dora: bool = False
-    trained: bool = False
-    fp8: bool = False
-    one_by_one: bool = False
-    gradients: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
+from .spec import LayerSpec, ModelSpec, MoESpec
+from .step_shape import Shape, again
 
 
 def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int) -> int:
@@ -62,13 +30,6 @@ def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int
     return fixed + max(largest, on_device + passing + _head(spec, shape))
 
 
-def again(layer: LayerSpec, shape: Shape) -> dict[str, str]:
-    """Which parts of a layer autograd runs again, or all of it, and why: `halves.runs_again`."""
-    if shape.trained:
-        return {WHOLE: "trained weights"}
-    return runs_again(layer, masked=shape.masked, dora=shape.dora)
-
-
 def residual_bytes(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> dict[str, int]:
     """Bytes of each residual of a layer: none of parts that run again."""
     parts = again(layer, shape)
@@ -78,68 +39,6 @@ def residual_bytes(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> dict[str,
         gone = {"qkv", "out", "mid", "gate_up"}
     each = bytes_per_token(layer, spec.dim, shape.itemsize)
     return {name: 0 if name in gone else shape.tokens * n for name, n in each.items()}
-
-
-def mixture_bytes(spec: MoESpec, dim: int, shape: Shape) -> int:
-    """Bytes that a mixture, run again by autograd, takes while its backward is at work.
-
-    A row is one token at one of its experts. In one launch (`experts._grouped`) a row keeps its
-    input, gate, up, hidden product and output; the largest moment is that of the weighed sum's
-    gradient, of down's, or of the activation's. One by one it keeps as much, of plain torch's
-    activations their own result too, and weighed rows are fp32 copies, as are their gradients.
-    """
-    rows, w, e, f = shape.tokens * spec.active, shape.itemsize, dim, spec.expert.dim
-    n = len(inputs(spec.expert))
-    kept = (2 * e + (n + 1) * f) * w
-    if shape.one_by_one:
-        kept += 0 if shape.offload or n == 1 else f * w
-        each = kept + 8 * e + (2 * e * w if w < 4 else 0)
-    else:
-        each = max(3 * e + (n + 1) * f, 2 * e + (n + 2) * f, e + (2 * n + 1) * f) * w
-    if spec.weigh_inputs:  # the rows before they are weighed; their product and its gradients
-        each, kept = max(each + e * w, e * (2 * w + 12)), kept + e * w
-    each += shape.ranks * w + 4 * 8  # narrow products; the places of the rows
-    total = max(rows * each, rows * kept + _mlp(spec.shared, e, shape) if spec.shared else 0)
-    if not shape.one_by_one:
-        total += min(rows, CHUNK) * e * (w + 2 * 4)
-        if w == 2 and rows > PACKED_ROWS * spec.experts:  # with the maxima of their blocks
-            total += -(-spec.experts // PARTS) * e * f * w * 9 // 8
-    return total + 3 * 4 * shape.tokens * spec.experts
-
-
-def _mlp(spec: MLPSpec, dim: int, shape: Shape) -> int:
-    """The same of an MLP that autograd runs again: gate and up with their gradients, and that of
-    the hidden product, which itself is there longer in plain torch.
-    """
-    n = len(inputs(spec))
-    width = (2 * n + (1 if shape.offload else 2)) * spec.dim * shape.itemsize
-    return shape.tokens * (width + _casts(spec, dim, shape))
-
-
-def _fast_mlp(spec: MLPSpec, dim: int, shape: Shape, policy: Policy) -> int:
-    """The same in `fast_layer`: gate and up, whose gradients take the place of what is run again of
-    them, and one of the hidden product and its gradient, in one place too; without a kernel for
-    that, all of these.
-    """
-    wide = len(inputs(spec)) * spec.dim
-    if spec.gated and shape.offload:
-        width = (spec.dim + wide) * shape.itemsize
-        # The gradients' casts follow the hidden product, and the input's gradient adds to nothing.
-        if shape.fp8:
-            width = max(width, wide * shape.itemsize + _casts(spec, dim, shape))
-    else:
-        again = wide if policy.gate_up == "recompute" else 0
-        width = ((2 + len(inputs(spec))) * spec.dim + again) * shape.itemsize
-        width += _casts(spec, dim, shape)
-    tokens = shape.tokens if policy.tile is None else min(policy.tile, shape.tokens)
-    return tokens * width
-
-
-def _casts(spec: MLPSpec, dim: int, shape: Shape) -> int:
-    """Bytes a token of what products in fp8 make more: the gradients of gate and up in e4m3, and
-    the input's, a bf16 product of which would add to the adapters'.
-    """
-    return len(inputs(spec)) * spec.dim + dim * shape.itemsize if shape.fp8 else 0
 
 
 def _attention(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> int:
@@ -181,17 +80,17 @@ def _working(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) ->
     """
     parts = again(layer, shape)
     mlp, width = layer.mlp, 0
+    by_hand = not parts.keys() & {WHOLE, "mlp"}
     if isinstance(mlp, MoESpec):
-        of_mlp = mixture_bytes(mlp, spec.dim, shape)
+        given = mlp, spec.dim, shape
+        of_mlp = fast_mixture_bytes(*given, policy) if by_hand else mixture_bytes(*given)
         width = mlp.shared.dim if mlp.shared else 0
+    elif by_hand:
+        width, of_mlp = mlp.dim, fast_mlp_bytes(mlp, spec.dim, shape, policy)
     else:
-        width = mlp.dim
-        if parts.keys() & {WHOLE, "mlp"}:
-            of_mlp = _mlp(mlp, spec.dim, shape)
-            if policy.tile is not None:
-                of_mlp = of_mlp * min(policy.tile, shape.tokens) // shape.tokens
-        else:
-            of_mlp = _fast_mlp(mlp, spec.dim, shape, policy)
+        width, of_mlp = mlp.dim, mlp_bytes(mlp, spec.dim, shape)
+        if policy.tile is not None:
+            of_mlp = of_mlp * min(policy.tile, shape.tokens) // shape.tokens
     total = max(of_mlp, _attention(layer, spec, shape))
     each = bytes_per_token(layer, spec.dim, shape.itemsize)
     anew = bool(parts.keys() & {WHOLE, "attn"})
@@ -220,6 +119,8 @@ def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -
     if WHOLE in again(layer, shape):
         return further + residual_bytes(layer, spec, shape)["x"]
     narrow = shape.tokens * shape.ranks * shape.itemsize
+    if isinstance(layer.mlp, MoESpec) and "mlp" not in again(layer, shape):
+        narrow += 3 * 8 * shape.tokens * layer.mlp.active  # the places of rows
     return further + narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
 
 

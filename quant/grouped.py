@@ -45,19 +45,38 @@ def linear(
     r]. Differentiable in x, a, b and a dense leaf; gradients have the dtype of what they are of.
     Raises KernelError for other weights.
     """
+    dense, static, parts = _taken(leaf)
+    y: Tensor = _Grouped.apply(x, offsets, dense, a, b, scale, static, *parts)[0]  # type: ignore[no-untyped-call]
+    return y
+
+
+def product(
+    x: Tensor,
+    leaf: Any,
+    offsets: Tensor,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    turned: bool = False,
+) -> Tensor:
+    """`linear` without a graph, and with the narrow product low [m, r] given, of which low b_i^T is
+    added. turned: x [m, out] times the weights themselves, b [x, in, r]. Raises KernelError.
+    """
+    return _product(x, offsets, _taken(leaf), low, b, turned)
+
+
+def _taken(leaf: Any) -> Any:
+    """(a dense stack or None, what is not a tensor of a 4-bit one, its four tensors)."""
     if not covers(leaf):
         raise KernelError(
             f"a stack of {type(getattr(leaf, 'inner', leaf)).__name__}: grouped products take "
             "dense weights [x, out, in] and NF4 ones"
         )
     if isinstance(leaf, Tensor):
-        dense, parts, static = leaf, (None,) * 4, None
-    else:
-        one = leaf.inner
-        dense, static = None, (tuple(leaf.shape[1:]), one.block, one.kind)
-        parts = (one.packed, one.absmax, one.absmax_scale, one.absmax_offset)
-    y: Tensor = _Grouped.apply(x, offsets, dense, a, b, scale, static, *parts)[0]  # type: ignore[no-untyped-call]
-    return y
+        return leaf, None, (None,) * 4
+    one = leaf.inner
+    parts = (one.packed, one.absmax, one.absmax_scale, one.absmax_offset)
+    return None, (tuple(leaf.shape[1:]), one.block, one.kind), parts
 
 
 def _product(x: Tensor, offsets: Tensor, weight: Any, low: Any, b: Any, turned: bool) -> Tensor:

@@ -30,6 +30,12 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 self._add(t.untyped_storage())
 
+    def know(self, held: Any) -> None:
+        """Do not count the storages of these tensors, which are there already."""
+        for t in torch.utils._pytree.tree_leaves(held):
+            if isinstance(t, torch.Tensor):
+                self._seen.add(t.untyped_storage()._cdata)
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, count = storage._cdata, storage.nbytes()
         if key in self._seen:

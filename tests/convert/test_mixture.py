@@ -131,6 +131,10 @@ def test_configs_that_do_not_fit(
 def test_explain_names_what_runs_again(tmp_path: Path) -> None:
     model = bridged.bridge(tiny.save(tiny.hf_model("qwen2_moe", mlp_only_layers=[0]), tmp_path))
     text = model.explain()
-    assert "layers 1, 2: the MLP run again by autograd, for mixtures of experts" in text
+    assert "run again" not in text
     assert "layers.1.mlp.experts.down: 6 experts, each " in text
     assert "layers.0.mlp.down: " in text
+    peft_config.apply(model, r=3, use_dora=True, target_modules=["q_proj", "down_proj"])
+    text = model.explain()
+    assert "layers 0, 1, 2: attention run again by autograd, for DoRA" in text
+    assert "layers 1, 2: the MLP run again by autograd, for experts one after the other" in text

@@ -46,6 +46,7 @@ from purelm.kernels import (
     short_conv,
     ssd,
     ssd_scan,
+    weighted_rows,
 )
 from purelm.kernels.launch import Kernel, power_of_two
 
@@ -228,6 +229,31 @@ def low_rank_cases(every: bool) -> Iterator[Case]:
                 "ROWS": low_rank.ROWS,
                 "COLUMNS": low_rank.COLUMNS,
                 "num_warps": low_rank.WARPS,
+            },
+        )
+
+
+def weighted_rows_cases(every: bool) -> Iterator[Case]:
+    for dtype, weighed in itertools.product((F32, F16, BF16) if every else (BF16,), (True, False)):
+        yield Case(
+            f"weighted_sum {dtype} {weighed=}",
+            weighted_rows._sum_kernel,
+            (dtype, I64, F32 if weighed else None, dtype, 2048),
+            {
+                "ACTIVE": 8,
+                "WEIGHED": weighed,
+                "COLUMNS": weighted_rows.COLUMNS,
+                "num_warps": weighted_rows.WARPS,
+            },
+        )
+        yield Case(
+            f"row_dots {dtype}",
+            weighted_rows._dots_kernel,
+            (dtype, dtype, F32, 131072, 768),
+            {
+                "ROWS": weighted_rows.DOT_ROWS,
+                "COLUMNS": weighted_rows.DOT_COLUMNS,
+                "num_warps": weighted_rows.WARPS,
             },
         )
 
@@ -657,6 +683,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
         yield from fp8_cases(every)
     yield from flash_cases(every, arch)
     yield from low_rank_cases(every)
+    yield from weighted_rows_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
     yield from grouped_cases(every, arch)

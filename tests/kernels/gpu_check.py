@@ -45,6 +45,7 @@ from purelm.kernels import (  # noqa: E402
     nf4_quantize_launch,
     rms_norm,
     rope,
+    weighted_rows,
 )
 from purelm.quant import nf4 as leaf  # noqa: E402
 
@@ -298,6 +299,25 @@ def check_low_rank(r: random.Random) -> None:
     assert_rows(got.cpu(), eager.cpu(), exact.cpu())
 
 
+def check_weighted_rows(r: random.Random) -> None:
+    dtype = r.choice(FLOATS)
+    tokens, active, width = r.randint(1, 300), r.choice((1, 4, 8)), r.choice((24, 768, 2050))
+    rows = randn(tokens * active, width, dtype=dtype)
+    places = torch.randperm(len(rows), device=DEVICE).view(tokens, active)
+    weights = torch.rand(places.shape, device=DEVICE) if r.random() < 0.7 else None
+    wide = None if weights is None else weights.double()
+    exact = weighted_rows.weighted_sum_reference(rows.double(), places, wide)
+    each = rows[places]
+    eager = (each if weights is None else each * weights[..., None]).sum(1).to(dtype)
+    got = weighted_rows.weighted_sum(rows, places, weights)
+    assert_rows(got.cpu(), eager.cpu(), exact.cpu())
+    other = randn(*rows.shape, dtype=dtype)
+    exact = weighted_rows.row_dots_reference(rows.double(), other.double())[None]
+    eager = (rows.float() * other.float()).sum(-1)[None]
+    got = weighted_rows.row_dots(rows, other)[None]
+    assert_rows(got.cpu(), eager.cpu(), exact.cpu())
+
+
 CHECKS = {
     "nf4": check_nf4,
     "rms_norm": check_rms_norm,
@@ -309,6 +329,7 @@ CHECKS = {
     "fp8": check_fp8,
     "fp8_made": check_fp8_made,
     "low_rank": check_low_rank,
+    "weighted_rows": check_weighted_rows,
 }
 
 

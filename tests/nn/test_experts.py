@@ -89,6 +89,10 @@ def test_trained_experts_without_tokens_have_zero_gradients_and_frozen_ones_do_n
     ran: list[int] = []
     real = experts.mlp
     monkeypatch.setattr(experts, "mlp", lambda x, *rest: ran.append(len(x)) or real(x, *rest))
+    at_once = experts.moe(x, p, own, spec)
+    monkeypatch.setattr(experts, "waits_for", lambda *_: "one by one, to be measured")
+    torch.testing.assert_close(experts.moe(x, p, own, spec), at_once)
+    ran.clear()
     experts.moe(x, p, own, spec)
     assert ran == [1, 1]
     leaf = own["experts"]["down"]

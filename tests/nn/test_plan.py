@@ -13,7 +13,8 @@ from purelm.nn import lora, loss, params, tree
 from purelm.nn.plan import GIB, Plan, plan
 from purelm.nn.residuals import KEEP, Policy, bytes_per_token, per_layer
 from purelm.nn.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec
-from purelm.nn.step_memory import Shape, peak, residual_bytes
+from purelm.nn.step_memory import peak, residual_bytes
+from purelm.nn.step_shape import Shape
 
 
 def llama(dim: int, layers: int, f: int, heads: int, head_dim: int) -> ModelSpec:
