@@ -127,20 +127,16 @@ def _in_parts(
     """`matmul_nf4` through one buffer for a PARTS-th of the matrices, which are dequantized into it
     by turns: with many rows each, decoding a matrix once beats decoding it for every tile of rows.
     """
-    packed, absmax, scale, offset = parts
-    groups = len(packed)
+    packed, groups = parts[0], len(parts[0])
+    maxima = _block_absmax(*parts[1:])
     each = ceil_div(groups, PARTS)
     out = x.new_empty((len(x), shape[1] if turned else shape[0]))
     buffer = x.new_empty((each, *shape))
     for i in range(0, groups, each):
         own = slice(i, min(i + each, groups))
         weight = buffer[: own.stop - i]
-        double = [None if t is None else t[own] for t in (scale, offset)]
-        maxima = _block_absmax(absmax[own], *double).view(-1)
-        count = weight.numel()
-        nf4.dequantize(
-            packed[own].view(-1), maxima, None, None, count, block, out=weight, kind=kind
-        )
+        flat = packed[own].view(-1), maxima[own].view(-1)
+        nf4.dequantize(*flat, None, None, weight.numel(), block, out=weight, kind=kind)
         weight = weight.mT if turned else weight
         matmul(x, weight, offsets[i : own.stop + 1], low, None if b is None else b[own], out)
     return out
@@ -152,7 +148,7 @@ def _block_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -
         return absmax
     values = codebook.device_tables(absmax.device, "nf4").dynamic[absmax.int()]
     scales = scale.repeat_interleave(GROUP, dim=1)[:, : absmax.shape[1]]
-    return values * scales + offset[:, None]
+    return values.mul_(scales).add_(offset[:, None])
 
 
 def outer(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -31,8 +31,8 @@ def mixture_bytes(spec: MoESpec, dim: int, shape: Shape) -> int:
     total = max(rows * each, rows * kept + mlp_bytes(spec.shared, e, shape) if spec.shared else 0)
     if not shape.one_by_one:
         total += min(rows, CHUNK) * e * (w + 2 * 4)
-        if w == 2 and rows > PACKED_ROWS * spec.experts:  # with the maxima of their blocks
-            total += -(-spec.experts // PARTS) * e * f * w * 9 // 8
+        if w == 2 and rows > PACKED_ROWS * spec.experts:
+            total += _parts(spec, e)
     return total + 3 * 4 * shape.tokens * spec.experts
 
 
@@ -58,8 +58,8 @@ def fast_mixture_bytes(spec: MoESpec, dim: int, shape: Shape, policy: Policy) ->
     if not shape.offload:  # fp32 copies in plain torch's activations and weighed sums
         total += rows * 2 * f * w
     total += shape.tokens * shape.ranks * w
-    if w == 2 and rows > PACKED_ROWS * spec.experts:  # with the maxima of their blocks
-        total += -(-spec.experts // PARTS) * e * f * w * 9 // 8
+    if w == 2 and rows > PACKED_ROWS * spec.experts:
+        total += _parts(spec, e)
     if spec.shared is not None:
         total = max(total, fast_mlp_bytes(spec.shared, e, shape, policy))
     return total + 3 * 4 * shape.tokens * spec.experts
@@ -98,3 +98,11 @@ def _casts(spec: MLPSpec, dim: int, shape: Shape) -> int:
     the input's, a bf16 product of which would add to the adapters'.
     """
     return len(inputs(spec)) * spec.dim + dim * shape.itemsize if shape.fp8 else 0
+
+
+def _parts(spec: MoESpec, dim: int) -> int:
+    """Bytes of a part of the experts in 16 bits, with the fp32 maxima of all experts' blocks, twice
+    while they are made.
+    """
+    each = dim * spec.expert.dim
+    return -(-spec.experts // PARTS) * each * 2 + spec.experts * each * 4 * 2 // 64

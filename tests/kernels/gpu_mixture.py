@@ -3,8 +3,8 @@
     python tests/kernels/gpu_mixture.py [--tiny]
 
 Layers of Qwen3-30B-A3B's shape in NF4 with adapters on every projection: losses and gradients of
-both ways beside each other, the times of a step and its peak memory, then tokens decoded by CUDA
-graph against tokens decoded step by step.
+both ways beside each other, the times of a step under each policy and its peak memory, then tokens
+decoded by CUDA graph against tokens decoded step by step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +25,7 @@ import torch  # noqa: E402
 
 from purelm.nn import experts, generate, lora, loss, params, stacks, tree  # noqa: E402
 from purelm.nn.decode import waits_for  # noqa: E402
-from purelm.nn.residuals import RECOMPUTE  # noqa: E402
+from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy  # noqa: E402
 from purelm.nn.spec import (  # noqa: E402
     AttentionSpec,
     LayerSpec,
@@ -37,6 +39,12 @@ from purelm.quant import nf4  # noqa: E402
 
 TINY = "--tiny" in sys.argv
 DEVICE = "cpu" if TINY else "cuda"
+WAYS = {
+    "one by one": RECOMPUTE,
+    "all kept": KEEP,
+    "qkv, gate and up run again": RECOMPUTE,
+    "sent to the host": OFFLOAD,
+}
 EXPERTS, ACTIVE, WIDE, NARROW, LAYERS = (4, 2, 64, 64, 2) if TINY else (128, 8, 2048, 768, 4)
 
 
@@ -70,30 +78,44 @@ def one_by_one() -> Any:
 def main() -> None:
     torch.manual_seed(0)
     spec, made, adapters = model()
-    leaves = tree.tensors(adapters)
     for rows, length in ((1, 9),) if TINY else ((8, 2048), (1, 2048)):
         ids = torch.randint(0, 1000, (rows, length), device=DEVICE)
-
-        def step() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            total = loss.loss(made, spec, ids, ids, adapters=adapters, residuals=RECOMPUTE)  # noqa: B023
-            return total.detach(), torch.autograd.grad(total, leaves)
-
         found = {}
-        for name, how in (("one by one", one_by_one()), ("in one launch", mock.MagicMock())):
-            with how:
-                value, grads = step()
-                found[name] = grads
+        for name, policy in WAYS.items():
+            step = partial(step_of, spec, made, adapters, ids, policy)
+            with one_by_one() if name == "one by one" else nullcontext():
                 times, peak = timed(step)
+                value, grads = step()
+            if name in ("one by one", "all kept"):
+                found[name] = grads
+            del grads
+            rate = "" if TINY else f", {rows * length / times * 1e3:,.0f} tokens/s"
             print(
-                f"{rows}x{length} {name}: loss {value.item():.5f}, {times:.1f} ms, {peak:.2f} GiB"
+                f"{rows}x{length} {name}: loss {value.item():.5f}, {times:.1f} ms{rate}, "
+                f"{peak:.2f} GiB"
             )
-        a, b = ([g.flatten().float() for g in found[name]] for name in found)
-        worst = min(torch.cosine_similarity(x, y, dim=0).item() for x, y in zip(a, b, strict=True))
-        print(f"{rows}x{length} least cosine of an adapter's gradients: {worst:.6f}", flush=True)
+            if name == "all kept":
+                print(f"{rows}x{length} least cosine of an adapter's gradients: {least(found)}")
+                found.clear()
+    step = partial(step_of, spec, made, adapters, ids, RECOMPUTE)
     print("a decoding step waits for:", waits_for(made, spec, adapters))
     if not TINY:
         graphed(step)
     decoded(spec, made, adapters)
+
+
+def step_of(
+    spec: ModelSpec, made: Any, adapters: Any, ids: torch.Tensor, policy: Policy
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    total = loss.loss(made, spec, ids, ids, adapters=adapters, residuals=policy)
+    return total.detach(), torch.autograd.grad(total, tree.tensors(adapters))
+
+
+def least(found: dict[str, Any]) -> str:
+    """The least cosine between the gradients of two ways."""
+    a, b = ([g.flatten().float() for g in grads] for grads in found.values())
+    pairs = zip(a, b, strict=True)
+    return f"{min(torch.cosine_similarity(x, y, dim=0).item() for x, y in pairs):.6f}"
 
 
 def timed(f: Any) -> tuple[float, float]:
