@@ -65,19 +65,18 @@ def configure(
     names of embedding, head and norms, as peft matches them. target_parameters: names or endings of
     parameters that hold all experts of a layer ("mlp.experts.gate_up_proj"), in which each expert
     gets an adapter of its own, of gate and up together; target_modules then means no expert, as in
-    peft over transformers 5.
+    peft over transformers 5. ensure_weight_tying: True says what holds in any case: an embedding
+    that is the head too is trained as one matrix with it.
 
     Raises ArgumentError for values that cannot be used, and NotImplementedError, with name and
     value, for what is not there yet.
     """
-    not_yet(
-        loftq_config=(loftq_config or None, None),
-        ensure_weight_tying=(ensure_weight_tying, None),
-    )
+    not_yet(loftq_config=(loftq_config or None, None))
     whole = _frozen(target_parameters) or None
     targets, saved, notes = _targets(
         target_modules, modules_to_save, spec, names, may_be_none=whole is not None
     )
+    _check_tying(ensure_weight_tying, saved, spec, names)
     layers = _layers(layers_to_transform, finetune_last_n_layers, len(spec.layers))
     config = PeftConfig(
         r=r,
@@ -276,6 +275,18 @@ def _compiled_matches(wanted: tuple[str, ...] | str, *known: str) -> bool:
         raise ArgumentError(
             f"target_modules {wanted!r} is no regular expression: {problem}"
         ) from None
+
+
+def _check_tying(asked: bool | None, saved: tuple[str, ...], spec: ModelSpec, names: Names) -> None:
+    """Tied matrices are trained as the one that they are, which peft does if asked to."""
+    if asked not in (None, True, False) or isinstance(asked, int) and not isinstance(asked, bool):
+        raise wrong("ensure_weight_tying", asked, "True, False or None")
+    both = [names.module_to_hf(path) for path in _EMBEDDINGS]
+    if asked is False and spec.tied and any(peft_targets.is_saved(saved, name) for name in both):
+        raise ArgumentError(
+            f"ensure_weight_tying=False: {both[0]} and {both[1]} are one matrix in this model, "
+            "which is trained as one; leave it out, or untie them first"
+        )
 
 
 def _layers(given: Any, last: int | None, depth: int) -> tuple[int, ...] | int | None:

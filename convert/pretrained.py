@@ -33,6 +33,7 @@ from .hub import Source, resolve
 from .load import Loaded, load_folder, read_config
 from .lora_config import DEFAULT_TARGETS
 from .precision import Compute, check_compute
+from .ready_repositories import ready
 from .registry import family_of
 from .resize import resized, with_pad_token
 from .tokenizer import TOKENIZERS, Tokenizer
@@ -105,18 +106,22 @@ class FastLanguageModel:
         model whose head is the embedding only the layers' own embeddings (Gemma 4), and not for one
         that trains it. float32_mixed_precision: True
         says what holds in any case where adapters are trained: all that is trained is fp32, and
-        products are in `dtype`. qat_scheme: with full_finetuning, train for being stored in that
-        format later: "int4", "int8", "int8-int4", "fp8-fp8" or "fp8-int4" as torchao rounds
-        (weights, or activations-weights). text_only: of a vision-language model load the text half,
-        which trains and is saved as a text model; the model's report says what was left out.
-        fast_inference: `model.fast_generate` answers many prompts at once over the same weights, a
-        training step's changes seen at once. gpu_memory_utilization: of the device's memory, so
-        much may be in use when its cache is full, which grows with need. max_lora_rank: no adapter
-        may have more. disable_log_stats=False: it tells the logger "purelm.engine", as INFO, how
-        it goes. Without fast_inference those three mean nothing. float8_kv_cache: while generating,
-        keys and values are kept in e4m3, in half the memory and less exactly. A
-        parameter that is not implemented yet raises NotImplementedError for any value but its
-        default.
+        products are in `dtype`; False what holds with full_finetuning: weights are trained in
+        `dtype`, in which products are too. qat_scheme: with full_finetuning, train for
+        being stored in that format later: "int4", "int8", "int8-int4", "fp8-fp8" or
+        "fp8-int4" as torchao rounds (weights, or activations-weights).
+        prefer_prequantized: of a model that `ready_repositories` has in 4 bits load those
+        files, which the model's report tells; any other name is loaded as given.
+        text_only: of a vision-language model load the text half, which trains and is saved
+        as a text model; the model's report says what was left out. fast_inference:
+        `model.fast_generate` answers many prompts at once over the same weights, a
+        training step's changes seen at once. gpu_memory_utilization: of the device's
+        memory, so much may be in use when its cache is full, which grows with need.
+        max_lora_rank: no adapter may have more. disable_log_stats=False: it tells the
+        logger "purelm.engine", as INFO, how it goes. Without fast_inference those three
+        mean nothing. float8_kv_cache: while generating, keys and values are kept in e4m3,
+        in half the memory and less exactly. A parameter that is not implemented yet raises
+        NotImplementedError for any value but its default.
 
         Raises SourceError, ConfigError, CheckpointError, TokenizerError, AdapterError for files,
         ArgumentError for arguments that contradict each other.
@@ -130,6 +135,7 @@ class FastLanguageModel:
             use_exact_model_name=use_exact_model_name,
             local_files_only=local_files_only,
             text_only=text_only,
+            prefer_prequantized=prefer_prequantized,
         )
         if trust_remote_code:
             raise ArgumentError(
@@ -144,14 +150,13 @@ class FastLanguageModel:
             full_finetuning=full_finetuning,
         )
         not_yet(
-            # What adapters do in any case: themselves in fp32, products in `dtype`.
+            # What holds in any case: adapters in fp32, a whole model's weights in `dtype`.
             float32_mixed_precision=(
                 None
-                if float32_mixed_precision is True and not full_finetuning
+                if float32_mixed_precision is (not full_finetuning)
                 else float32_mixed_precision,
                 None,
             ),
-            prefer_prequantized=(prefer_prequantized, False),
         )
         fast = FastInference(gpu_memory_utilization, max_lora_rank, not disable_log_stats)
         check_tiled(unsloth_tiled_mlp)
@@ -175,14 +180,17 @@ class FastLanguageModel:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        source = resolve(model_name, revision=revision, subfolder=subfolder, **hub)
+        name, notes = os.fspath(model_name), list[str]()
+        if prefer_prequantized:
+            name, note = ready(name, quantize=quantize, revision=revision)
+            notes.append(note)
+        source = resolve(name, revision=revision, subfolder=subfolder, **hub)
         adapter = adapter_config.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
         config = read_config(base.folder, text_only=text_only)
         config_file = base.folder / "config.json"
         family = family_of(config.fields, config_file)
-        notes = []
         told = None if adapter is None else adapter_file.read_trained(source.folder, family.names)
         if told is not None:
             if rope_scaling is None and told.rope_scaling is not None:

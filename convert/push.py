@@ -38,7 +38,7 @@ class Pushed:
 
 
 def push(
-    model: CausalLM,
+    model: CausalLM | None,
     repo_id: str,
     save: Callable[[Path], Any],
     kind: str,
@@ -51,13 +51,14 @@ def push(
     dry_run: bool = False,
     temporary_location: str | None = None,
 ) -> Pushed:
-    """Send what `save(folder)` writes, with a model card, to `repo_id` ("owner/name" or "name").
+    """Send what `save(folder)` writes, with a model's card, to `repo_id` ("owner/name" or "name").
 
     kind: what it is, for the card ("adapter", "merged" or "gguf"); a card that the repository has
-    already stays. token: of an account that may write (None: huggingface_hub's own). private: of
-    a repository that is made here. revision: a branch, made where it is missing. create_pr: as a
-    pull request. dry_run: saves, sends nothing and asks nobody. temporary_location: the folder to
-    save in (default: the system's), which must have room for all of it.
+    already stays. model: None for what has no card, a tokenizer alone. token: of an account that
+    may write (None: huggingface_hub's own). private: of a repository that is made here. revision: a
+    branch, made where it is missing. create_pr: as a pull request. dry_run: saves, sends nothing
+    and asks nobody. temporary_location: the folder to save in (default: the system's), which must
+    have room for all of it.
 
     Raises ArgumentError for arguments that cannot be, SaveError when saving fails, and UploadError
     when the hub refuses or cannot be reached; the repository's content is then as it was.
@@ -76,7 +77,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="purelm-", dir=temporary_location) as made:
         folder = Path(made, "upload")
         save(folder)
-        if not (folder / CARD).exists():
+        if model is not None and not (folder / CARD).exists():
             (folder / CARD).write_text(model_card(model, repo_id, kind, folder), encoding="utf-8")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path for path in paths}

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -24,6 +24,9 @@ from .padding import check_side, pad_batch, strategies
 from .text_input import text_inputs, why_not_text
 from .tokenizer_files import CONFIG, read_backend, read_config, read_templates, rust, write_folder
 from .vocabulary import Vocabulary, natural
+
+if TYPE_CHECKING:
+    from .push import Pushed
 
 # Files that a tokenizer can be made of alone.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -420,6 +423,14 @@ class Tokenizer(Vocabulary):
 
         folder = Path(save_directory)
         return write_folder(folder, self.to_json(), config_of(self), self.chat_template)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Send what `save_pretrained` writes to the hub; `options` are those of `push.push`. Other
+        files of the repository stay.
+        """
+        from .push import push
+
+        return push(None, repo_id, self.save_pretrained, "tokenizer", **options)
 
     def to_transformers(self) -> Any:
         """The same tokenizer as a `transformers.PreTrainedTokenizerFast` of its own."""

@@ -288,7 +288,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
     ("name", "value"),
     [
         ("loftq_config", {"loftq_bits": 4}),
-        ("ensure_weight_tying", True),
         ("init_lora_weights", "eva"),
     ],
 )
@@ -298,6 +297,29 @@ def test_what_is_not_there_yet(name: str, value: Any, tmp_path: Path) -> None:
         adapted(folder, **{name: value})
     with pytest.raises(TypeError, match="unexpected keyword argument 'lora_aplha'"):
         adapted(folder, lora_aplha=3)
+
+
+def test_tied_matrices_are_trained_as_one(tmp_path: Path) -> None:
+    """As peft does it where `ensure_weight_tying` asks for it."""
+    theirs, folder = hf("llama", {"tie_word_embeddings": True}, tmp_path)
+    asked: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = adapted(folder, ensure_weight_tying=True, **asked)
+    plain = adapted(folder, **asked)
+    assert dict(tree.items(model.trained)).keys() == dict(tree.items(plain.trained)).keys()
+    with pytest.raises(ArgumentError, match="one matrix in this model"):
+        adapted(folder, ensure_weight_tying=False, **asked)
+    adapted(folder, ensure_weight_tying=False, target_modules=["q_proj"])
+    with pytest.raises(ArgumentError, match="ensure_weight_tying is"):
+        adapted(folder, ensure_weight_tying=1, **asked)
+    bridged.spread_trained(model)
+    config = peft.LoraConfig(r=4, lora_alpha=16, ensure_weight_tying=True, **asked)
+    other = peft.get_peft_model(theirs, config).eval()
+    state = peft.get_peft_model_state_dict(other)
+    model.save_pretrained(tmp_path / "tied")
+    ours = load_file(tmp_path / "tied" / "adapter_model.safetensors")
+    peft.set_peft_model_state_dict(other, {name: ours[name] for name in state if name in ours})
+    with torch.no_grad():
+        bridged.same_logits(model(bridged.ids()).logits, other(bridged.ids()).logits)
 
 
 def test_adapters_are_never_thrown_away(tmp_path: Path) -> None:

@@ -73,7 +73,6 @@ OURS = [
 ]
 NOT_YET = {
     "float32_mixed_precision": False,
-    "prefer_prequantized": True,
     "device_map": "balanced",
 }
 
@@ -680,3 +679,7 @@ def test_float32_mixed_precision_is_how_adapters_train(folder: Path) -> None:
     assert model(ids()).logits.dtype == torch.bfloat16
     with pytest.raises(NotImplementedError, match="float32_mixed_precision=True"):
         load(folder, float32_mixed_precision=True, full_finetuning=True)
+    whole, _ = load(
+        folder, dtype=torch.bfloat16, float32_mixed_precision=False, full_finetuning=True
+    )
+    assert {p.dtype for p in whole.parameters() if p.requires_grad} == {torch.bfloat16}

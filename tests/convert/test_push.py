@@ -15,6 +15,7 @@ import purelm
 from purelm.convert.bridge import CausalLM
 from purelm.convert.gguf_file import open_gguf
 from purelm.convert.push import Pushed
+from purelm.convert.tokenizer import Tokenizer
 from purelm.errors import ArgumentError, SaveError, UploadError
 
 # huggingface_hub's own call of httpx.
@@ -112,6 +113,21 @@ def test_gguf_files(trained: Any, hub: Any) -> None:
     assert open_gguf(files["tiny.BF16.gguf"]).fields["general.architecture"] == "llama"
     card = files["README.md"].read_text("utf-8")
     assert '"tiny.BF16.gguf"' in card and "- gguf" in card
+
+
+def test_a_tokenizer_alone(trained: Any, hub: Any) -> None:
+    _, tokenizer = trained
+    tokenizer.push_to_hub("me/words", token="hf_good")
+    files = content(hub, "me/words")
+    assert "tokenizer.json" in files and not {"README.md", "config.json"} & files.keys()
+    again = Tokenizer.from_folder(files["tokenizer.json"].parent)
+    text = "Once upon a time <|im_end|>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    # Beside a model that is there, whose other files stay.
+    tokenizer.push_to_hub("me/words", token="hf_good", commit_message="Again")
+    assert hub.uploads.commits[-1]["summary"] == "Again"
+    done = tokenizer.push_to_hub("me/words", dry_run=True)
+    assert done.url is None and {name for name, _ in done.files} == files.keys()
 
 
 def test_a_card_that_is_there_stays(trained: Any, hub: Any) -> None:
