@@ -42,7 +42,8 @@ class Architecture:
     features, so that the halves of each head of q and k are stored interleaved. offset: is added
     to the weights of norms. windows: llama.cpp has the family's windows; if not, the context ends
     with the window. tied: llama.cpp has no head apart from the embedding. partial: a part of each
-    head may be rotated. divided: `logit_scale` divides. query_scale: queries are scaled by
+    head may be rotated. original: config.json has `original_max_position_embeddings` beside the
+    rotary fields. divided: `logit_scale` divides. query_scale: queries are scaled by
     the root of their head's width, but by that of the model's over the heads at this depth (the
     27B models). modules: of a layer, which are called
     otherwise, or hold several of ours -> ours, or the name in a checkpoint.
@@ -60,6 +61,7 @@ class Architecture:
     windows: bool = False
     tied: bool = False
     partial: bool = False
+    original: bool = False
     divided: bool = False
     query_scale: int | None = None
     modules: Mapping[str, str] = field(default_factory=dict)
@@ -146,6 +148,7 @@ ARCHITECTURES = (
         "phi3",
         fields=(_SLIDING,),
         partial=True,
+        original=True,
         modules={"attn_qkv": "model.layers.*.self_attn.qkv_proj", **_GATE_UP},
     ),
     Architecture("starcoder2", "starcoder2", fields=(_SLIDING,), eps=(LAYER_EPS, "norm_epsilon")),

@@ -6,9 +6,12 @@ from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass, replace
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
-from ..nn.spec import ModelSpec
-from .dense import with_attention
+from ..nn.rope import attention_factor
+from ..nn.spec import AttentionSpec, ModelSpec
+from .dense import map_attention, with_attention
 from .gguf_architectures import (
     INTEGERS,
     VALUES,
@@ -19,6 +22,8 @@ from .gguf_architectures import (
     width,
 )
 
+# Architectures for which llama.cpp looks for LongRoPE's divisors.
+_LONGROPE = ("phi3", "llama")
 # Fields of a file are fp32.
 _FP32 = 1e-6
 
@@ -36,14 +41,34 @@ def architecture_of(family: str) -> Architecture:
 
 def expressed(spec: ModelSpec, architecture: Architecture, tied: bool) -> ModelSpec:
     """The spec that the file will stand for: without windows that llama.cpp does not have for such
-    models, whose context ends with the window then.
+    models, whose context ends with the window then. LongRoPE's factor follows from the context
+    there, and what it gives is said.
     """
-    spec = replace(spec, tied=tied)
+    spec = map_attention(replace(spec, tied=tied), lambda _, a: _with_said(a, spec.max_positions))
     windows = [a.window for a in spec.attentions() if a.window is not None]
     if architecture.windows or not windows:
         return spec
     context = min(spec.max_positions, *windows)
     return replace(with_attention(spec, window=None), max_positions=context)
+
+
+def _with_said(attention: AttentionSpec, context: int) -> AttentionSpec:
+    rope = attention.rope
+    if rope is None or rope.kind != "longrope":
+        return attention
+    said = replace(
+        rope,
+        factor=context / rope.original_positions,
+        attention_factor=attention_factor(rope),
+        short_factors=_rounded(rope.short_factors),
+        long_factors=_rounded(rope.long_factors),
+    )
+    return replace(attention, rope=said)
+
+
+def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
+    """As a tensor of the file holds them."""
+    return tuple(torch.tensor(values).tolist())
 
 
 def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict[str, Any]:
@@ -78,6 +103,11 @@ def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict
         own["rope.scaling.factor"] = float(rope.factor)
         if rope.kind == "yarn":
             own["rope.scaling.original_context_length"] = rope.original_positions
+    elif rope.kind == "longrope" and architecture.name in _LONGROPE:
+        # Without the factor, by which llama.cpp would divide positions besides.
+        own["rope.scaling.type"] = rope.kind
+        own["rope.scaling.attn_factor"] = float(attention_factor(rope))
+        own["rope.scaling.original_context_length"] = rope.original_positions
     elif rope.kind not in ("default", "llama3"):
         raise ConfigError(f"the rope scaling {rope.kind!r} cannot be put into a GGUF file")
     general: dict[str, Any] = {

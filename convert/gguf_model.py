@@ -19,7 +19,7 @@ from .gguf_architectures import (
     of_file,
 )
 from .gguf_file import GGUF, GGUFTensor, read_tensor
-from .gguf_names import ROPE_FREQS, VECTORS, to_hf
+from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ROPE_TENSORS, VECTORS, to_hf
 from .registry import FAMILIES
 from .shards import Checkpoint
 
@@ -38,12 +38,15 @@ _KNOWN = {
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scaling.attn_factor",
     "rope.scaling.factor",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
     "rope.scaling.type",
     "vocab_size",
 }
+# A head has not more pairs of features.
+_MAX_FACTORS = 1 << 12
 # Experts that a stack may have; a file can announce any number.
 _MAX_EXPERTS = 1 << 12
 
@@ -106,6 +109,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     scaling = _scaling(own, gguf) or _llama3(gguf, fields)
     if scaling:
         fields["rope_scaling"] = scaling
+        if architecture.original:
+            name = "original_max_position_embeddings"
+            fields[name] = scaling.get(name, fields["max_position_embeddings"])
     embed = gguf.tensors.get("token_embd.weight")
     if embed is None:
         raise CheckpointError("the tensor is missing", tensor="token_embd.weight", file=gguf.file)
@@ -128,7 +134,7 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
     architecture, own = architecture_of(gguf), _own(gguf)
     made: dict[str, GGUFTensor] = {}
     for name, info in gguf.tensors.items():
-        if name == ROPE_FREQS:
+        if name in ROPE_TENSORS:
             continue
         hf = to_hf(name, architecture)
         if hf is None or hf in made:
@@ -196,6 +202,9 @@ def _number(own: Mapping[str, Any], name: str, gguf: GGUF, default: float | None
 
 def _scaling(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any] | None:
     kind = own.get("rope.scaling.type", "none")
+    # Phi-3's files do not always name it.
+    if kind == "longrope" or (kind == "none" and ROPE_LONG in gguf.tensors):
+        return _longrope(own, gguf)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
@@ -205,6 +214,26 @@ def _scaling(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any] | None:
         name = "rope.scaling.original_context_length"
         made["original_max_position_embeddings"] = _integer(own, name, gguf)
     return made
+
+
+def _longrope(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any]:
+    """LongRoPE, whose divisors are tensors."""
+    found = {}
+    for name, tensor in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT)):
+        info = gguf.tensors.get(tensor)
+        if info is None or len(info.shape) != 1 or info.shape[0] > _MAX_FACTORS:
+            raise CheckpointError(
+                "LongRoPE needs a vector of divisors here", tensor=tensor, file=gguf.file
+            )
+        found[name] = read_tensor(info).tolist()
+    return {
+        "rope_type": "longrope",
+        "attention_factor": _number(own, "rope.scaling.attn_factor", gguf, 1.0),
+        "original_max_position_embeddings": _integer(
+            own, "rope.scaling.original_context_length", gguf
+        ),
+        **found,
+    }
 
 
 def _llama3(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any] | None:

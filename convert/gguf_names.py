@@ -8,6 +8,9 @@ from .names import Names
 from .registry import FAMILIES
 
 ROPE_FREQS = "rope_freqs.weight"
+# LongRoPE's divisors for rows beyond the original context and within it.
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 # Our module path -> ggml's. Stacks of experts are one tensor there.
 _OURS = {
     "embed": "token_embd",

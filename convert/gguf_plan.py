@@ -7,15 +7,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..errors import ArgumentError, SaveError
-from ..nn.spec import AttentionSpec, ModelSpec, MoESpec
+from ..nn.spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from . import merge
 from .gguf_architectures import Architecture, divisors, main_rope
 from .gguf_fields import architecture_of
-from .gguf_names import ROPE_FREQS, VECTORS, to_ggml
+from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, VECTORS, to_ggml
 from .registry import Family
 
 # The method: the type of matrices, of the embedding and the head (which suffer most from few
@@ -85,12 +86,22 @@ def plan(
                 shape = shape[1:]
             made.append(Planned(name, shape, _kind(name, shape, matrix, outer), make))
             _check_width(made[-1], tensor.name)
-    rope = main_rope(spec)
+    # In front, so that they are there when the header is checked.
+    return [*_of_rope(main_rope(spec)), *made]
+
+
+def _of_rope(rope: RopeSpec | None) -> list[Planned]:
+    """The divisors of a scaled rotation."""
+    found: dict[str, torch.Tensor] = {}
     if rope is not None and rope.kind == "llama3":
-        found = divisors(rope)
-        # In front, so that it is there when the header is checked.
-        made.insert(0, Planned(ROPE_FREQS, tuple(found.shape), "F32", lambda: found))
-    return made
+        found[ROPE_FREQS] = divisors(rope)
+    if rope is not None and rope.kind == "longrope":
+        found[ROPE_LONG] = torch.tensor(rope.long_factors)
+        found[ROPE_SHORT] = torch.tensor(rope.short_factors)
+    return [
+        Planned(name, tuple(tensor.shape), "F32", partial(torch.Tensor.float, tensor))
+        for name, tensor in found.items()
+    ]
 
 
 def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:

@@ -20,7 +20,7 @@ from . import atomic, merge
 from .gguf_fields import architecture_of, check_same, expressed, model_fields
 from .gguf_file import GGUFTensor, open_gguf
 from .gguf_model import config_fields
-from .gguf_names import ROPE_FREQS
+from .gguf_names import ROPE_TENSORS
 from .gguf_plan import METHODS, Planned, plan
 from .gguf_tokenizer_write import check_tokenizer, tokenizer_fields
 from .merge_tensor import digest
@@ -149,7 +149,7 @@ def _write(
         assert writer.fout is not None
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
-        first = next(tensor for tensor in planned if tensor.name != ROPE_FREQS)
+        first = next(tensor for tensor in planned if tensor.name not in ROPE_TENSORS)
         for tensor in planned:
             if tensor is first:
                 _check_header(path, file, planned, spec, tokenizer)

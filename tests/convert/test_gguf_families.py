@@ -1,6 +1,8 @@
 """GGUF files of every architecture: the same logits in our reader and in llama.cpp."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import bridged
 import gguf_models
@@ -10,9 +12,11 @@ import torch
 import purelm
 from purelm.convert.gguf_architectures import families
 from purelm.convert.gguf_fields import architecture_of
+from purelm.convert.gguf_file import open_gguf
+from purelm.convert.gguf_model import config_fields
 from purelm.convert.gguf_names import to_ggml
 from purelm.convert.registry import FAMILIES
-from purelm.errors import SaveError
+from purelm.errors import CheckpointError, SaveError
 from purelm.nn import decoder
 
 # One of each kind of thing that differs: these are checked in the quick lane too.
@@ -64,3 +68,55 @@ def test_llama_cpp_has_the_same_logits(family: str, tmp_path: Path) -> None:
     gelu = any(mlp.activation.startswith("gelu") for x in model.spec.layers for mlp in x.mlps)
     assert off < (2**-9 if gelu else 5e-6)
     assert torch.equal(found.argmax(-1), want.argmax(-1))
+
+
+def longrope(original: int, context: int, pairs: int) -> dict[str, object]:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": original,
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [1.5 + 0.7 * i for i in range(pairs)],
+    }
+    return {"rope_parameters": rope, "max_position_embeddings": context}
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_longrope(family: str, tmp_path: Path) -> None:
+    """Divisors for long and for short rows, both ways; said in transformers' words again."""
+    extra = {"original_max_position_embeddings": 16} if family == "phi3" else {}
+    model = gguf_models.model_of(tmp_path, family, **longrope(16, 64, 8), **extra)
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    held = open_gguf(path)
+    assert held.tensors["rope_factors_long.weight"].shape == (8,)
+    spec, params = purelm.load(path, device="cpu", dtype=torch.float32)
+    for length in (12, 23):
+        ids = bridged.ids(length=length)
+        bridged.same_logits(decoder.forward(params, spec, ids), model(ids).logits.detach())
+    # As llama.cpp writes Phi-3's files: the kind is not named.
+    fields = dict(held.fields)
+    del fields[f"{family}.rope.scaling.type"]
+    unnamed = replace(held, fields=MappingProxyType(fields))
+    assert config_fields(unnamed) == config_fields(held)
+    tensors = {n: info for n, info in held.tensors.items() if n != "rope_factors_short.weight"}
+    with pytest.raises(CheckpointError, match="rope_factors_short"):
+        config_fields(replace(held, tensors=MappingProxyType(tensors)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("original", [16, 512])
+def test_llama_cpp_has_the_same_longrope(original: int, tmp_path: Path) -> None:
+    """It takes the long divisors where its context is longer than the original one."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = gguf_models.model_of(
+        tmp_path, "phi3", original_max_position_embeddings=original, **longrope(original, 2048, 8)
+    )
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    wide = llama_cpp.GGML_TYPE_F32
+    theirs = llama_cpp.Llama(
+        str(path), n_ctx=64, logits_all=True, type_k=wide, type_v=wide, verbose=False, n_threads=1
+    )
+    ids = bridged.ids(rows=1, length=23)
+    theirs.eval(ids[0].tolist())
+    found = torch.from_numpy(theirs.scores[: ids.shape[1]].copy())
+    bridged.same_logits(found, model(ids).logits.detach()[0])
