@@ -136,3 +136,34 @@ def test_real_tokenizers():
     stories = Tokenizer.from_folder(shared("assets/stories260K"))
     assert kinds(stories, vocab_rows=512) == ["pad-missing"]
     assert repair(stories, vocab_rows=512)[0].after == "<unk>"
+
+
+TEXTS = [
+    "Hello world",
+    "  two  spaces\n\n\ttab",
+    "\u65e5\u672c e\u0301 \U0001f642 123",
+    "<|im_end|></s>",
+    "",
+]
+
+
+def test_a_repair_changes_no_ids():
+    """Of every published tokenizer that is there, known ones or not."""
+    folders = [f for f in shared("assets/tokenizers").iterdir() if (f / "tokenizer.json").is_file()]
+    assert folders
+    for folder in [*folders, shared("assets/stories260K")]:
+        tokenizer = Tokenizer.from_folder(folder)
+        rows = max(tokenizer.get_vocab().values()) + 1
+        before = [tokenizer(text)["input_ids"] for text in TEXTS]
+        settled = {k: v for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
+        others = [f for f in diagnose(tokenizer, vocab_rows=rows) if not f.kind.startswith("pad")]
+        changes = repair(tokenizer, vocab_rows=rows)
+        assert [change.field for change in changes] in ([], ["pad_token"]), folder.name
+        assert [tokenizer(text)["input_ids"] for text in TEXTS] == before, folder.name
+        now = {k: v for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
+        assert now == settled
+        # Nothing else is found than before, and a second repair has nothing to do.
+        assert diagnose(tokenizer, vocab_rows=rows) == others, folder.name
+        assert repair(tokenizer, vocab_rows=rows) == []
+        assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+        assert tokenizer.pad_token_id < rows
