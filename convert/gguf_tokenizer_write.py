@@ -38,7 +38,8 @@ def tokenizer_fields(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     """The `tokenizer.…` fields of a model with `size` embeddings; ids without a token are unused.
 
     Raises TokenizerError for a tokenizer that is no BPE, splits or normalises text in a way that
-    has no name there, has merges that scores cannot express, or has more tokens than `size`.
+    has no name there, has merges that scores cannot express, or has more tokens than `size`; an
+    added token beyond it, which the model could not be given, is left out with a warning.
     """
     made = json.loads(tokenizer.to_json())
     model = made["model"]
@@ -94,7 +95,9 @@ def check_tokenizer(written: GGUF, tokenizer: Tokenizer) -> None:
             stacklevel=2,
         )
     else:
-        texts += [f"a {token['content']}b" for token in made["added_tokens"][:64]]
+        size = len(written.fields["tokenizer.ggml.tokens"])
+        added = [token for token in made["added_tokens"] if token["id"] < size]
+        texts += [f"a {token['content']}b" for token in added[:64]]
     for text in texts:
         for special in (True, False):
             want = tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -109,12 +112,24 @@ def check_tokenizer(written: GGUF, tokenizer: Tokenizer) -> None:
 def _tokens(made: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     model = made["model"]
     found = {index: (token, _PLAIN) for token, index in model["vocab"].items()}
+    if found and max(found) >= size:
+        raise TokenizerError(
+            f"the tokenizer has ids up to {max(found)}, the model {size} embeddings; resize the "
+            "model, or give its own tokenizer"
+        )
     if model.get("byte_fallback"):
         for byte in range(256):
             token = f"<0x{byte:02X}>"
             if token in model["vocab"]:
                 found[model["vocab"][token]] = token, BYTE
     for added in made["added_tokens"]:
+        if added["id"] >= size:
+            warnings.warn(
+                f"the token {added['content']!r:.60} has the id {added['id']}, for which the model "
+                f"has no embedding ({size} of them): it is no token of the GGUF file",
+                stacklevel=2,
+            )
+            continue
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             raise TokenizerError(
                 f"the token {added['content']!r:.60} takes the spaces beside it or whole words "
@@ -123,11 +138,6 @@ def _tokens(made: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
         found[added["id"]] = added["content"], CONTROL if added["special"] else USER
     if not _has_bytes(made) and model.get("unk_token") in model["vocab"]:
         found[model["vocab"][model["unk_token"]]] = model["unk_token"], UNKNOWN
-    if found and max(found) >= size:
-        raise TokenizerError(
-            f"the tokenizer has ids up to {max(found)}, the model {size} embeddings; resize the "
-            "model, or give its own tokenizer"
-        )
     pairs = [found.get(index, (f"[PAD{index}]", _UNUSED)) for index in range(size)]
     return [token for token, _ in pairs], [kind for _, kind in pairs]
 

@@ -240,3 +240,15 @@ def test_gemmas_runs_of_spaces(tmp_path: Path) -> None:
     # Shorter runs first is another tokenizer, of which scores cannot tell.
     with pytest.raises(TokenizerError, match="do not follow from scores"):
         tokenizer_fields(gemma(runs(6)[::-1]), 300)
+
+
+def test_a_token_without_an_embedding_is_left_out(tmp_path: Path) -> None:
+    """As Gemma 3's <image_soft_token>, which its text models have no row for."""
+    ours = gemma(runs(3))
+    size = len(ours)
+    ours.add_tokens(["<image_soft_token>"])
+    with pytest.warns(UserWarning, match=f"image_soft_token.* has the id {size}"):
+        fields = tokenizer_fields(ours, size)
+    assert len(fields["tokenizer.ggml.tokens"]) == size
+    with pytest.raises(TokenizerError, match="embeddings; resize"):
+        tokenizer_fields(ours, size - 1)
