@@ -1,7 +1,7 @@
 """Tensors from files onto a GPU: read in parallel into pinned buffers, copied as they fill."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +10,15 @@ from .gguf_file import GGUFTensor, read_tensor
 from .safetensors_file import TensorInfo, opened, read, read_at
 
 CHUNK = 16 * 2**20
-THREADS = 4
+THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A tensor on its way: complete when all lanes are done and their streams waited for."""
+
+    tensor: torch.Tensor
+    lanes: list[Future[None]]
 
 
 class Stager:
@@ -21,8 +29,10 @@ class Stager:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._coming: dict[TensorInfo, _Coming] = {}
         if device.type == "cuda":
-            self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+            # One thread a buffer: what it is given runs in turn, so no two tensors share it.
+            self._lanes = [ThreadPoolExecutor(1) for _ in range(THREADS)]
             self._streams = [torch.cuda.Stream(device) for _ in range(THREADS)]  # type: ignore[no-untyped-call]
             pinned = torch.empty(THREADS, CHUNK, dtype=torch.uint8, pin_memory=True)
             self._buffers = list(pinned.unbind())
@@ -32,9 +42,17 @@ class Stager:
 
     def __exit__(self, *problem: object) -> None:
         if self.device.type == "cuda":
-            self._pool.shutdown(cancel_futures=True)
+            for lane in self._lanes:
+                lane.shutdown(cancel_futures=True)
             # The buffers must not be freed, nor a half-copied tensor used, before copies are done.
             torch.cuda.synchronize(self.device)
+            self._coming.clear()
+
+    def ahead(self, info: object) -> None:
+        """Begin to read a tensor that `read` will be asked for soon; nothing on a CPU, or where it
+        must be decoded."""
+        if self.device.type == "cuda" and type(info) is TensorInfo and info not in self._coming:
+            self._coming[info] = self._begin(info)
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The tensor on the device, ready for the current stream. Raises CheckpointError."""
@@ -44,11 +62,19 @@ class Stager:
             return info.decode(*map(self.read, info.parts))
         if self.device.type != "cuda":
             return read(info).to(self.device)
+        found = self._coming.pop(info, None) or self._begin(info)
+        for lane in found.lanes:
+            lane.result()
+        current = torch.cuda.current_stream(self.device)
+        for stream in self._streams[: len(found.lanes)]:
+            current.wait_stream(stream)
+        return found.tensor
+
+    def _begin(self, info: TensorInfo) -> _Coming:
         out = torch.empty(info.shape, dtype=info.dtype, device=self.device)
         data = out.view(-1).view(torch.uint8)
-        current = torch.cuda.current_stream(self.device)
-        for stream in self._streams:
-            stream.wait_stream(current)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record(torch.cuda.current_stream(self.device))
 
         def lane(which: int) -> None:
             """Every THREADS-th chunk through one buffer and one stream."""
@@ -58,11 +84,8 @@ class Stager:
                     size = min(CHUNK, info.nbytes - begin)
                     stream.synchronize()  # the buffer's last copy
                     read_at(file, info, begin, buffer[:size])
+                    stream.wait_event(ready)  # what the memory was used for before
                     data[begin : begin + size].copy_(buffer[:size], non_blocking=True)
 
-        lanes = min(THREADS, -(-info.nbytes // CHUNK))
-        for done in [self._pool.submit(lane, which) for which in range(lanes)]:
-            done.result()
-        for stream in self._streams[:lanes]:
-            current.wait_stream(stream)
-        return out
+        count = min(THREADS, -(-info.nbytes // CHUNK))
+        return _Coming(out, [self._lanes[which].submit(lane, which) for which in range(count)])

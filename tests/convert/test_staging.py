@@ -1,0 +1,65 @@
+"""Tensors on their way from files onto a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from purelm.convert import staging
+from purelm.convert.shards import open_checkpoint
+from purelm.convert.staging import Stager
+from purelm.errors import CheckpointError
+
+# Around the edges of chunks and of a round of them, and nothing at all.
+ROUND = staging.THREADS * staging.CHUNK
+SIZES = (0, 1, 7, staging.CHUNK, staging.CHUNK + 1, ROUND - 1, ROUND + 5, 2 * ROUND + 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_what_is_read_ahead_is_what_stands_in_the_file(tmp_path: Path, ahead: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    want = {
+        f"t{i}": torch.randint(256, (n,), dtype=torch.uint8, generator=g)
+        for i, n in enumerate(SIZES)
+    }
+    save_file(want, tmp_path / "model.safetensors")
+    infos = open_checkpoint(tmp_path).tensors
+    names = list(want)
+    with Stager(torch.device("cuda", 0)) as stager:
+        for i, name in enumerate(names):
+            for later in names[i : i + 1 + ahead]:
+                stager.ahead(infos[later])
+            got = stager.read(infos[name])
+            # Memory that is used again at once must wait for its last reader.
+            busy = torch.empty(1 << 24, device="cuda").fill_(float(i))
+            assert torch.equal(got.cpu(), want[name])
+            del got, busy
+
+
+@pytest.mark.gpu
+def test_a_file_that_ends_early_is_an_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(ROUND), "b": torch.ones(ROUND)}, path)
+    infos = open_checkpoint(tmp_path).tensors
+    before = torch.cuda.memory_allocated()
+    with (
+        pytest.raises(CheckpointError, match="changed|ended"),
+        Stager(torch.device("cuda", 0)) as stager,
+    ):
+        stager.ahead(infos["a"])
+        stager.read(infos["a"])
+        with path.open("r+b") as file:
+            file.truncate(1000)
+        stager.ahead(infos["b"])
+        stager.read(infos["b"])
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_on_a_cpu_nothing_is_read_ahead(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(5.0)}, tmp_path / "model.safetensors")
+    info = open_checkpoint(tmp_path).tensors["a"]
+    with Stager(torch.device("cpu")) as stager:
+        stager.ahead(info)
+        assert torch.equal(stager.read(info), torch.arange(5.0))
