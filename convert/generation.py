@@ -248,12 +248,12 @@ def generate(
     try:
         drawn_from = generator_of(seed, generator) if samples else None
         common["generator"] = drawn_from
+        # What is derived is made anew each time, so graphs over it are of no use to another call.
+        common["kept"] = None if model.derives() else model.kept_steps
         if draft is not None:
             sequences = speculate(params, model.spec, ids, draft, **common)
         else:
-            # What is derived is made anew each time: graphs over it are of no use to another call.
-            kept = None if model.derives() else model.kept_steps
-            sequences = run(params, model.spec, ids, kept=kept, **common)
+            sequences = run(params, model.spec, ids, **common)
     finally:
         # Also after an error: whoever reads the stream in another thread would wait for ever.
         if streamer is not None:

@@ -113,30 +113,23 @@ def by_ngrams(ids: torch.Tensor, how: NGrams, count: int) -> torch.Tensor:
     return ids.gather(1, at.clamp(max=m - 1)).masked_fill(~known, -1)
 
 
-def passes_of(
-    how: DraftModel, rows: torch.Tensor, real: torch.Tensor | None, *, graphs: bool
-) -> Passes:
-    """The draft model over rows of ids [b, limit], of which it has seen none."""
-    batch, limit = rows.shape[0], min(rows.shape[1], shared_length(how.spec))
+def passes_of(how: DraftModel, rows: torch.Tensor, real: torch.Tensor | None) -> Passes:
+    """What the draft model runs over rows of ids [b, limit] with."""
     cache = kv.empty(
         how.spec,
-        batch,
-        kv.room(1, limit),
+        len(rows),
+        kv.room(1, limit_of(how, rows)),
         padded=real is not None,
         dtype=how.params["embed"]["weight"].dtype,
         device=rows.device,
     )
     # It has not seen the last guess that was kept, and what came after that.
-    return Passes(
-        how.params,
-        how.spec,
-        cache,
-        real,
-        limit=limit,
-        widest=2,
-        adapters=how.adapters,
-        graphs=graphs,
-    )
+    return Passes(cache, widest=2)
+
+
+def limit_of(how: DraftModel, rows: torch.Tensor) -> int:
+    """How many tokens of rows [b, limit] the draft model may see."""
+    return min(rows.shape[1], shared_length(how.spec))
 
 
 def by_model(

@@ -147,8 +147,10 @@ def _run(
 
     def step_of(capacity: int) -> Step:
         """The kept step of this kind and capacity, or a new one."""
-        found = None if kept is None else kept.take((capacity, kind))
-        if found is None:
+        found = None if kept is None else kept.take(Step, (capacity, kind))
+        if found is not None:
+            found.begin()
+        else:
             cache = empty_cache(params, spec, prompt, capacity, cache_dtype)
             found = Step.empty(
                 cache,

@@ -9,7 +9,7 @@ in their stead makes another step.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils import _pytree
@@ -75,10 +75,33 @@ class Step:
         self.cache = kv.copied(before.cache, self.cache)
 
     @property
+    def captured(self) -> bool:
+        """Are there graphs over it?"""
+        return bool(self.replays)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.token.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its buffers."""
-        own = [*self.cache.layers, self.cache.segments, self.seen]
-        return tree.nbytes(own)
+        return tree.nbytes([*self.cache.layers, self.cache.segments, self.seen])
+
+
+class Kept(Protocol):
+    """What can be kept: a `Step`, or the `passes.Passes` of speculation."""
+
+    @property
+    def captured(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+K = TypeVar("K", bound=Kept)
 
 
 class KeptSteps:
@@ -89,7 +112,7 @@ class KeptSteps:
     """
 
     def __init__(self) -> None:
-        self._steps: OrderedDict[Hashable, Step] = OrderedDict()
+        self._steps: OrderedDict[Hashable, Kept] = OrderedDict()
 
     def __reduce__(self) -> Any:
         return KeptSteps, ()
@@ -97,20 +120,18 @@ class KeptSteps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def take(self, key: Hashable) -> Step | None:
-        """The step of this key, as it was before its first token."""
-        step = self._steps.pop(key, None)
-        if step is not None:
-            step.begin()
-        return step
+    def take(self, kind: type[K], key: Hashable) -> K | None:
+        """The step of this kind and key, as it was given."""
+        step = self._steps.pop((kind, key), None)
+        return step if isinstance(step, kind) else None
 
-    def give(self, key: Hashable, step: Step) -> None:
+    def give(self, key: Hashable, step: Kept) -> None:
         """Keep a step that has graphs, if there can be room; the oldest ones make it."""
-        most = SHARE * _memory(step.token.device)
-        if not step.replays or step.nbytes > most:
+        most = SHARE * _memory(step.device)
+        if not step.captured or step.nbytes > most:
             return
-        self._steps.pop(key, None)
-        self._steps[key] = step
+        self._steps.pop((type(step), key), None)
+        self._steps[type(step), key] = step
         while len(self._steps) > MOST or sum(s.nbytes for s in self._steps.values()) > most:
             self._steps.popitem(last=False)
 

@@ -32,30 +32,58 @@ class _Wide:
 class Passes:
     """A model over rows of ids [b, m], of which its cache holds the first columns.
 
-    real as in `prompt.layout_from`; limit: how many columns there may ever be; widest: how many
-    tokens a captured pass has that has more than one. graphs: on a GPU replay passes.
+    widest: how many tokens a captured pass has that has more than one. Of `begin`, real is as in
+    `prompt.layout_from`, limit says how many columns there may ever be, and with graphs a GPU
+    replays passes.
     """
 
-    def __init__(
+    def __init__(self, cache: Cache, *, widest: int) -> None:
+        self.cache, self.widest = cache, widest
+        self.params: tree.Tree = None
+        self.adapters: tree.Tree = None
+        self._wide: dict[int, _Wide] = {}
+        # Of the rows' padding, where graphs find it; set once the prompts have been read.
+        self._first = torch.zeros_like(cache.first)
+        self._placed = False
+
+    def begin(
         self,
         params: tree.Tree,
         spec: ModelSpec,
-        cache: Cache,
         real: torch.Tensor | None,
         *,
         limit: int,
-        widest: int,
         adapters: tree.Tree = None,
         graphs: bool = True,
     ) -> None:
-        self.params, self.spec, self.adapters, self.cache = params, spec, adapters, cache
-        self.real, self.limit, self.widest = real, limit, widest
+        """Rows anew, of which the cache holds nothing. Graphs are over the memory of params and
+        adapters: those of later rows must lie where those of the first ones did.
+        """
+        self.params, self.spec, self.adapters = params, spec, adapters
+        self.real, self.limit = real, limit
+        self.cache, self._placed = kv.emptied(self.cache), False
         self._graphs = (
-            graphs and replayable(cache.end.device) and waits_for(params, spec, adapters) is None
+            graphs and replayable(self.device) and waits_for(params, spec, adapters) is None
         )
-        self._wide: dict[int, _Wide] = {}
-        # Of the rows' padding; it stays at its place, where graphs find it.
-        self._first: torch.Tensor | None = None
+
+    def end(self) -> None:
+        """Let go of the weights, until the next `begin`."""
+        self.params = self.adapters = None
+
+    @property
+    def captured(self) -> bool:
+        """Are there graphs over its cache?"""
+        return any(wide.replay is not None for wide in self._wide.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where its cache is."""
+        return self._first.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cache."""
+        return tree.nbytes([*self.cache.layers, self.cache.segments])
 
     def cut(self, length: int) -> None:
         """Forget all columns from `length` on."""
@@ -104,8 +132,9 @@ class Passes:
             )
             wide, fresh = _Wide(tokens_, end, torch.empty(0)), True
             self._wide[width] = wide
-        if self._first is None:
-            self._first = self.cache.first
+        if not self._placed:
+            self._first.copy_(self.cache.first)
+            self._placed = True
         # What is run beyond the tokens is written where the next pass writes, and seen by nobody.
         wide.tokens[:, :count] = tokens
         wide.tokens[:, count:] = tokens[:, -1:]
@@ -128,7 +157,6 @@ class Passes:
 
     def _step(self, wide: _Wide) -> None:
         batch, width = wide.tokens.shape
-        assert self._first is not None
         cache = kv.shared(self.cache, self._first, wide.end)
         logits, _ = decode(
             self.params, self.spec, wide.tokens.flatten(), cache, adapters=self.adapters

@@ -14,8 +14,19 @@ from ..errors import ArgumentError
 from . import cache as kv
 from . import sampling as rules
 from . import tree
-from .draft import Draft, Drafted, DraftModel, NGrams, Rows, by_model, by_ngrams, passes_of
+from .draft import (
+    Draft,
+    Drafted,
+    DraftModel,
+    NGrams,
+    Rows,
+    by_model,
+    by_ngrams,
+    limit_of,
+    passes_of,
+)
 from .generate import OnScores, OnToken, Stop
+from .kept_steps import KeptSteps, places
 from .pages import shared_length
 from .passes import Passes
 from .prompt import Prompt, empty_cache, prepared, raise_if_broken, unpadded
@@ -43,13 +54,14 @@ def speculate(
     on_scores: OnScores | None = None,
     cache_dtype: torch.dtype | None = None,
     graphs: bool = True,
+    kept: KeptSteps | None = None,
 ) -> torch.Tensor:
     """Prompts tokens [b, s] -> [b, s + n], n <= max_new_tokens, as `generate.generate` gives them.
 
     At temperature 0 the ids are those of `generate`; sampled ones have the same distribution, from
     other draws. The arguments and errors are those of `generate`; the hooks are called for every
     token that is kept. A `draft` is verified in one pass over its tokens, which with `graphs` a GPU
-    captures and replays, where no model waits (`decode.waits_for`).
+    captures and replays, where no model waits (`decode.waits_for`); `kept` as for `generate`.
 
     Raises ArgumentError too for models with recurrent layers, whose states cannot go back, and
     where a rope scaling would change its frequencies on the way.
@@ -81,6 +93,7 @@ def speculate(
             on_scores=on_scores,
             cache_dtype=cache_dtype,
             graphs=graphs,
+            kept=kept,
         )
     # Outside of inference mode, so that training may use the result.
     return torch.cat([tokens.to(new.device), new], 1)
@@ -120,6 +133,7 @@ def _run(
     on_scores: OnScores | None,
     cache_dtype: torch.dtype | None,
     graphs: bool,
+    kept: KeptSteps | None,
 ) -> torch.Tensor:
     """The new tokens [b, n] after prompts [b, s]."""
     (batch, start), device, real, eos = prompt.ids.shape, prompt.ids.device, prompt.real, prompt.eos
@@ -131,19 +145,38 @@ def _run(
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)
     can_end = stop is not None or eos.numel() > 0
-    cache = empty_cache(params, spec, prompt, kv.room(start, limit), cache_dtype)
-    how: dict[str, Any] = {"adapters": adapters, "widest": draft.tokens + 1, "graphs": graphs}
-    passes = Passes(params, spec, cache, real, limit=limit, **how)
-    drafting = None
+    capacity = kv.room(start, limit)
+    how: tuple[Any, ...] = batch, real is None, draft.tokens, cache_dtype
+    key = capacity, spec, places(params, adapters), *how
+    passes = None if kept is None else kept.take(Passes, key)
+    if passes is None:
+        cache = empty_cache(params, spec, prompt, capacity, cache_dtype)
+        passes = Passes(cache, widest=draft.tokens + 1)
+    passes.begin(params, spec, real, limit=limit, adapters=adapters, graphs=graphs)
+    guessing, draft_key = None, None
     if isinstance(draft, DraftModel):
-        drafting = passes_of(draft, ids, real, graphs=graphs)
+        most = limit_of(draft, ids)
+        draft_key = kv.room(1, most), draft.spec, places(draft.params, draft.adapters), *how
+        guessing = None if kept is None else kept.take(Passes, draft_key)
+        guessing = guessing or passes_of(draft, ids, real)
+        drafting: dict[str, Any] = {"adapters": draft.adapters, "graphs": graphs}
+        guessing.begin(draft.params, draft.spec, real, limit=most, **drafting)
+
+    def keep() -> None:
+        """What was captured may serve another call; not over caches that have grown."""
+        for at, one in ((key, passes), (draft_key, guessing)):
+            if one is not None:
+                one.end()
+                if kept is not None and at is not None and one.cache.capacity == at[0]:
+                    kept.give(at, one)
+
     ahead, drafted = passes.run(ids, start, last=True), Drafted(ids[:, :0])
     rules_of_rows: dict[str, Any] = {"start": start, "real": real, "eos": eos, "adjust": adjust}
     while True:
         scores = _scores(ahead, ids, end, sampling, **rules_of_rows)
-        kept = accepted(scores, drafted, sampling, generator, waiting=~ended)
-        for i in range(kept.shape[1]):
-            token = kept[:, i]
+        taken = accepted(scores, drafted, sampling, generator, waiting=~ended)
+        for i in range(taken.shape[1]):
+            token = taken[:, i]
             ids[:, end], shown[:, end] = token, torch.where(ended, prompt.pad_id, token)
             broken |= ~(ended | scores[:, i].amax(-1).isfinite())
             ended |= broken | (token[:, None] == eos).any(-1)
@@ -156,18 +189,19 @@ def _run(
                 ended |= stop(shown[:, :end]).to(device)
             if end == limit or (can_end and bool(ended.all())):
                 raise_if_broken(broken)
+                keep()
                 return shown[:, start:end]
         # What the last step saw after the tokens that were kept has not been.
         passes.cut(end - 1)
         most = limit - end - 1
-        if drafting is None:
+        if guessing is None:
             assert isinstance(draft, NGrams)
             drafted = Drafted(by_ngrams(unpadded(ids[:, :end], real), draft, most))
         else:
             assert isinstance(draft, DraftModel)
             drafted = by_model(
                 draft,
-                drafting,
+                guessing,
                 Rows(ids, end, start, real, eos, ~ended),
                 most,
                 sampling,

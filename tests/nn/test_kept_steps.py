@@ -51,7 +51,7 @@ def prompts(seed: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor |
     return ids, None if min(lengths) == width else mask
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     mixer=st.sampled_from(sorted(hybrids.MIXERS)),
     calls=st.lists(

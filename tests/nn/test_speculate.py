@@ -24,6 +24,7 @@ from purelm.nn.draft import (
     passes_of,
 )
 from purelm.nn.generate import generate
+from purelm.nn.kept_steps import KeptSteps
 from purelm.nn.prompt import layout_from, layout_of
 from purelm.nn.sampling import GREEDY, Sampling
 from purelm.nn.speculate import accepted, speculate
@@ -94,7 +95,11 @@ def test_greedy_ids_are_those_of_plain_greedy(
         patch.setattr(passes, "capture", lambda step, device: step)
         patch.setattr(kv, "CHUNK", chunk)
         patch.setattr(kv, "ROUND", 8)
-        out = speculate(tree, spec, ids, drafts(kind, spec, tree), on_token=seen.append, **how)
+        kept, draft = KeptSteps(), drafts(kind, spec, tree)
+        # Another call's caches and graphs are found, with that call's tokens in them.
+        other = {**how, "mask": mask.flip(0), "kept": kept}
+        speculate(tree, spec, ids.flip(0), draft, **other)
+        out = speculate(tree, spec, ids, draft, on_token=seen.append, kept=kept, **how)
     assert torch.equal(out, generate(tree, spec, ids, **how))
     assert torch.equal(torch.stack(seen, 1), out[:, ids.shape[1] :])
 
@@ -143,6 +148,15 @@ def test_passes_are_captured_once_a_width(monkeypatch: pytest.MonkeyPatch) -> No
         assert set(widths) <= most and max(widths) == max(most)
         # At most one of each for each of the two models.
         assert len(widths) <= 4
+    # Other calls of the same kind capture what was run but once; with other weights, all anew.
+    kept, draft = KeptSteps(), drafts("near", spec, tree)
+    speculate(tree, spec, ids, draft, max_new_tokens=60, kept=kept)
+    speculate(tree, spec, ids, draft, max_new_tokens=60, kept=kept)
+    for weights, new in ((tree, False), (trees.map(torch.clone, tree), True)):
+        widths.clear()
+        out = speculate(weights, spec, ids, draft, max_new_tokens=60, kept=kept)
+        assert bool(widths) == new
+        assert torch.equal(out, generate(tree, spec, ids, max_new_tokens=60))
     monkeypatch.setattr(passes, "capture", lambda step, device: None)
     want = generate(tree, spec, ids, max_new_tokens=30)
     assert torch.equal(speculate(tree, spec, ids, NGrams(4), max_new_tokens=30), want)
@@ -157,7 +171,8 @@ def test_an_unsure_draft_model_says_no_more() -> None:
         draft = DraftModel(tree, spec, tokens=4, confidence=confidence)
         room = torch.cat([ids, torch.zeros(2, 8, dtype=torch.int64)], 1)
         rows = Rows(room, 10, 10, None, torch.empty(0, dtype=torch.int64), torch.tensor(waiting))
-        seen = passes_of(draft, room, None, graphs=False)
+        seen = passes_of(draft, room, None)
+        seen.begin(tree, spec, None, limit=18, graphs=False)
         how: dict[str, Any] = {"vocab": 50, "generator": None, "adjust": None}
         drafted = by_model(draft, seen, rows, 9, GREEDY, **how)
         return drafted.tokens.shape[1]
