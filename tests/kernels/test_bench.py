@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from purelm import cli
-from purelm.bench import _kernel_cases, _kernel_time, kernels
-from purelm.bench._kernel_cases import KERNELS, SHAPES
+from purelm.bench import _kernel_case, _kernel_cases, _kernel_time, kernels
+from purelm.bench._kernel_case import SHAPES
+from purelm.bench._kernel_cases import KERNELS
 from purelm.bench._kernel_check import CheckFailed, against, close
 from purelm.bench._kernel_peers import Calls
 from purelm.bench._roofline import Point, picture
@@ -111,10 +112,10 @@ def test_gradients_are_checked() -> None:
 def test_peers_stand_beside_and_may_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def good(case: _kernel_cases.Case) -> Calls:
-        return {"twice": _kernel_cases.forward(lambda *args: None)}
+    def good(case: _kernel_case.Case) -> Calls:
+        return {"twice": _kernel_case.forward(lambda *args: None)}
 
-    def bad(case: _kernel_cases.Case) -> Calls:
+    def bad(case: _kernel_case.Case) -> Calls:
         raise ImportError("no such thing")
 
     monkeypatch.setattr(kernels, "PEERS", {"good": good, "bad": bad})

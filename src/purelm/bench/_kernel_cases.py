@@ -6,9 +6,8 @@ move and compute. Operations of products are exact; those of elementwise kernels
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ from ..kernels import (
     rope,
 )
 from ..quant import nf4 as leaf
+from . import _kernel_cases_fp8
+from ._kernel_case import Case, Shape, backward, forward, normal
 from ._kernel_check import Function, against, close, same
 
 EPS = 1e-5
@@ -33,82 +34,6 @@ BLOCK = 64
 FEW = (1, 2, 8, 16, 64)
 # Weights, rows and sequences that a check looks at where all would take too much of float64.
 CHECKED_WEIGHTS, CHECKED_ROWS = 1 << 22, 256
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that kernels see; how many tokens and cached keys they run on."""
-
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    activation: str = "silu"
-    qk_norm: bool = False
-    gemma: bool = False  # norms by 1 + w, rounded last
-    softcap: float | None = None  # of the logits
-    tokens: int = 16384
-    batch: int = 8
-    caches: tuple[int, ...] = (8192, 32768)
-
-
-SHAPES = {
-    "llama-1b": Shape(2048, 8192, 32, 8, 64, 128256),
-    "llama-8b": Shape(4096, 14336, 32, 8, 128, 128256),
-    "qwen3-8b": Shape(4096, 12288, 32, 8, 128, 151936, qk_norm=True),
-    "gemma-2-9b": Shape(3584, 14336, 16, 8, 256, 256000, "gelu_tanh", gemma=True, softcap=30.0),
-    # For machines without a GPU.
-    "tiny": Shape(
-        128, 192, 4, 2, 32, 300, qk_norm=True, softcap=30.0, tokens=32, batch=2, caches=(48,)
-    ),
-}
-
-
-class Call(NamedTuple):
-    """What is timed is run(*prepare(args, ups)); `graph` says whether a CUDA graph can hold it."""
-
-    prepare: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Any]]
-    run: Function
-    graph: bool = True
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one size: `inputs` makes (arguments, gradients of the outputs) anew."""
-
-    kernel: str
-    size: str
-    moved: float  # bytes
-    operations: float
-    inputs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
-    ours: Call
-    check: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def forward(f: Function, *, graph: bool = True) -> Call:
-    return Call(lambda args, ups: args, f, graph)
-
-
-def backward(f: Function, wanted: Sequence[int], *, graph: bool = True) -> Call:
-    """The backward of `f` alone, to the arguments `wanted`; it may overwrite what it was given."""
-
-    def prepare(args: Sequence[Tensor], ups: Sequence[Tensor]) -> Sequence[Any]:
-        args = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(args)]
-        found = f(*args)
-        outs = [found] if isinstance(found, Tensor) else list(found)
-        return outs, [args[i] for i in wanted], [t.clone() for t in ups]
-
-    def run(outs: Any, leaves: Any, ups: Any) -> Any:
-        return torch.autograd.grad(outs, leaves, ups, retain_graph=True)
-
-    return Call(prepare, run, graph)
-
-
-def normal(device: torch.device, *shape: int, std: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=device) * std).to(torch.bfloat16)
 
 
 def quantizing(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -237,6 +162,37 @@ def norming(shape: Shape, device: torch.device) -> Iterator[Case]:
             {"gemma": shape.gemma, "wanted": wanted},
         )
 
+    def onto(x: Tensor, w: Tensor, beside: Tensor) -> Tensor:
+        return rms_norm.rms_norm(x, w, EPS, **style, onto=beside)
+
+    def onto_reference(x: Tensor, w: Tensor, beside: Tensor) -> Tensor:
+        return rms_norm.rms_norm_reference(x, w, EPS, **style, onto=beside)
+
+    def pull(x: Tensor, w: Tensor, beside: Tensor, dy: Tensor) -> Tensor:
+        return rms_norm.rms_norm_pull(dy, x, w, EPS, **style, onto=beside)
+
+    def pull_reference(x: Tensor, w: Tensor, beside: Tensor, dy: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(reference(x, w), x, dy)[0] + beside
+
+    def more(count: int) -> Any:
+        (x, w), _ = inputs()
+        return (x, w, *(normal(device, shape.tokens, shape.hidden) for _ in range(count))), ()
+
+    for name, f, plain, count, of in (
+        ("norm onto a residual", onto, onto_reference, 1, 6),
+        ("norm dx onto a residual", pull, pull_reference, 2, 8),
+    ):
+        yield Case(
+            name,
+            f"{shape.tokens}x{shape.hidden}",
+            of * values,
+            4.0 * count * values,
+            partial(more, count),
+            forward(f),
+            against(f, plain),
+        )
+
 
 def gating(shape: Shape, device: torch.device) -> Iterator[Case]:
     def ours(gate: Tensor, up: Tensor) -> Tensor:
@@ -307,7 +263,7 @@ def rotating(shape: Shape, device: torch.device) -> Iterator[Case]:
         return [rope.rope_reference(x, cos.to(wide), sin.to(wide)) for x in (q, k)]
 
     def normed(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> Any:
-        return ours(rms_norm.rms_norm(q, wq, EPS), rms_norm.rms_norm(k, wk, EPS))
+        return rope.rope_qk(q, k, cos, sin, norm=rope.HeadNorm(wq, wk, EPS, 0.0, True))
 
     def normed_reference(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> Any:
         norm = rms_norm.rms_norm_reference
@@ -438,6 +394,7 @@ KERNELS: dict[str, Callable[[Shape, torch.device], Iterator[Case]]] = {
     "nf4-dequantize": dequantizing,
     "nf4-product": multiplying,
     "rms-norm": norming,
+    "fp8": _kernel_cases_fp8.rounding,
     "gated": gating,
     "clamped": clamping,
     "rope": rotating,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..kernels import nf4
 from ..kernels.cross_entropy import chunk_rows
-from ._kernel_cases import BLOCK, EPS, Call, Case, backward, forward, parts
+from ._kernel_case import Call, Case, backward, forward
+from ._kernel_cases import BLOCK, EPS, parts
 
 Calls = dict[str, Call]
 

@@ -25,7 +25,8 @@ import torch
 
 from ..convert import atomic
 from ..kernels import launch
-from ._kernel_cases import KERNELS, SHAPES, Call, Case
+from ._kernel_case import SHAPES, Call, Case
+from ._kernel_cases import KERNELS
 from ._kernel_peers import PEERS, installed
 from ._kernel_time import Ceilings, Timing, ceilings, copies_for, timed
 from ._roofline import Point, picture
