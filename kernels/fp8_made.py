@@ -83,14 +83,14 @@ def gated_pull_rows(
     """`gated_pull`, and the rows of dgate and dup side by side in e4m3, with one scale, as
     `cast_rows` rounds them.
     """
+    gated._check(gate, up, activation)
+    if dh.shape != gate.shape:
+        raise KernelError(f"dh {list(dh.shape)} and gate {list(gate.shape)}: expected one shape")
     if not takes(2 * gate.shape[-1]) or not on_gpu(dh, gate, up):
         h, dgate, dup = gated.gated_pull(dh, gate, up, activation, spend=spend)
         sides = [t.reshape(-1, t.shape[-1]) for t in (dgate, dup)]
         return h, dgate, dup, fp8.cast_rows(sides)
-    gated._check(gate, up, activation)
     fp8.check_device(dh.device)
-    if dh.shape != gate.shape:
-        raise KernelError(f"dh {list(dh.shape)} and gate {list(gate.shape)}: expected one shape")
     dh, gate, up = (t.contiguous() for t in (dh, gate, up))
     dgate, dup = (gate, up) if spend else (gated._new(gate), gated._new(up))
     codes, scale = ops.fp8_gated_pull_rows(dh, gate, up, dgate, dup, activation)

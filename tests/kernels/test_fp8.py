@@ -72,10 +72,12 @@ def test_cast_rows(m, widths, seed, dtype, kind, strided):
 @pytest.mark.parametrize("width", [4097, 33000])
 def test_cast_of_rows_wider_than_a_tile(width):
     x = values(2, width, width, torch.bfloat16, "heavy")
-    got, want = fp8.cast_rows(x), fp8.cast_rows_reference([x])
-    assert torch.equal(bits(got.codes), bits(want.codes)) and torch.equal(got.scale, want.scale)
-    got, want = fp8.cast_rows([x, x[:, :100]]), fp8.cast_rows_reference([x, x[:, :100]])
-    assert torch.equal(bits(got.codes), bits(want.codes)) and torch.equal(got.scale, want.scale)
+    x[1, 0] = 1e6  # the largest of all, where a row begins
+    y, z = x[:, 7:107], x[:, 5:50]
+    for parts in ([x], [x, y], [x, y, z], [y, x], [y, z, x]):
+        got, want = fp8.cast_rows(parts), fp8.cast_rows_reference(parts)
+        assert torch.equal(bits(got.codes), bits(want.codes))
+        assert torch.equal(got.scale, want.scale)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

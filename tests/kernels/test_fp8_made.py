@@ -15,8 +15,6 @@ from purelm.kernels.fp8_made import MAX_WIDTH, gated_pull_rows, gated_rows, norm
 from purelm.kernels.gated import ACTIVATIONS, gated, gated_pull, gated_reference
 from purelm.kernels.rms_norm import rms_norm_reference
 
-pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
-
 DRAWN = {
     "shape": st.sampled_from([(1,), (3,), (2, 3), (0,)]),
     "width": st.one_of(st.integers(1, 300), st.sampled_from([1024, 2049])),
@@ -39,7 +37,7 @@ def assert_cast(rows: fp8.Rows, *values: torch.Tensor) -> None:
 
 
 @given(**DRAWN, style=st.sampled_from([(0.0, True), (1.0, False), (1.0, True)]))
-def test_norm(shape, width, dtype, size, seed, style):
+def test_norm(interpreted, poisoned, shape, width, dtype, size, seed, style):
     (x,) = drawn(1, shape, width, dtype, size, seed)
     weight = (drawn(1, (), width, torch.float32, 0.2, seed + 1)[0] + 1 - style[0]).to(dtype)
     how = {"offset": style[0], "cast_first": style[1]}
@@ -50,7 +48,7 @@ def test_norm(shape, width, dtype, size, seed, style):
 
 
 @given(**DRAWN, activation=st.sampled_from(ACTIVATIONS))
-def test_gated(shape, width, dtype, size, seed, activation):
+def test_gated(interpreted, poisoned, shape, width, dtype, size, seed, activation):
     gate, up = drawn(2, shape, width, dtype, size, seed)
     made = gated_rows(gate, up, activation)
     assert torch.equal(made.value, gated(gate, up, activation))
@@ -62,7 +60,7 @@ def test_gated(shape, width, dtype, size, seed, activation):
 
 
 @given(**DRAWN, activation=st.sampled_from(ACTIVATIONS), spend=st.booleans())
-def test_pull(shape, width, dtype, size, seed, activation, spend):
+def test_pull(interpreted, poisoned, shape, width, dtype, size, seed, activation, spend):
     dh, gate, up = drawn(3, shape, width, dtype, size, seed)
     want = gated_pull(dh.clone(), gate, up, activation)
     given = dh.clone(), gate.clone(), up.clone()
@@ -74,7 +72,7 @@ def test_pull(shape, width, dtype, size, seed, activation, spend):
         assert torch.equal(given[1], gate) and torch.equal(given[2], up)
 
 
-def test_rows_too_wide_for_a_program():
+def test_rows_too_wide_for_a_program(interpreted, poisoned):
     gate, up = drawn(2, (1,), MAX_WIDTH + 1, torch.bfloat16, 1.0, 0)
     made = gated_rows(gate, up, "silu")
     assert_cast(made.rows, made.value)
@@ -86,7 +84,7 @@ def test_rows_too_wide_for_a_program():
     assert_cast(rows, *found[1:])
 
 
-def test_what_is_not_finite_stays_so():
+def test_what_is_not_finite_stays_so(interpreted, poisoned):
     gate, up, dh = drawn(3, (3,), 40, torch.float32, 1.0, 0)
     up[1, 7] = float("nan")
     for rows in (
@@ -97,7 +95,7 @@ def test_what_is_not_finite_stays_so():
         assert rows.codes.float().isfinite().all(1).tolist() == [True, False, True]
 
 
-def test_programs_in_any_order():
+def test_programs_in_any_order(interpreted, poisoned):
     gate, up, dh = drawn(3, (5,), 70, torch.bfloat16, 1.0, 1)
     found = []
     for reverse in (False, True):

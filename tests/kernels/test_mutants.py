@@ -15,6 +15,9 @@ import pytest
 from purelm.kernels import (
     cross_entropy_rows,
     decode_attention,
+    fp8_launch,
+    fp8_made,
+    fp8_nf4_launch,
     gated,
     nf4_launch,
     nf4_matvec_launch,
@@ -37,6 +40,9 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "nf4_matvec": ("nf4_matvec", nf4_matvec_launch),
     "nf4_tensor": ("nf4_matvec", nf4_tensor),
     "decode_attention": ("decode_attention", decode_attention),
+    "fp8_cast": ("fp8", fp8_launch),
+    "fp8_nf4": ("fp8", fp8_nf4_launch),
+    "fp8_made": ("fp8_made", fp8_made),
 }
 
 
