@@ -63,7 +63,7 @@ def _scale(b_bits):
     """The scale of a row whose largest magnitude has these bits, and its reciprocal."""
     # Tensors, as a literal below the normal numbers would be taken for float64.
     b_tiny = tl.full([1], TINY, dtype=tl.float32)
-    b_most = tl.full([1], 0, dtype=tl.int32) | b_bits
+    b_most = tl.zeros([1], dtype=tl.int32) | b_bits
     b_most = b_most.to(tl.float32, bitcast=True)
     b_most = tl.where(b_most < b_tiny, b_tiny, b_most)
     b_scale = tl.div_rn(b_most, tl.full([1], LARGEST, dtype=tl.float32))
@@ -127,7 +127,7 @@ def _cast_kernel(
         if p_z is not None:
             _put_held(b_z, p_out + width_x + width_y, width_z, b_inverse, Z)
     else:
-        b_most = _most(p_x, width_x, tl.full([1], 0, dtype=tl.int32), CHUNK)
+        b_most = _most(p_x, width_x, tl.zeros([1], dtype=tl.int32), CHUNK)
         if p_y is not None:
             b_most = _most(p_y, width_y, b_most, CHUNK)
         if p_z is not None:
