@@ -46,7 +46,8 @@ class Architecture:
     rotary fields. divided: `logit_scale` divides. query_scale: queries are scaled by
     the root of their head's width, but by that of the model's over the heads at this depth (the
     27B models). modules: of a layer, which are called
-    otherwise, or hold several of ours -> ours, or the name in a checkpoint.
+    otherwise, or hold several of ours -> ours, or the name in a checkpoint. tensors: the same of
+    tensors of a layer. by_layer: layers differ, and gguf_layers has what says how.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Architecture:
     divided: bool = False
     query_scale: int | None = None
     modules: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    by_layer: bool = False
 
 
 _OUT_BIAS = {"attention_bias": "blk.0.attn_output.bias"}
@@ -130,6 +133,36 @@ ARCHITECTURES = (
         offset=1.0,
         windows=True,
         query_scale=62,
+    ),
+    Architecture(
+        "gemma4",
+        "gemma4_text",
+        fields=(
+            _SLIDING,
+            Field("final_logit_softcapping", "final_logit_softcapping"),
+            Field(EXPERTS, "num_experts"),
+            Field("expert_used_count", "top_k_experts"),
+            _EXPERT_WIDTH,
+        ),
+        flags={"enable_moe_block": "blk.0.ffn_gate_inp.weight"},
+        windows=True,
+        modules={
+            "inp_gate": "layers.*.inputs.gate",
+            "proj": "layers.*.inputs.out",
+            "post_norm": "layers.*.inputs.norm",
+            "ffn_norm": "layers.*.mlp.shared_norm",
+            "post_ffw_norm_1": "layers.*.mlp.shared_post_norm",
+            "pre_ffw_norm_2": "layers.*.mlp.norm",
+            "post_ffw_norm_2": "layers.*.mlp.post_norm",
+            **{f"ffn_{part}": f"layers.*.mlp.shared.{part}" for part in ("gate", "up", "down")},
+        },
+        tensors={
+            "layer_output_scale.weight": "layers.*.scale",
+            "ffn_gate_inp.scale": "layers.*.mlp.router.scale",
+            "ffn_down_exps.scale": "layers.*.mlp.router.expert_scale",
+            "ffn_gate_up_exps.weight": "model.layers.*.experts.gate_up_proj",
+        },
+        by_layer=True,
     ),
     Architecture(
         "granite", "granite", fields=_GRANITE, flags=_LLAMA_BIAS, permuted=True, divided=True

@@ -11,6 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..nn.rope import attention_factor
 from ..nn.spec import AttentionSpec, ModelSpec
+from . import gguf_layers
 from .dense import map_attention, with_attention
 from .gguf_architectures import (
     INTEGERS,
@@ -98,6 +99,8 @@ def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict
             if field.key == "logit_scale" and architecture.divided:
                 value = 1.0 / value
             own[field.key] = int(value) if field.key in INTEGERS else float(value)
+    if architecture.by_layer:
+        own |= gguf_layers.model_fields(spec)
     if rope.kind in ("linear", "yarn"):
         own["rope.scaling.type"] = rope.kind
         own["rope.scaling.factor"] = float(rope.factor)
@@ -108,7 +111,7 @@ def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict
         own["rope.scaling.type"] = rope.kind
         own["rope.scaling.attn_factor"] = float(attention_factor(rope))
         own["rope.scaling.original_context_length"] = rope.original_positions
-    elif rope.kind not in ("default", "llama3"):
+    elif rope.kind not in ("default", "llama3") and not architecture.by_layer:
         raise ConfigError(f"the rope scaling {rope.kind!r} cannot be put into a GGUF file")
     general: dict[str, Any] = {
         "general.architecture": architecture.name,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..nn.spec import RopeSpec
+from . import gguf_layers
 from .gguf_architectures import (
     EXPERTS,
     INTEGERS,
@@ -71,6 +73,8 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     architecture, own = architecture_of(gguf), _own(gguf)
     eps, hf_eps = architecture.eps
     known = {*_KNOWN, eps, *(field.key for field in architecture.fields)}
+    if architecture.by_layer:
+        known |= gguf_layers.KNOWN
     unknown = {n: v for n, v in own.items() if n not in known and v not in (0, None)}
     if unknown:
         shown = ", ".join(f"{name:.60}={value!r:.40}" for name, value in unknown.items())
@@ -80,6 +84,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         "model_type": architecture.family,
         **architecture.constants,
     }
+    layers: dict[str, Any] = {}
+    if architecture.by_layer:
+        own, layers = gguf_layers.config_fields(own, gguf, partial(_number, own, gguf=gguf))
     for name, hf in _INTEGERS.items():
         fields[hf] = _integer(own, name, gguf)
     # A model of nothing but experts needs not say how wide another MLP were.
@@ -106,7 +113,7 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         wide = fields["num_hidden_layers"] == architecture.query_scale
         scalar = fields["hidden_size"] // heads if wide else width
         fields["query_pre_attn_scalar"] = scalar
-    scaling = _scaling(own, gguf) or _llama3(gguf, fields)
+    scaling = None if layers else _scaling(own, gguf) or _llama3(gguf, fields)
     if scaling:
         fields["rope_scaling"] = scaling
         if architecture.original:
@@ -117,6 +124,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         raise CheckpointError("the tensor is missing", tensor="token_embd.weight", file=gguf.file)
     fields["vocab_size"] = embed.shape[0]
     fields["tie_word_embeddings"] = architecture.tied or "output.weight" not in gguf.tensors
+    if layers:
+        fields.update(layers)
+        del fields["rope_theta"]
     for hf, tensor in architecture.flags.items():
         fields[hf] = tensor in gguf.tensors
     for name, hf in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):

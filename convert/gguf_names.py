@@ -14,6 +14,9 @@ ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 # Our module path -> ggml's. Stacks of experts are one tensor there.
 _OURS = {
     "embed": "token_embd",
+    "inputs.table": "per_layer_token_embd",
+    "inputs.project": "per_layer_model_proj",
+    "inputs.norm": "per_layer_proj_norm",
     "norm": "output_norm",
     "head": "output",
     **{
@@ -68,7 +71,12 @@ def to_ggml(name: str, architecture: Architecture, names: Names) -> tuple[str, .
             return ()
     table = _table(architecture)
     found = []
+    tensors = {ours: theirs for theirs, ours in architecture.tensors.items()}
     for path in paths:
+        pattern, number = _pattern(path)
+        if pattern in tensors:
+            found.append(f"blk.{number}.{tensors[pattern]}")
+            continue
         module, _, leaf = path.rpartition(".")
         pattern, number = _pattern(module)
         if pattern not in table:
@@ -83,6 +91,12 @@ def to_hf(name: str, architecture: Architecture) -> str | None:
     """The name in a checkpoint of ggml's tensor `name`, with a `*` for each expert of a stack; None
     for one that no such model has.
     """
+    names = FAMILIES[architecture.family].names
+    pattern, number = _pattern(name)
+    whole = architecture.tensors.get(pattern.removeprefix("blk.*."))
+    if whole is not None:
+        filled = whole.replace("*", number)
+        return filled if whole.startswith("model.") else names.to_hf(filled)
     module, _, leaf = name.rpartition(".")
     pattern, number = _pattern(module)
     back = {theirs: ours for ours, theirs in _table(architecture).items()}
@@ -91,7 +105,6 @@ def to_hf(name: str, architecture: Architecture) -> str | None:
         path = architecture.modules.get(pattern.removeprefix("blk.*."), path)
     if path is None or leaf not in ("weight", "bias"):
         return None
-    names = FAMILIES[architecture.family].names
     if path.startswith("model."):
         return f"{path.replace('*', number)}.{leaf}"
     path = path.replace(".experts.", ".experts.0.").replace("*", number)

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError, SaveError
 from ..nn.spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
-from . import merge
+from . import gguf_layers, merge
 from .gguf_architectures import Architecture, divisors, main_rope
 from .gguf_fields import architecture_of
 from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, VECTORS, to_ggml
@@ -79,7 +79,7 @@ def plan(
                     continue
                 mixture = next(x.mlp for x in spec.layers if isinstance(x.mlp, MoESpec))
                 shape, make = (mixture.experts, *shape), _stacker(experts[name])
-            elif "_exps." in name:
+            elif "_exps." in name and len(shape) > 2:
                 shape = (shape[0], shape[1] // len(theirs), shape[2])
                 make = _slicer(make, index, len(theirs))
             elif name.split(".")[-2] in VECTORS:
@@ -95,6 +95,8 @@ def _of_rope(rope: RopeSpec | None) -> list[Planned]:
     found: dict[str, torch.Tensor] = {}
     if rope is not None and rope.kind == "llama3":
         found[ROPE_FREQS] = divisors(rope)
+    if rope is not None and rope.kind == "proportional":
+        found[ROPE_FREQS] = gguf_layers.divisors(rope)
     if rope is not None and rope.kind == "longrope":
         found[ROPE_LONG] = torch.tensor(rope.long_factors)
         found[ROPE_SHORT] = torch.tensor(rope.short_factors)
@@ -108,7 +110,10 @@ def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:
     """The ggml type of a tensor: norms, biases and routers are always F32."""
     if len(shape) == 1 or name.endswith("norm.weight") or "ffn_gate_inp" in name:
         return "F32"
-    return outer if name in ("token_embd.weight", "output.weight") else matrix
+    return outer if name in _OUTER else matrix
+
+
+_OUTER = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 
 
 def _check_width(tensor: Planned, name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import bridged
 import tiny
 import torch
+from family_cases import MOE4
 
 import purelm
 from purelm.convert.bridge import CausalLM
@@ -33,6 +34,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_hidden_layers": 5,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 1600,
+        "layer_types": ["sliding_attention", *tiny.MIXED, "full_attention"],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 5.0,
+    },
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.4},
     "granitemoe": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "olmo2": {},
@@ -50,6 +63,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
 }
+
+# Other models of a family, whose files hold other tensors.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "gemma4_text",
+        {
+            **FAMILIES["gemma4_text"],
+            **MOE4,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+        },
+    ),
+]
+MODELS = [*FAMILIES.items(), *VARIANTS]
 
 
 def tokenizer() -> Tokenizer:

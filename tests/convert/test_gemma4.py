@@ -1,10 +1,12 @@
 """Gemma 4's own: fields by layer, stored tensors that nobody reads, a table for all layers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bridged
+import gguf_models
 import pytest
 import tiny
 import torch
@@ -12,6 +14,10 @@ from family_cases import MOE4
 from safetensors.torch import load_file, save_file
 
 from purelm.convert import peft_config
+from purelm.convert.gguf_fields import architecture_of
+from purelm.convert.gguf_file import open_gguf
+from purelm.convert.gguf_model import config_fields
+from purelm.convert.gguf_names import to_hf
 from purelm.convert.load import load_folder
 from purelm.convert.registry import family_of
 from purelm.convert.resize import resized
@@ -213,3 +219,64 @@ def test_the_layers_table_on_the_host(folder: Path, monkeypatch: pytest.MonkeyPa
     moved = {"inputs": {"table": {"weight": table.to("meta")}}}
     assert decode.waits_for({**model.params, **moved}, model.spec) is not None
     assert decode.waits_for(model.params, model.spec) is None
+
+
+def gguf_of(folder: Path, **fields: Any) -> Path:
+    model = gguf_models.model_of(
+        folder, "gemma4_text", adapt=False, **{**gguf_models.FAMILIES["gemma4_text"], **fields}
+    )
+    (path,) = model.save_pretrained_gguf(folder / "out", gguf_models.tokenizer(), "f32")
+    return Path(path)
+
+
+def test_a_gguf_file_cannot_say_whose_keys_others_read(tmp_path: Path) -> None:
+    """llama.cpp takes the last two layers with keys of their own for one of each type."""
+    with pytest.raises(ConfigError, match="layer 3 reads .* of layer 1, which .* those of layer 2"):
+        gguf_of(tmp_path, layer_types=[*tiny.MIXED, "full_attention", "full_attention"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"attention.sliding_window_pattern": [True] * 4}, "expected 5 booleans"),
+        ({"attention.sliding_window_pattern": [1] * 5}, "expected 5 booleans"),
+        ({"attention.sliding_window_pattern": None}, "expected 5 booleans"),
+        ({"attention.head_count_kv": [1, 2, 3, 4, 5]}, "head_count_kv"),
+        ({"attention.head_count_kv": [2, 2]}, "head_count_kv"),
+        ({"feed_forward_length": [96, 64, 96, 96, 96]}, "feed_forward_length"),
+        ({"feed_forward_length": [96, 96, 96, "x", 96]}, "expected whole numbers"),
+        ({"attention.value_length": 16}, "value_length differs from the head width 32"),
+        ({"rope.dimension_count_swa": 8}, "dimension_count_swa differs from the head width 16"),
+        ({"attention.shared_kv_layers": -1}, "shared_kv_layers"),
+        ({"attention.key_length": "wide"}, "key_length"),
+        ({"altup.num_inputs": 4}, "altup"),
+    ],
+)
+def test_lists_of_a_gguf_file_that_no_model_has(
+    changed: dict[str, Any], said: str, stored: Path
+) -> None:
+    found = open_gguf(stored)
+    own = {f"gemma4.{name}": value for name, value in changed.items()}
+    with pytest.raises(ConfigError, match=said):
+        config_fields(replace(found, fields={**found.fields, **own}))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gguf_of(tmp_path_factory.mktemp("gguf"))
+
+
+def test_names_of_a_gguf_file() -> None:
+    """Those of published files: experts' gates and other matrices may be one stack."""
+    architecture = architecture_of("gemma4_text")
+    assert to_hf("blk.3.ffn_gate_up_exps.weight", architecture) == (
+        "model.layers.3.experts.gate_up_proj"
+    )
+    assert to_hf("blk.3.layer_output_scale.weight", architecture) == "model.layers.3.layer_scalar"
+    assert to_hf("blk.3.ffn_down_exps.scale", architecture) == (
+        "model.layers.3.router.per_expert_scale"
+    )
+    assert to_hf("per_layer_token_embd.weight", architecture) == (
+        "model.embed_tokens_per_layer.weight"
+    )
+    assert to_hf("blk.3.ffn_gate_inp.bias_of", architecture) is None

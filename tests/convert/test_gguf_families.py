@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import bridged
 import gguf_models
@@ -20,10 +21,12 @@ from purelm.errors import CheckpointError, SaveError
 from purelm.nn import decoder
 
 # One of each kind of thing that differs: these are checked in the quick lane too.
-_QUICK = ("gemma3_text", "granitemoe", "qwen2_moe", "phi3", "cohere2", "starcoder2", "olmo3")
+_QUICK = """
+    gemma3_text gemma4_text granitemoe qwen2_moe phi3 cohere2 starcoder2 olmo3
+""".split()
 EVERY = [
-    pytest.param(family, marks=[] if family in _QUICK else [pytest.mark.full])
-    for family in gguf_models.FAMILIES
+    pytest.param(family, fields, marks=[] if family in _QUICK else [pytest.mark.full])
+    for family, fields in gguf_models.MODELS
 ]
 
 
@@ -38,9 +41,9 @@ def test_a_param_without_a_place_is_not_left_out_in_silence() -> None:
     assert to_ggml("model.layers.0.self_attn.rotary_emb.inv_freq", llama, names) == ()
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_a_merged_model_has_its_logits(family: str, tmp_path: Path) -> None:
-    model = gguf_models.model_of(tmp_path, family, **gguf_models.FAMILIES[family])
+@pytest.mark.parametrize(("family", "fields"), EVERY)
+def test_a_merged_model_has_its_logits(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = gguf_models.model_of(tmp_path, family, **fields)
     want = model(bridged.ids()).logits.detach()
     (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
     spec, params = purelm.load(path, device="cpu", dtype=torch.float32)
@@ -50,10 +53,10 @@ def test_a_merged_model_has_its_logits(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", gguf_models.FAMILIES)
-def test_llama_cpp_has_the_same_logits(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "fields"), gguf_models.MODELS)
+def test_llama_cpp_has_the_same_logits(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = gguf_models.model_of(tmp_path, family, **gguf_models.FAMILIES[family])
+    model = gguf_models.model_of(tmp_path, family, **fields)
     (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
     wide = llama_cpp.GGML_TYPE_F32
     theirs = llama_cpp.Llama(
