@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import delta_rule_reference as reference
@@ -73,6 +74,16 @@ def delta_rule(
     if before is None:
         return reference.scan(*taken, None)[0], None
     return (reference.step if v.shape[1] == 1 else reference.scan)(*taken, before)
+
+
+def rates(beta: Tensor, decay: Tensor, dt_bias: Tensor, a_log: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw rates and decays [b, s, h] -> those of the rule, in fp32 or wider; dt_bias and a_log [h].
+
+    sigmoid(beta) and -exp(a_log) softplus(decay + dt_bias).
+    """
+    wide = torch.promote_types(decay.dtype, torch.float32)
+    decay = F.softplus(decay.to(wide) + dt_bias.to(wide)) * -a_log.to(wide).exp()
+    return beta.to(wide).sigmoid(), decay
 
 
 def _unit(x: Tensor) -> Tensor:

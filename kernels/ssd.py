@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
@@ -97,6 +98,17 @@ def ssd(
     else:
         y, last = (reference.step if one else reference.scan)(*taken, before)
     return y + x * d[:, None], last
+
+
+def rates(
+    dt: Tensor, dt_bias: Tensor, a_log: Tensor, limits: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Raw steps [b, s, h], dt_bias and a_log [h] -> dt within limits and decays [b, s, h] in fp32
+    or wider: softplus(dt + dt_bias) and -exp(a_log) dt.
+    """
+    wide = torch.promote_types(dt.dtype, torch.float32)
+    dt = F.softplus(dt.to(wide) + dt_bias.to(wide)).clamp(*limits)
+    return dt, dt * -a_log.to(wide).exp()
 
 
 class _SSD(torch.autograd.Function):

@@ -1,11 +1,11 @@
 """The gated delta net: a short convolution, then a state that each token decays and corrects."""
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels import delta_rule_reference
-from ..kernels.delta_rule import delta_rule
+from ..kernels.delta_rule import delta_rule, rates
 from ..kernels.gated_norm import gated_norm
+from ..kernels.state_step import delta_step
 from . import tree
 from .linear import linear, project, seed_after
 from .short_conv import causal_conv, conv_state
@@ -84,16 +84,16 @@ def _ruled(
     state: State | None,
 ) -> torch.Tensor:
     """q, k and v [b, s, c], raw rates and decays [b, s, h] -> [b, s, h, p]."""
-    wide = torch.promote_types(mixed.dtype, torch.float32)
-    beta = beta.to(wide).sigmoid()
-    decay = F.softplus(decay.to(wide) + p["dt_bias"].to(wide)) * -p["A_log"].to(wide).exp()
     keys, values = spec.widths
     q, k, v = mixed.split_with_sizes([keys, keys, values], -1)
     lead = mixed.shape[:2]
-    q, k = (t.reshape(*lead, spec.key_heads, spec.key_dim) for t in (q, k))
-    v = v.reshape(*lead, spec.value_heads, spec.value_dim)
+    q, k = (t.view(*lead, spec.key_heads, spec.key_dim) for t in (q, k))
+    v = v.view(*lead, spec.value_heads, spec.value_dim)
+    raw = beta, decay, p["dt_bias"], p["A_log"]
+    if state is not None and lead[1] == 1:
+        return delta_step(q, k, v, *raw, starts, state["delta"])
     before = None if state is None else state["delta"]
-    y, last = delta_rule(q, k, v, beta, decay, starts, before)
+    y, last = delta_rule(q, k, v, *rates(*raw), starts, before)
     if state is not None:
         assert last is not None
         state["delta"].copy_(last)

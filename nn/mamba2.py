@@ -3,11 +3,11 @@
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels import ssd_reference
 from ..kernels.gated_norm import gated_norm
-from ..kernels.ssd import ssd
+from ..kernels.ssd import rates, ssd
+from ..kernels.state_step import ssd_step
 from . import tree
 from .linear import linear, seed_after
 from .short_conv import causal_conv, conv_state
@@ -71,15 +71,17 @@ def _scanned(
     state: State | None,
 ) -> torch.Tensor:
     """x, b and c [b, s, c] and the raw steps [b, s, h] -> [b, s, h * p]."""
-    wide = torch.promote_types(mixed.dtype, torch.float32)
-    dt = F.softplus(dt.to(wide) + p["dt_bias"].to(wide)).clamp(*spec.limits)
     sizes = [spec.dim, spec.groups * spec.state, spec.groups * spec.state]
     x, b, c = mixed.split_with_sizes(sizes, -1)
     x = x.view(*x.shape[:2], spec.heads, spec.head_dim)
     b, c = (t.view(*t.shape[:2], spec.groups, spec.state) for t in (b, c))
-    decay = dt * -p["A_log"].to(wide).exp()
+    raw = p["dt_bias"], p["A_log"]
+    if state is not None and x.shape[1] == 1:
+        y = ssd_step(x, dt, b, c, *raw, p["D"], spec.limits, starts, state["ssm"])
+        return y.flatten(-2)
+    dt, decay = rates(dt, *raw, spec.limits)
     before = None if state is None else state["ssm"]
-    y, last = ssd(x, dt, decay, b, c, p["D"].to(wide), starts, before)
+    y, last = ssd(x, dt, decay, b, c, p["D"].to(dt.dtype), starts, before)
     if state is not None:
         assert last is not None
         state["ssm"].copy_(last)

@@ -46,6 +46,7 @@ from purelm.kernels import (
     short_conv,
     ssd,
     ssd_scan,
+    state_step,
     weighted_rows,
 )
 from purelm.kernels.launch import Kernel, power_of_two
@@ -607,6 +608,26 @@ def ssd_cases(every: bool) -> Iterator[Case]:
             )
 
 
+def state_step_cases(every: bool) -> Iterator[Case]:
+    """Granite 4's and Falcon-H1's states, and Qwen3-Next's."""
+    for (heads, groups, p, n), dtype in itertools.product(
+        ((48, 1, 64, 128), (24, 2, 128, 256)), (F32, F16, BF16) if every else (BF16,)
+    ):
+        yield Case(
+            f"ssd_step {heads}/{groups}x{p}x{n} {dtype}",
+            state_step._ssd_kernel,
+            (dtype,) * 7 + (None, F32, dtype, 0.0, float("inf"), heads) + (8192,) * 4,
+            state_step._options(p, n, heads // groups),
+        )
+    for dtype in (F32, F16, BF16) if every else (BF16,):
+        yield Case(
+            f"delta_step 32/16x128x128 {dtype}",
+            state_step._delta_kernel,
+            (dtype,) * 7 + (None, F32, dtype, 32) + (8192,) * 5,
+            {"SCALE": 128**-0.5, "ROUND": 1e-6, **state_step._options(128, 128, 2)},
+        )
+
+
 def gated_norm_cases(every: bool) -> Iterator[Case]:
     """Heads of a delta net, Mamba 2 whole and in groups, and without a norm."""
     kinds = ((32, 128, True, True), (1, 3072, False, False), (8, 1024, False, True))
@@ -695,6 +716,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from short_conv_cases(every)
     yield from ssd_cases(every)
     yield from gated_norm_cases(every)
+    yield from state_step_cases(every)
     yield from other_cases(every)
 
 
