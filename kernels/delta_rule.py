@@ -7,7 +7,9 @@ plain-torch reference, which also serves fp32.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -23,6 +25,8 @@ Backend = Literal["fla", "reference"]
 EPS = 1e-6
 # The oldest release whose kernels have groups of values that share a key.
 OLDEST = (0, 6)
+# From this Triton on, and before that, its gradients are wrong on Hopper (its issue 640).
+WRONG = ((3, 4, 0), (3, 7, 1))
 # The most features of a key in its kernels.
 WIDEST = 256
 # The logarithm of what is left of a state at a start. Those kernels subtract sums of decays in a
@@ -30,15 +34,15 @@ WIDEST = 256
 FORGOTTEN = -50.0
 
 
-def backend_for(q: Tensor) -> Backend:
-    """Which backend runs queries like q [b, s, g, n]: of its device, dtype and shape, and of what
-    is installed.
+def backend_for(q: Tensor, trains: bool = False) -> Backend:
+    """Which backend runs queries like q [b, s, g, n], and their gradients if it `trains`: of
+    device, dtype and shape, and of what is installed.
     """
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > WIDEST:
         return "reference"
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or _chunked() is None:
         return "reference"
-    return "reference" if _chunked() is None else "fla"
+    return "reference" if trains and not _differentiates(q.device) else "fla"
 
 
 def delta_rule(
@@ -58,7 +62,9 @@ def delta_rule(
     computes in it (fp64 of wider inputs), and of v's dtype from other backends. Differentiable in
     all but `starts`.
     """
-    if q.shape[1] > 1 and backend_for(q) == "fla":
+    tensors = (q, k, v, beta, decay, before)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if q.shape[1] > 1 and backend_for(q, trains) == "fla":
         chunked = _chunked()
         assert chunked is not None
         if starts is not None:
@@ -109,6 +115,24 @@ def _chunked() -> Callable[..., Any] | None:
         return None
     rule: Callable[..., Any] = chunk_gated_delta_rule
     return rule
+
+
+@functools.cache
+def _differentiates(device: torch.device) -> bool:
+    """Whether flash-linear-attention has gradients on a GPU: it refuses them on Hopper with a
+    Triton from 3.4 to 3.7.0, whose code for them is wrong, unless TileLang is there to take over.
+    """
+    if torch.cuda.get_device_capability(device)[0] != 9 or importlib.util.find_spec("tilelang"):
+        return True
+    triton = importlib.metadata.version("triton")
+    if not WRONG[0] <= tuple(int(n) for n in re.findall(r"\d+", triton)[:3]) < WRONG[1]:
+        return True
+    warnings.warn(
+        f"flash-linear-attention has no gradients on this GPU with Triton {triton}: gated delta "
+        "nets train in plain torch, many times slower; install tilelang, or Triton 3.7.1 or newer",
+        stacklevel=2,
+    )
+    return False
 
 
 def _new_enough(version: str) -> bool:

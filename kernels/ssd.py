@@ -45,6 +45,8 @@ def configs_for(p: int, n: int) -> Configs:
     """For heads of p features with states of n."""
     wide, deep = max(16, power_of_two(p)), min(64, max(16, power_of_two(n)))
     big = wide > 64
+    # Of the backward's launches the fastest are not all to be trusted: for Hopper, Triton before
+    # 3.7.1 has wrong code for some products of a transposed sum in 4 warps. These were checked.
     return Configs(
         states=Config(min(wide, 64), deep, 4, 3),
         out=Config(wide, deep, 8 if big else 4, 2),

@@ -30,11 +30,46 @@ def package(folder, version, rule):
     (folder / "fla/ops/gated_delta_rule/__init__.py").write_text(rule)
 
 
+def triton_on(monkeypatch, major, version, tilelang=False):
+    """A GPU of a compute capability, and what is installed beside."""
+    delta_rule._differentiates.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(delta_rule.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(delta_rule.importlib.util, "find_spec", lambda name: tilelang or None)
+
+
+@pytest.mark.parametrize(
+    "major, version, tilelang",
+    [(8, "3.6.0", False), (10, "3.6.0", False), (9, "3.3.1", False), (9, "3.7.1", False)]
+    + [(9, "3.10.0+git1", False), (9, "3.6.0", True)],
+)
+def test_their_gradients_are_taken(monkeypatch, major, version, tilelang):
+    triton_on(monkeypatch, major, version, tilelang)
+    monkeypatch.setattr(delta_rule, "_chunked", lambda: print)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert delta_rule.backend_for(on_cuda(), trains=True) == "fla"
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.6.0", "3.7.0"])
+def test_wrong_gradients_are_not(monkeypatch, version):
+    """They would raise: plain torch trains, which is said once, and what needs none is theirs."""
+    triton_on(monkeypatch, 9, version)
+    monkeypatch.setattr(delta_rule, "_chunked", lambda: print)
+    with pytest.warns(UserWarning, match=f"Triton {version}.*tilelang"):
+        assert delta_rule.backend_for(on_cuda(), trains=True) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert delta_rule.backend_for(on_cuda(), trains=True) == "reference"
+        assert delta_rule.backend_for(on_cuda()) == "fla"
+
+
 def on_cuda(dtype=torch.bfloat16, width=128):
     """Enough of a tensor on a GPU for the choice."""
 
     class Tensor:
         is_cuda = True
+        device = torch.device("cuda", 0)
         shape = (1, 64, 16, width)
 
     Tensor.dtype = dtype
@@ -109,7 +144,7 @@ def test_their_rule_is_ours(monkeypatch, documents):
         )
 
     want = delta_rule.delta_rule(q, k, v, beta, decay, starts, before)
-    monkeypatch.setattr(delta_rule, "backend_for", lambda q: "fla")
+    monkeypatch.setattr(delta_rule, "backend_for", lambda *_: "fla")
     monkeypatch.setattr(delta_rule, "_chunked", lambda: theirs)
     torch.testing.assert_close(delta_rule.delta_rule(q, k, v, beta, decay, starts, before), want)
     alone, none = delta_rule.delta_rule(q, k, v, beta, decay, starts, None)
