@@ -119,7 +119,7 @@ def _files(
         adapters, config, ranks = put_together(adapters, config, spec, names)
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
     worn, copies = (dict(tree.items(stacks.one_by_one(x))) for x in (adapters, trained))
-    stored = fused_adapters.as_stored(worn, copies, spec, names, stacks.one_by_one(params))
+    stored = fused_adapters.as_stored(worn, copies, spec, names, params)
     if change is not None:
         stored = replace(stored, adapters=change(stored.adapters))
     config = fitted_stored(config, stored, whole, spec, names)

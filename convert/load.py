@@ -150,6 +150,7 @@ def load_folder(
             )
     family = family_of(config.fields, path)
     spec = family.spec(config.fields, path)
+    family = family.of(spec)
     checkpoint = open_checkpoint(folder) if gguf is None else gguf_checkpoint(gguf)
     left_behind = None
     if half is not None:

@@ -1,7 +1,7 @@
 """The families purelm knows, by the `model_type` of their config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +16,13 @@ from .rope_config import check_frequencies
 class Family:
     """How one model_type is read, by the module of that name in families/, and its class in
     transformers.
+
+    chosen: the names of one model, where the module has a `names_of` that tells them by the spec.
     """
 
     model_type: str
     hf_class: str
+    chosen: Names | None = None
 
     @property
     def module(self) -> Any:
@@ -28,8 +31,13 @@ class Family:
 
     @property
     def names(self) -> Names:
-        names: Names = self.module.NAMES
+        names: Names = self.chosen or self.module.NAMES
         return names
+
+    def of(self, spec: ModelSpec) -> "Family":
+        """The family with the names that its class has in a model like `spec`."""
+        names_of = getattr(self.module, "names_of", None)
+        return self if names_of is None else replace(self, chosen=names_of(spec))
 
     def spec(self, config: Mapping[str, Any], file: object = None) -> ModelSpec:
         """The `ModelSpec` of a config's fields; raises ConfigError for what it does not cover."""

@@ -2,12 +2,16 @@
 side or in turn, q, k and v in one matrix.
 """
 
+from dataclasses import replace
+
 from ...nn.spec import ModelSpec, NormSpec
 from ..config_fields import Fields
 from ..dense import ACTIVATIONS, dense_spec, with_attention, with_layers, without_gate
-from ..names import names
+from ..names import Names, names
 
 _LAYER = "transformer.h.*."
+# Two norms side by side.
+_TWO = {"layers.*.attn_norm": _LAYER + "ln_attn", "layers.*.mlp_norm": _LAYER + "ln_mlp"}
 NAMES = names(
     {
         "embed": "transformer.word_embeddings",
@@ -22,9 +26,16 @@ NAMES = names(
     },
     fused={_LAYER + "self_attention.query_key_value": tuple(f"layers.*.attn.{x}" for x in "qkv")},
     by_head=True,
-    aliases={_LAYER + "ln_attn": "layers.*.attn_norm", _LAYER + "ln_mlp": "layers.*.mlp_norm"},
+    aliases={theirs: ours for ours, theirs in _TWO.items()},
     own_linear=True,
 )
+
+
+def names_of(spec: ModelSpec) -> Names:
+    """What `FalconForCausalLM` calls the norms of such layers."""
+    layer = spec.layers[0]
+    two = layer.parallel and layer.own_norms
+    return replace(NAMES, table=tuple((dict(NAMES.table) | _TWO).items())) if two else NAMES
 
 
 def spec(fields: Fields) -> ModelSpec:

@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import bridged
+import folders
 import peft
 import pytest
 import tiny
 import torch
+import transformers
+from family_cases import CASES as ALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from purelm.convert import adapter_file, adapter_write, fused, peft_config
+from purelm import FastLanguageModel
+from purelm.convert import adapter_file, adapter_write, fused, peft_config, peft_targets
 from purelm.convert.bridge import CausalLM
+from purelm.convert.lora_config import PeftConfig
 from purelm.convert.registry import FAMILIES
 from purelm.errors import AdapterError, ArgumentError
-from purelm.nn import lora, tree
+from purelm.nn import lora, stacks, tree
 from purelm.nn.lora import LoRA
 
 pytestmark = pytest.mark.filterwarnings(
@@ -94,6 +99,40 @@ def test_every_family_with_fused_modules_is_here() -> None:
         if fused.modules(family.spec(config), family.names):
             found.add(kind)
     assert found == {family for family, *_ in CASES.values()}
+
+
+# A case of each family, and those of Falcon, whose class has its parts under several names.
+CLASSES = {family: switches for family, switches in reversed(ALL)} | {
+    f"falcon {i}": switches
+    for i, (family, switches) in enumerate(ALL)
+    if family == "falcon" and not switches.get("alibi")
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_files_name_what_the_class_has(case: str) -> None:
+    """What may be adapted, trained whole or trained beside an adapter, but for experts' own."""
+    kind = case.partition(" ")[0]
+    config = tiny.config(kind, **CLASSES[case])
+    family = FAMILIES[config.model_type]
+    with torch.device("meta"):
+        model = getattr(transformers, family.hf_class)(config)
+    spec = family.spec(config.to_dict())
+    names = family.of(spec).names
+    modules = {name for name, _ in model.named_modules()}
+    tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    projections = peft_targets.adaptable(PeftConfig(target_parameters=("none",)), spec, names)
+    owners = fused.owners(spec, names)
+    parts = {known for name, paths in projections.items() for known in [name] if len(paths) == 1}
+    parts -= {name for name in parts if projections[name][0] in owners}
+    assert parts <= modules and {one.name for one in owners.values()} <= modules
+    for path in peft_targets.modules(spec, names):
+        if stacks.place(f"{path}.") is None and not path.endswith("mlp.router"):
+            assert fused.module_to_hf(path, spec, names) in modules
+    assert set(peft_targets.parameters(spec, names).values()) <= tensors
+    for path, _ in tree.items(stacks.each_spec(spec)):
+        if path.endswith(".bias") and stacks.place(path) is None:
+            assert fused.to_hf(path, spec, names) in tensors
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -172,6 +211,77 @@ def test_we_load_pefts(case: str, variant: str, tmp_path: Path) -> None:
     assert set(saved["target_modules"]) == set(CASES[case][3])
 
 
+def test_gradients_are_pefts(tmp_path: Path) -> None:
+    """B's rows have their own, A's sum over the parts is that of the A they shared."""
+    base, folder = folder_of("gpt_neox", tmp_path)
+    settings = peft.LoraConfig(r=3, target_modules=["query_key_value"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base, settings)
+    bridged.spread_trained(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = bridged.bridge(folder)
+    adapters, _, config = read(tmp_path / "adapter", model)
+    model.set_adapters(adapters, config=config)
+    for one in (model, theirs):
+        one.train()(input_ids=bridged.ids(), labels=bridged.ids()).loss.backward()
+    want = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters()}
+    for name, one in fused.modules(model.spec, model.origin.family.names).items():
+        leaves = [tree.at(model.adapters, path) for path in one.paths]
+        a, b = (want[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert (sum(leaf.a.grad for leaf in leaves) - a).abs().max() <= 2e-5 * a.abs().max()
+        assert (one.whole([leaf.b.grad for leaf in leaves]) - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+def test_a_folder_of_pefts_is_loaded_trained_and_handed_back(tmp_path: Path) -> None:
+    folders.whole(tmp_path / "base", "phi3")
+    hf: Any = transformers
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    settings = peft.LoraConfig(
+        r=3,
+        target_modules=["qkv_proj", "gate_up_proj"],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(tmp_path / "base"),
+    )
+    theirs = peft.get_peft_model(base, settings)
+    bridged.spread_trained(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model, _ = FastLanguageModel.from_pretrained(
+        tmp_path / "adapter", load_in_4bit=False, dtype=torch.float32, device_map="cpu"
+    )
+    ids = bridged.ids()
+    bridged.same_logits(model(ids).logits.detach(), theirs.eval()(ids).logits.detach())
+    model = FastLanguageModel.get_peft_model(
+        model, r=3, lora_alpha=8, target_modules=["qkv_proj", "gate_up_proj"]
+    )
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.eval().save_pretrained(tmp_path / "again")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "again").eval()
+    bridged.same_logits(again(ids).logits.detach(), model(ids).logits.detach())
+    # transformers by itself loads the same.
+    alone = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again", **options).eval()
+    bridged.same_logits(alone(ids).logits.detach(), model(ids).logits.detach())
+
+
+def test_files_that_name_the_parts(tmp_path: Path) -> None:
+    """As other libraries write, whose layers have them apart."""
+    _, folder = folder_of("phi3", tmp_path)
+    model = adapted(folder, target_modules=["q_proj", "v_proj"])
+    bridged.spread_trained(model)
+    tensors = {}
+    for path, leaf in tree.items(model.adapters):
+        name = model.origin.family.names.module_to_hf(path)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = leaf.a.detach()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = leaf.b.detach()
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    config = PeftConfig(r=4, lora_alpha=12, target_modules=("q_proj", "v_proj"))
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config.to_dict()))
+    adapters, _, _ = read(tmp_path / "adapter", model)
+    same(adapters, tree.map_tensors(torch.Tensor.detach, model.adapters))
+
+
 def test_pefts_weights_merged(tmp_path: Path) -> None:
     """What peft merges into its matrix is what is merged here."""
     base, folder = folder_of("falcon-groups", tmp_path)
@@ -193,7 +303,7 @@ def test_pefts_weights_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-@pytest.mark.parametrize("case", ["falcon-heads", "gpt2"])
+@pytest.mark.parametrize("case", ["falcon-heads", "falcon-groups", "gpt2"])
 def test_biases(case: str, bias: str, tmp_path: Path) -> None:
     """One of a fused module goes along with the others', and comes back."""
     base, folder = folder_of(case, tmp_path)
