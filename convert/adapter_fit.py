@@ -9,7 +9,7 @@ from ..errors import ArgumentError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import expert_adapters, expert_parts, fused, peft_targets
+from . import expert_adapters, fused, peft_targets
 from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
@@ -47,20 +47,21 @@ def fitted(
 
 
 def fitted_stored(
-    config: PeftConfig, stored: Stored, whole: Mapping[str, LoRA], spec: ModelSpec, names: Names
+    config: PeftConfig,
+    stored: Stored,
+    whole: Mapping[str, LoRA],
+    shared: Collection[str],
+    spec: ModelSpec,
+    names: Names,
 ) -> PeftConfig:
     """As `fitted`, for what a file holds by the names of Hugging Face's class.
 
-    A module that has its name from experts too is named as its parameter, which peft does not
-    take for theirs.
+    shared: modules that are named as their parameters, as what peft would take for experts' is.
     """
     leaves = dict(stored.adapters)
     known = peft_targets.parameters(spec, names)
     params = {known[path]: leaf for path, leaf in whole.items()}
-    shared = set[str]()
-    if expert_parts.has_place(config, leaves.values()):
-        shared = expert_parts.namesakes(spec, names)
-    for name in shared & set(leaves):
+    for name in [name for name in leaves if name in shared]:
         params[f"{name}.weight"] = leaves.pop(name)
     every = [*known.values(), *(f"{name}.weight" for name in shared)]
     config = _with_parameters(config, set(params), every)

@@ -17,7 +17,7 @@ from .adapter_check import MAGNITUDE, PREFIX
 from .adapter_config import CONFIG
 from .adapter_file import RANKS, STEM
 from .adapter_fit import fitted_stored
-from .expert_parts import has_place, is_joined_by_peft, put_together
+from .expert_parts import has_place, is_joined_by_peft, namesakes, put_together
 from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
@@ -82,6 +82,7 @@ def write_adapter(
     tokenizer: Any = None,
     params: tree.Tree = None,
     change: Callable[[dict[str, LoRA]], dict[str, LoRA]] | None = None,
+    by_parameter: bool = True,
 ) -> None:
     """Write trees of adapters and trained copies as peft would, whole or not at all.
 
@@ -89,9 +90,11 @@ def write_adapter(
     the safetensors file, where peft does not look. The tensors keep their dtype. params: the
     base's, needed where of a matrix that holds several projections some have DoRA's magnitude or a
     trained bias. change: what is written in place of the adapters by Hugging Face's modules.
+    by_parameter: adapters of single experts as of the parameters of all, where peft knows nothing
+    else; False keeps each expert's own names.
     """
-    files = {"": _files(adapters, spec, names, trained, config, metadata, params, change)}
-    _write(folder, files, tokenizer)
+    made = _files(adapters, spec, names, trained, config, metadata, params, change, by_parameter)
+    _write(folder, {"": made}, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,19 @@ def _files(
     metadata: Mapping[str, str] | None,
     params: tree.Tree,
     change: Callable[[dict[str, LoRA]], dict[str, LoRA]] | None = None,
+    by_parameter: bool = True,
 ) -> _Files:
     config, ranks = config or PeftConfig(), dict[str, fused_adapters.Ranks]()
-    leaves = [leaf for _, leaf in tree.items(adapters)]
-    if has_place(config, leaves) and not is_joined_by_peft(adapters, spec, names):
+    by_parameter &= has_place(config, [leaf for _, leaf in tree.items(adapters)])
+    if by_parameter and not is_joined_by_peft(adapters, spec, names):
         adapters, config, ranks = put_together(adapters, config, spec, names)
     adapters, whole = expert_adapters.taken_out(adapters, config, spec, names)
     worn, copies = (dict(tree.items(stacks.one_by_one(x))) for x in (adapters, trained))
     stored = fused_adapters.as_stored(worn, copies, spec, names, params)
     if change is not None:
         stored = replace(stored, adapters=change(stored.adapters))
-    config = fitted_stored(config, stored, whole, spec, names)
+    shared = namesakes(spec, names) if by_parameter else set[str]()
+    config = fitted_stored(config, stored, whole, shared, spec, names)
     tensors = {
         **_named(stored, spec, names),
         **{PREFIX + n: t for n, t in expert_adapters.named(whole, spec, names).items()},

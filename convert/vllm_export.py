@@ -113,7 +113,9 @@ def _write(model: "CausalLM", name: str, folder: Path) -> int:
     _require(bool(leaves), name, "no LoRA factors")
     _require(all(leaf.magnitude is None for leaf in leaves), name, "magnitudes (DoRA)")
     _require(not whole, name, "factors of experts' stacked parameters")
-    write_adapter(folder, adapters, model.spec, names, config=config, change=even)
+    write_adapter(
+        folder, adapters, model.spec, names, config=config, change=even, by_parameter=False
+    )
     return rank
 
 

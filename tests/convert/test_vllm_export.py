@@ -153,6 +153,21 @@ def test_projections_that_are_one_matrix_there(tmp_path: Path) -> None:
     same(model, peft.PeftModel.from_pretrained(base, out.adapters["default"]).eval())
 
 
+def test_experts_keep_their_names(tmp_path: Path) -> None:
+    """vLLM has them one by one, and the shared one beside, also where peft has parameters."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj", "down_proj"]}
+    model = wearing(tmp_path / "source", {"default": settings}, "qwen2_moe")
+    out = model.to_vllm(tmp_path / "served")
+    found = factors(out.adapters["default"], out.max_lora_rank)
+    leaf = model.adapters["layers"][1]["mlp"]["experts"]["up"]
+    want = leaf.scale * (leaf.b[3].double() @ leaf.a[3].double())
+    assert (found["model.layers.1.mlp.experts.3.up_proj"] - want).abs().max() < 1e-6
+    assert "model.layers.1.mlp.shared_expert.down_proj" in found
+    config = json.loads((out.adapters["default"] / "adapter_config.json").read_text())
+    assert config["target_parameters"] is None
+    assert set(config["target_modules"]) == {"up_proj", "down_proj"}
+
+
 def test_a_4_bit_model_goes_out_in_both_precisions(tmp_path: Path) -> None:
     folder = tiny.save(tiny.hf_model("llama"), tmp_path / "source")
     model = bridged.bridge(folder, quantize="nf4")
