@@ -11,7 +11,7 @@ from . import sampling as rules
 from . import tree
 from .decode import decode, waits_for
 from .graph import capture, replayable
-from .kept_steps import KeptSteps, Step, places
+from .kept_steps import KeptSteps, Step, places, with_room
 from .prompt import (
     Prompt,
     empty_cache,
@@ -151,9 +151,8 @@ def _run(
         if found is not None:
             found.begin()
         else:
-            cache = empty_cache(params, spec, prompt, capacity, cache_dtype)
             found = Step.empty(
-                cache,
+                with_room(kept, partial(empty_cache, params, spec, prompt, capacity, cache_dtype)),
                 prompt.eos,
                 draws=sampling.temperature > 0,
                 vocab=spec.vocab if sampling.repetition_penalty != 1 else None,

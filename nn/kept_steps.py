@@ -140,6 +140,17 @@ class KeptSteps:
         self._steps.clear()
 
 
+def with_room(kept: KeptSteps | None, make: Callable[[], Cache]) -> Cache:
+    """`make()`; where the device has too little memory for it, what is kept gives way."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        if not kept:
+            raise
+        kept.clear()
+    return make()
+
+
 def places(*trees: tree.Tree) -> Hashable:
     """Where the tensors of trees lie, with their forms and all that their leaves hold else."""
     found, form = _pytree.tree_flatten(trees)

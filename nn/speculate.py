@@ -6,6 +6,7 @@ they are looked at, so each row still has the distribution it has alone.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .draft import (
     passes_of,
 )
 from .generate import OnScores, OnToken, Stop
-from .kept_steps import KeptSteps, places
+from .kept_steps import KeptSteps, places, with_room
 from .pages import shared_length
 from .passes import Passes
 from .prompt import Prompt, empty_cache, prepared, raise_if_broken, unpadded
@@ -150,8 +151,8 @@ def _run(
     key = capacity, spec, places(params, adapters), *how
     passes = None if kept is None else kept.take(Passes, key)
     if passes is None:
-        cache = empty_cache(params, spec, prompt, capacity, cache_dtype)
-        passes = Passes(cache, widest=draft.tokens + 1)
+        made = partial(empty_cache, params, spec, prompt, capacity, cache_dtype)
+        passes = Passes(with_room(kept, made), widest=draft.tokens + 1)
     passes.begin(params, spec, real, limit=limit, adapters=adapters, graphs=graphs)
     guessing, draft_key = None, None
     if isinstance(draft, DraftModel):

@@ -180,6 +180,28 @@ def test_what_is_kept_has_a_bound(captures: Any, monkeypatch: pytest.MonkeyPatch
     assert len(kept) == 2 and count(captures, lambda: run(3)) == 0
 
 
+def test_what_is_kept_gives_way(captures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a call that finds no memory beside it; alone, that call fails."""
+    spec, params = hybrids.small("full")
+    kept, empty = KeptSteps(), kv.empty
+
+    def run(rows: int) -> torch.Tensor:
+        return generate(params, spec, hybrids.prompt(1, rows, 5), max_new_tokens=9, kept=kept)
+
+    run(1)
+
+    def full(spec: Any, batch: int, *rest: Any, **named: Any) -> kv.Cache:
+        if len(kept) or batch > 2:
+            raise torch.OutOfMemoryError("no room")
+        return empty(spec, batch, *rest, **named)
+
+    monkeypatch.setattr(kv, "empty", full)
+    run(2)
+    assert len(kept) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        run(3)
+
+
 def test_who_fails_or_is_not_done_leaves_nothing_behind(captures: Any) -> None:
     spec, params = hybrids.small("full")
     kept, ids = KeptSteps(), hybrids.prompt(1, 2, 5)
