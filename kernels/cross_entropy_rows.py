@@ -12,6 +12,7 @@ from .launch import jit
 from .launch import language as tl
 
 BLOCK = 4096  # logits a program reads at a time
+OWN = 8  # of them that share a running maximum: a thread's own
 WARPS = 8
 
 
@@ -41,8 +42,8 @@ def _row_kernel(
     m_label = (i_label >= 0) & (i_label < vocabulary)
     # Read before any warp can write the gradient over it: the reductions below are between.
     b_own = tl.load(p_row + i_label, mask=m_label, other=float("nan")).to(tl.float32)
-    b_max = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    b_max = tl.full([BLOCK // OWN], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK // OWN], dtype=tl.float32)
     b_all = tl.zeros([BLOCK], dtype=tl.float32)
     for i_start in range(0, vocabulary, BLOCK):
         o = i_start + tl.arange(0, BLOCK)
@@ -50,11 +51,12 @@ def _row_kernel(
         b_z, _ = _cap(b_z * SCALE, SOFTCAP)
         if SMOOTHING > 0.0:
             b_all += tl.where(o < vocabulary, b_z, 0.0)
-        b_z = tl.where(o < vocabulary, b_z, float("-inf"))
-        b_new = tl.maximum(b_max, b_z)
-        # A lane that has met no logit yet keeps its sum at zero: exp(-inf - -inf) would be NaN.
+        b_z = tl.reshape(tl.where(o < vocabulary, b_z, float("-inf")), (BLOCK // OWN, OWN))
+        b_new = tl.maximum(b_max, tl.max(b_z, axis=1))
+        # Who has met no logit yet keeps a sum of zero: exp(-inf - -inf) would be NaN.
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_sum = b_sum * tl.exp(b_max - b_shift) + tl.exp(b_z - b_shift)
+        b_powers = tl.sum(tl.exp(b_z - b_shift[:, None]), axis=1)
+        b_sum = b_sum * tl.exp(b_max - b_shift) + b_powers
         b_max = b_new
     b_top = tl.max(b_max, axis=0)
     b_total = tl.sum(b_sum * tl.exp(b_max - b_top), axis=0)
@@ -69,6 +71,7 @@ def _row_kernel(
         b_loss += Z_LOSS * b_lse * b_lse
     tl.store(p_loss + i_row, tl.where(counts, b_loss, 0.0))
     if GRADIENT:
+        b_inverse = 1.0 / b_total
         if p_weights is not None:
             b_weight = tl.load(p_weights + i_row)
         for i_start in range(0, vocabulary, BLOCK):
@@ -76,7 +79,7 @@ def _row_kernel(
             mask = o < vocabulary
             b_z = tl.load(p_row + o, mask=mask, other=0.0).to(tl.float32)
             b_z, b_slope = _cap(b_z * SCALE, SOFTCAP)
-            b_d = tl.exp(b_z - b_top) / b_total
+            b_d = tl.exp(b_z - b_top) * b_inverse
             if Z_LOSS > 0.0:
                 b_d *= 1.0 + 2.0 * Z_LOSS * b_lse
             if SMOOTHING > 0.0:

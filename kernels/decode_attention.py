@@ -23,14 +23,16 @@ from .launch import language as tl
 
 # Programs that fill a GPU of 132 multiprocessors twice.
 ENOUGH = 264
+PIECE = 64  # features of a head that a program of the second launch joins
 
 
 class Config(NamedTuple):
-    """How a launch is cut: heads of a program (padded), keys of a step, warps."""
+    """How a launch is cut: heads of a program (padded), keys of a step, warps, steps in flight."""
 
     rows: int
     block: int
     num_warps: int
+    num_stages: int
 
 
 def config_for(groups: int, dim: int, dtype: torch.dtype) -> Config:
@@ -38,7 +40,7 @@ def config_for(groups: int, dim: int, dtype: torch.dtype) -> Config:
     block = 64 if dim <= 128 else 32
     if dtype == torch.float32:
         block = block // 2  # more spills, at 256 features
-    return Config(max(16, power_of_two(groups)), block, 4)
+    return Config(max(16, power_of_two(groups)), block, 4, 2)
 
 
 def decode_attention(
@@ -140,7 +142,7 @@ def decode_attention_reference(
 def splits_for(batch: int, kv_heads: int, capacity: int, block: int) -> int:
     """How many programs share the keys of a row and head: a power of two."""
     wanted = min(ceil_div(ENOUGH, batch * kv_heads), ceil_div(capacity, block), 64)
-    return power_of_two(wanted)
+    return 1 << (wanted.bit_length() - 1)
 
 
 @jit
@@ -234,12 +236,13 @@ def _join_kernel(
     heads,
     SINKS: tl.constexpr,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    # PIECE features of a head.
     o_head = tl.program_id(0)
     o_s = o_head * SPLITS + tl.arange(0, SPLITS)
-    o_d = tl.arange(0, WIDTH)
+    o_d = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     m_d = o_d < DIM
     b_max = tl.load(p_max + o_s)
     b_sum = tl.load(p_sum + o_s)
@@ -314,9 +317,11 @@ def _launch(
         BLOCK=config.block,
         SPLITS=splits,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    piece = min(width, PIECE)
     _join_kernel(
-        (b * h,),
+        (b * h, ceil_div(d, piece)),
         part,
         top,
         total,
@@ -325,7 +330,7 @@ def _launch(
         h,
         SINKS=sinks is not None,
         DIM=d,
-        WIDTH=width,
+        PIECE=piece,
         SPLITS=splits,
         num_warps=4,
     )

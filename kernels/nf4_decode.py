@@ -49,6 +49,14 @@ def table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         return planes.view(torch.int32).flatten().to(device)
 
 
+@functools.cache
+def lanes(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """int32 [16]: the scaled levels in `dtype`, one in the low half of each."""
+    with torch.inference_mode(False), torch.no_grad():
+        levels = (codebook.levels_of(kind).double() * SCALES[kind, dtype]).to(dtype)
+        return (levels.view(torch.int16).to(torch.int32) & 0xFFFF).to(device)
+
+
 def _instructions(wide: bool) -> str:
     """PTX from a word ($8) and the table ($9 to $16) to the scaled levels of its codes in order
     ($0 to $7), in 16 bits or, from fp16, in fp32.
@@ -81,8 +89,34 @@ def _instructions(wide: bool) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+def _shuffles() -> str:
+    """PTX from a word ($8) and the address of `lanes` ($9) to the scaled levels of its codes in
+    order ($0 to $7), in 16 bits: lane i of a warp holds level i % 16, and each code, of whose word
+    a shuffle looks at five bits, fetches its own. The warp must be together.
+    """
+    lines = [
+        ".reg .b32 s, a, b, t;",
+        ".reg .b64 p;",
+        "mov.u32 s, %laneid;",
+        "and.b32 s, s, 15;",
+        "mul.wide.u32 p, s, 4;",
+        "add.s64 p, p, $9;",
+        "ld.global.nc.b32 t, [p];",
+    ]
+    for i in range(0, WORD, 2):
+        # Of two codes in a byte the first is the high nibble.
+        for register, shift in (("a", 4 * i + 4), ("b", 4 * i)):
+            lines += [
+                f"shr.u32 s, $8, {shift};",
+                f"shfl.sync.idx.b32 {register}, t, s, 31, 0xffffffff;",
+            ]
+        lines += ["prmt.b32 a, a, b, 0x5410;", f"mov.b32 {{${i}, ${i + 1}}}, a;"]
+    return "{ " + " ".join(lines) + " }"
+
+
 DECODE = _instructions(wide=True)
 FRAGMENTS = _instructions(wide=False)
+SHUFFLES = _shuffles()
 
 
 @jit
@@ -134,9 +168,29 @@ def _fragments(b_words, p_table, o, FRAGMENTS: tl.constexpr):
         is_pure=True,
         pack=1,
     )
+    return _eight(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7)
+
+
+@jit
+def _eight(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
+    """[..., 2, 2, 2]: the first axis counts single codes, the last fours."""
     b_03 = tl.join(tl.join(b_0, b_1), tl.join(b_2, b_3))
     b_47 = tl.join(tl.join(b_4, b_5), tl.join(b_6, b_7))
     return tl.join(b_03, b_47)
+
+
+@jit
+def _shuffled(b_words, p_lanes, SHUFFLES: tl.constexpr):
+    """As `_fragments`, by shuffles; p_lanes: what `lanes` makes."""
+    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
+        SHUFFLES,
+        "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,l",
+        [b_words, p_lanes.to(tl.int64)],
+        dtype=(tl.uint16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    return _eight(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7)
 
 
 @jit

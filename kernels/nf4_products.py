@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from . import codebook, nf4, nf4_decode
+from . import codebook, nf4, nf4_decode, nf4_row
 from .gated import ACTIVATIONS
 from .launch import Kernel, ceil_div, operator, ops, power_of_two
 from .nf4_launch import UNIT
@@ -22,6 +22,7 @@ from .nf4_tensor import _products_kernel
 
 MOST_ROWS = 64
 MOST_PARTS = 3
+ENOUGH = 2112  # warps, 16 a multiprocessor
 
 
 class Config(NamedTuple):
@@ -37,6 +38,11 @@ def config_for(rows: int, outputs: int, runs: int, pair: bool) -> Config:
     """The cut for `rows` of x, `outputs` in all and `runs` of weights each, from what
     examples/measurements/decode_h100.md measured; `pair`: two weights under an activation.
     """
+    if rows == 1:
+        # As many programs as fill the GPU's schedulers, before warps share an output.
+        warps = power_of_two(ceil_div(ENOUGH, ceil_div(outputs, 8 if pair else 4)))
+        warps = max(1, min(warps, 8, power_of_two(runs) // 8))
+        return Config(warps, 1 if pair or runs < 16 * warps else 2)
     eighths = power_of_two(ceil_div(rows, 8))
     if pair or eighths > 4 or (eighths == 4 and outputs > 4096):
         warps = 4
@@ -59,20 +65,24 @@ def options_for(
     double: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
-    return {
+    step = config.num_warps * config.turns
+    own: dict[str, Any] = {"SHUFFLES": nf4_decode.SHUFFLES}
+    if rows == 1:
+        step *= 8
+    else:
+        own = {"FRAGMENTS": nf4_decode.FRAGMENTS, "EIGHTS": power_of_two(ceil_div(rows, 8))}
+    return own | {
         "BLOCK": block,
         "WIDTH": min(block, UNIT),
         "WARPS": config.num_warps,
         "TURNS": config.turns,
-        "EIGHTS": power_of_two(ceil_div(rows, 8)),
         "PARTS": 1 if activation else parts,
         "ACTIVATION": activation or None,
         "RANK": max(16, power_of_two(rank)) if rank else 0,
         "DOUBLE": double,
-        "FRAGMENTS": nf4_decode.FRAGMENTS,
         "UNSCALE": 1.0 / nf4_decode.SCALES[kind, dtype],
         "RESIDUAL": 1.0,
-        "WHOLE": runs % (config.num_warps * config.turns) == 0,
+        "WHOLE": runs % step == 0,
         "num_warps": config.num_warps,
         "num_stages": 1,
     }
@@ -232,23 +242,22 @@ def _launch_products(
     for i in range(MOST_PARTS):
         tensors = (words, absmax, absmax_scale, absmax_offset, bias, terms)
         each += [of(ts, i) for ts in tensors]
-    tiles = [ceil_div(n, 16) for n in outputs]
-    kernel: Kernel = _products_kernel
+    one = rows == 1
+    tiles = [ceil_div(n, nf4_row.SIDE if one else 16) for n in outputs]
+    kernel: Kernel = nf4_row._row_kernel if one else _products_kernel
     kernel(
         (tiles[0] if activation else sum(tiles),),
         _aligned(x),
         *each,
         None if low is None else low.to(x.dtype).contiguous(),
         None if residual is None else residual.contiguous(),
-        nf4_decode.table(kind, x.dtype, x.device),
+        (nf4_decode.lanes if one else nf4_decode.table)(kind, x.dtype, x.device),
         codebook.device_tables(x.device, kind).dynamic,
         out,
-        rows,
+        *(() if one else (rows,)),
         runs,
         *(outputs + [0] * (MOST_PARTS - parts)),
-        columns,
-        rank,
-        0,
+        *((rank,) if one else (columns, rank, 0)),
         **options_for(
             config, rows, runs, parts, block, kind, x.dtype, activation, rank, bool(absmax_scale)
         )

@@ -30,6 +30,38 @@ def _either(p, p_other, o, m_other, TWO: tl.constexpr):
 
 
 @jit
+def _part(first, outputs, outputs1, SIDE: tl.constexpr, PARTS: tl.constexpr):
+    """Of the outputs of PARTS weights, each padded to whole SIDEs, those from `first` on: which
+    weight they are of, from which of its outputs on, and how many the weights before have.
+    """
+    part = 0
+    column = 0
+    if PARTS > 1:
+        padded = tl.cdiv(outputs, SIDE) * SIDE
+        padded1 = tl.cdiv(outputs1, SIDE) * SIDE
+        if PARTS > 2 and first >= padded + padded1:
+            first -= padded + padded1
+            column = outputs + outputs1
+            part = 2
+        elif first >= padded:
+            first -= padded
+            column = outputs
+            part = 1
+    return part, first, column
+
+
+@jit
+def _of(part, x, x1, x2, PARTS: tl.constexpr):
+    """x, x1 or x2."""
+    if PARTS > 2:
+        return tl.where(part == 2, x2, tl.where(part == 1, x1, x))
+    elif PARTS > 1:
+        return tl.where(part == 1, x1, x)
+    else:
+        return x
+
+
+@jit
 def _products_kernel(
     p_x,
     p_words,
@@ -85,40 +117,17 @@ def _products_kernel(
     N: tl.constexpr = 8 * EIGHTS
     V: tl.constexpr = WIDTH // 32  # words of one thread
     dtype: tl.constexpr = p_x.dtype.element_ty
-    first = tl.program_id(0) * SIDE
-    column = 0
-    part = 0
-    if PARTS > 1:
-        padded = tl.cdiv(outputs, SIDE) * SIDE
-        padded1 = tl.cdiv(outputs1, SIDE) * SIDE
-        if PARTS > 2 and first >= padded + padded1:
-            first -= padded + padded1
-            column = outputs + outputs1
-            part = 2
-            outputs = outputs2
-            p_words = p_words2
-            p_absmax = p_absmax2
-            if DOUBLE:
-                p_scale = p_scale2
-                p_offset = p_offset2
-            if p_bias is not None:
-                p_bias = p_bias2
-            if RANK > 0:
-                p_b = p_b2
-        elif first >= padded:
-            first -= padded
-            column = outputs
-            part = 1
-            outputs = outputs1
-            p_words = p_words1
-            p_absmax = p_absmax1
-            if DOUBLE:
-                p_scale = p_scale1
-                p_offset = p_offset1
-            if p_bias is not None:
-                p_bias = p_bias1
-            if RANK > 0:
-                p_b = p_b1
+    part, first, column = _part(tl.program_id(0) * SIDE, outputs, outputs1, SIDE, PARTS)
+    outputs = _of(part, outputs, outputs1, outputs2, PARTS)
+    p_words = _of(part, p_words, p_words1, p_words2, PARTS)
+    p_absmax = _of(part, p_absmax, p_absmax1, p_absmax2, PARTS)
+    if DOUBLE:
+        p_scale = _of(part, p_scale, p_scale1, p_scale2, PARTS)
+        p_offset = _of(part, p_offset, p_offset1, p_offset2, PARTS)
+    if p_bias is not None:
+        p_bias = _of(part, p_bias, p_bias1, p_bias2, PARTS)
+    if RANK > 0:
+        p_b = _of(part, p_b, p_b1, p_b2, PARTS)
     o_4 = tl.arange(0, 4)
     o_8 = tl.arange(0, 8)
     o_warp = tl.arange(0, WARPS)

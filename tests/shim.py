@@ -12,6 +12,7 @@ one address raise, and whether the programs run in reverse order.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import sys
@@ -213,9 +214,18 @@ def _inline_asm(
         for i, h in enumerate(inputs)
     }
     shape = names[f"${wanted}"].shape
+    # A register that depends on the lane has 32 values.
+    names["%laneid"] = np.arange(32, dtype=np.uint32)
+    for i, h in enumerate(inputs):
+        if h.data.dtype.itemsize == 8:
+            names[f"${wanted + i}"] = np.atleast_1d(h.data).ravel()[:1].astype(np.uint64)
 
     def value(text: str) -> np.ndarray:
-        return names[text] if text in names else np.full(shape, int(text, 0), np.uint32)
+        return names[text] if text in names else np.full(1, int(text, 0), np.uint32)
+
+    def loaded(address: str) -> np.ndarray:
+        found = names[address.strip("[]")].tolist()
+        return np.array([ctypes.c_uint32.from_address(at).value for at in found], np.uint32)
 
     def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
         both = (b.astype(np.uint64) << np.uint64(32)) | a
@@ -232,6 +242,10 @@ def _inline_asm(
         "or.b32": np.bitwise_or,
         "shr.u32": np.right_shift,
         "prmt.b32": permuted,
+        "mov.u32": lambda register: register,
+        "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b.astype(np.uint64),
+        "add.s64": np.add,
+        "shfl.sync.idx.b32": lambda held, lane, *_: held[lane & np.uint32(31)],
         "cvt.f32.f16": lambda bits: bits.astype(np.uint16).view(np.float16).astype(np.float32),
     }
     for line in asm.strip("{} ").split(";"):
@@ -239,6 +253,9 @@ def _inline_asm(
         if name == "mov.b32":
             low, high, word = (part.strip("{} ") for part in rest.split(","))
             names[low], names[high] = names[word] & np.uint32(0xFFFF), names[word] >> np.uint32(16)
+        elif name == "ld.global.nc.b32":
+            target, address = (part.strip() for part in rest.split(","))
+            names[target] = loaded(address)
         elif name and name != ".reg":
             target, *sources = (part.strip() for part in rest.split(","))
             names[target] = does[name](*(value(text) for text in sources))

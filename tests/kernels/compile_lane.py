@@ -40,6 +40,7 @@ from purelm.kernels import (
     nf4_matvec_launch,
     nf4_products,
     nf4_quantize_launch,
+    nf4_row,
     nf4_tensor,
     rms_norm_launch,
     rope_launch,
@@ -360,16 +361,17 @@ def nf4_products_cases(every: bool) -> Iterator[Case]:
             runs, total = width // unit, sum(outputs)
             config = nf4_products.config_for(rows, total, runs, bool(activation))
             absmax = (U8, F32, F32) if double else (F32, None, None)
-            one = (I32, *absmax, None, dtype if rank else None)
-            none = (None,) * 6
-            weights = [one if i < len(outputs) else none for i in range(3)]
+            given = (I32, *absmax, None, dtype if rank else None)
+            weights = [given if i < len(outputs) else (None,) * 6 for i in range(3)]
             ends = (dtype if rank else None, dtype if added else None, I32, F32, dtype)
-            sizes = (*outputs, 0, 0)[:3]
+            one = rows == 1
+            sizes = (runs, *(*outputs, 0, 0)[:3])
+            sizes = (*sizes, rank) if one else (rows, *sizes, total, rank, 0)
             yield Case(
                 f"nf4_products {rows}x{width}x{outputs} {activation} {block=} {dtype} {double=} "
                 f"{rank=}".replace(",", ""),
-                nf4_tensor._products_kernel,
-                (dtype, *itertools.chain(*weights), *ends, rows, runs, *sizes, total, rank, 0),
+                nf4_row._row_kernel if one else nf4_tensor._products_kernel,
+                (dtype, *itertools.chain(*weights), *ends, *sizes),
                 nf4_products.options_for(
                     config, rows, runs, len(outputs), block, "nf4", dtype, activation, rank, double
                 ),
@@ -474,7 +476,8 @@ def decode_attention_cases(every: bool, arch: int) -> Iterator[Case]:
         config = decode_attention.config_for(groups, dim, dtype)
         splits = decode_attention.splits_for(1, heads_k, 1024, config.block)
         width = max(16, power_of_two(dim))
-        shape = {"DIM": dim, "WIDTH": width, "SPLITS": splits, "num_warps": config.num_warps}
+        shape = {"DIM": dim, "SPLITS": splits, "num_warps": config.num_warps}
+        piece = min(width, decode_attention.PIECE)
         for page, narrow in kept_as:
             kept = narrow or dtype
             yield Case(
@@ -484,13 +487,13 @@ def decode_attention_cases(every: bool, arch: int) -> Iterator[Case]:
                 + (I64 if page else None, 1024, heads_k, 1024, 64),
                 {"SCALE": dim**-0.5, "SOFTCAP": softcap, "BIASED": extra, "PAGE": page}
                 | {"GROUPS": groups, "ROWS": config.rows}
-                | {"BLOCK": config.block, **shape},
+                | {"BLOCK": config.block, "WIDTH": width, "num_stages": config.num_stages, **shape},
             )
         yield Case(
             f"decode_attention_join {splits}x{dim} {dtype} sinks={extra}",
             decode_attention._join_kernel,
             (F32, F32, F32, F32 if extra else None, dtype, heads_k * groups),
-            {"SINKS": extra, **shape},
+            {"SINKS": extra, "PIECE": piece, **shape},
         )
 
 
