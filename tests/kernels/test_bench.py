@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from purelm import cli
-from purelm.bench import _kernel_case, _kernel_cases, _kernel_time, kernels
+from purelm.bench import _kernel_case, _kernel_cases_nf4, _kernel_time, kernels
 from purelm.bench._kernel_case import SHAPES
 from purelm.bench._kernel_cases import KERNELS
 from purelm.bench._kernel_check import CheckFailed, against, close
@@ -62,7 +62,7 @@ def test_a_wrong_kernel_is_refused(
 @pytest.mark.parametrize("wrong", ["codes", "raises"])
 def test_bytes_are_held_to_the_bit(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """One bit of one code, or an error, is enough."""
-    nf4 = _kernel_cases.nf4
+    nf4 = _kernel_cases_nf4.nf4
     right = nf4.quantize
 
     def quantize(w: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..quant import nf4 as leaf
 from ._kernel_check import Function
+
+EPS = 1e-5
+BLOCK = 64
+# Weights and rows that a check looks at where all would take too much of float64.
+CHECKED_WEIGHTS, CHECKED_ROWS = 1 << 22, 256
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Shape:
     tokens: int = 16384
     batch: int = 8
     caches: tuple[int, ...] = (8192, 32768)
+    experts: tuple[int, int] | None = None  # how many of `mlp` features, and how many a token
 
 
 SHAPES = {
@@ -34,10 +41,22 @@ SHAPES = {
     "llama-8b": Shape(4096, 14336, 32, 8, 128, 128256),
     "qwen3-8b": Shape(4096, 12288, 32, 8, 128, 151936, qk_norm=True),
     "gemma-2-9b": Shape(3584, 14336, 16, 8, 256, 256000, "gelu_tanh", gemma=True, softcap=30.0),
+    "qwen3-30b-a3b": Shape(2048, 768, 32, 4, 128, 151936, qk_norm=True, experts=(128, 8)),
     # For machines without a GPU.
     "tiny": Shape(
-        128, 192, 4, 2, 32, 300, qk_norm=True, softcap=30.0, tokens=32, batch=2, caches=(48,)
-    ),
+        128,
+        192,
+        4,
+        2,
+        32,
+        300,
+        qk_norm=True,
+        softcap=30.0,
+        tokens=32,
+        batch=2,
+        caches=(48,),
+        experts=(4, 2),
+    ),  # fmt: skip
 }
 
 
@@ -84,3 +103,14 @@ def backward(f: Function, wanted: Sequence[int], *, graph: bool = True) -> Call:
 
 def normal(device: torch.device, *shape: int, std: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=device) * std).to(torch.bfloat16)
+
+
+def weights(shape: Shape, device: torch.device, double: bool) -> tuple[Tensor, ...]:
+    made = leaf.quantize(normal(device, shape.mlp, shape.hidden, std=0.02), double=double)
+    return made.tensors
+
+
+def parts(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    packed, absmax, *double = tensors
+    scale, offset = double or (None, None)
+    return packed, absmax, scale, offset

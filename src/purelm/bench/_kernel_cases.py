@@ -12,128 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import attention as attention_kernel
-from ..kernels import (
-    clamped,
-    cross_entropy,
-    decode_attention,
-    gated,
-    nf4,
-    nf4_matvec,
-    rms_norm,
-    rope,
+from ..kernels import clamped, cross_entropy, gated, rms_norm, rope
+from . import (
+    _kernel_cases_attention,
+    _kernel_cases_experts,
+    _kernel_cases_fp8,
+    _kernel_cases_nf4,
 )
-from ..quant import nf4 as leaf
-from . import _kernel_cases_fp8
-from ._kernel_case import Case, Shape, backward, forward, normal
-from ._kernel_check import Function, against, close, same
-
-EPS = 1e-5
-BLOCK = 64
-# Rows of x in the products with packed weights.
-FEW = (1, 2, 8, 16, 64)
-# Weights, rows and sequences that a check looks at where all would take too much of float64.
-CHECKED_WEIGHTS, CHECKED_ROWS = 1 << 22, 256
-
-
-def quantizing(shape: Shape, device: torch.device) -> Iterator[Case]:
-    n = shape.mlp * shape.hidden
-
-    def made(w: Tensor, double: bool) -> tuple[Tensor, ...]:
-        # Without the look at one number by which quant.nf4 refuses weights that are not finite.
-        packed, absmax = nf4.quantize(w, BLOCK)
-        return (packed, *nf4.quantize_absmax(absmax)) if double else (packed, absmax)
-
-    def check(args: Sequence[Tensor], _: Any, double: bool) -> None:
-        w = args[0].view(-1)
-        some = min(len(w), CHECKED_WEIGHTS)
-        packed, absmax = nf4.quantize(w, BLOCK)
-        want = nf4.quantize_reference(w[:some].cpu(), BLOCK)
-        same("codes", packed[: some // 2], want[0])
-        same("absmax", absmax[: some // BLOCK], want[1])
-        if double:
-            codes, scale, offset = nf4.quantize_absmax(absmax)
-            # A GPU's torch divides by a number as it multiplies by its reciprocal.
-            want = nf4.quantize_absmax_reference(absmax.cpu(), offset.cpu())
-            same("codes of absmax", codes, want[0])
-            same("scales of absmax", scale, want[1])
-
-    for double in (False, True):
-        yield Case(
-            "nf4 quantize" + " double" * double,
-            f"{shape.mlp}x{shape.hidden}",
-            n * 2.5 + n / BLOCK * (1 if double else 4),
-            8.0 * n,
-            lambda: ((normal(device, shape.mlp, shape.hidden, std=0.02),), ()),
-            forward(partial(made, double=double)),
-            partial(check, double=double),
-            {"double": double},
-        )
-
-
-def weights(shape: Shape, device: torch.device, double: bool) -> tuple[Tensor, ...]:
-    made = leaf.quantize(normal(device, shape.mlp, shape.hidden, std=0.02), double=double)
-    return made.tensors
-
-
-def parts(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    packed, absmax, *double = tensors
-    scale, offset = double or (None, None)
-    return packed, absmax, scale, offset
-
-
-def dequantizing(shape: Shape, device: torch.device) -> Iterator[Case]:
-    n = shape.mlp * shape.hidden
-
-    def run(*tensors: Tensor) -> Tensor:
-        return nf4.dequantize(*parts(tensors), n, BLOCK, torch.bfloat16)
-
-    def check(args: Sequence[Tensor], _: Any) -> None:
-        want = nf4.dequantize_reference(*parts(args), n, BLOCK, torch.bfloat16)
-        same("weights", run(*args), want)
-
-    for double in (False, True):
-        yield Case(
-            "nf4 dequantize" + " double" * double,
-            f"{shape.mlp}x{shape.hidden}",
-            n * 2.5 + n / BLOCK * (1 if double else 4),
-            float(n),
-            partial(lambda double: (weights(shape, device, double), ()), double),
-            forward(run),
-            check,
-            {"double": double, "shape": (shape.mlp, shape.hidden)},
-        )
-
-
-def multiplying(shape: Shape, device: torch.device) -> Iterator[Case]:
-    n = shape.mlp * shape.hidden
-
-    def run(x: Tensor, *tensors: Tensor) -> Tensor:
-        return nf4_matvec.matvec(x, *parts(tensors), shape.mlp, BLOCK)
-
-    def check(args: Sequence[Tensor], _: Any) -> None:
-        x, *tensors = args
-        dense = nf4.dequantize(*parts(tensors), n, BLOCK, torch.bfloat16).view(shape.mlp, -1)
-        exact = nf4_matvec.matvec_reference(x.double(), *parts(tensors), shape.mlp, BLOCK)
-        close("product", run(*args), torch.nn.functional.linear(x, dense), exact)
-
-    for rows in FEW:
-        yield Case(
-            "nf4 product",
-            f"{rows}x{shape.hidden}->{shape.mlp}",
-            n / 2 + n / BLOCK + rows * (shape.hidden + shape.mlp) * 2,
-            2.0 * rows * n,
-            partial(
-                lambda rows: (
-                    (normal(device, rows, shape.hidden), *weights(shape, device, True)),
-                    (),
-                ),
-                rows,
-            ),
-            forward(run),
-            check,
-            {"rows": rows, "shape": (shape.mlp, shape.hidden)},
-        )
+from ._kernel_case import CHECKED_ROWS, EPS, Case, Shape, backward, forward, normal
+from ._kernel_check import Function, against
 
 
 def norming(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -327,78 +214,18 @@ def losing(shape: Shape, device: torch.device) -> Iterator[Case]:
     )
 
 
-def decoding(shape: Shape, device: torch.device) -> Iterator[Case]:
-    h, k, d = shape.heads, shape.kv_heads, shape.head_dim
-
-    def run(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor) -> Tensor:
-        return decode_attention.decode_attention(q, keys, values, first, end, scale=d**-0.5)
-
-    def reference(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor) -> Tensor:
-        return decode_attention.decode_attention_reference(
-            q, keys, values, first, end, scale=d**-0.5
-        )
-
-    def inputs(b: int, length: int) -> Any:
-        keys, values = (normal(device, b, length, k, d) for _ in range(2))
-        span = (torch.full((b,), at, device=device) for at in (0, length))
-        return (normal(device, b, h, d), keys, values, *span), ()
-
-    for b, length in [(1, n) for n in shape.caches] + [(shape.batch, shape.caches[0])]:
-        yield Case(
-            "decode attention",
-            f"{b}x{length}x{k}x{d}",
-            4.0 * b * length * k * d,
-            4.0 * b * length * h * d,
-            partial(inputs, b, length),
-            forward(run),
-            against(run, reference),
-        )
-
-
-def attending(shape: Shape, device: torch.device) -> Iterator[Case]:
-    b, s, d = shape.batch, shape.tokens // shape.batch, shape.head_dim
-    products = 2.0 * b * shape.heads * s * s * d  # two, of which causality leaves half
-    size = 2.0 * shape.tokens * d
-    moved = size * (2 * shape.heads + 2 * shape.kv_heads)
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_kernel.attention(q, k, v, scale=d**-0.5)
-
-    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_kernel.attention_reference(q, k, v, scale=d**-0.5)[0]
-
-    def inputs() -> Any:
-        q, dout = (normal(device, b, s, shape.heads, d) for _ in range(2))
-        return (q, *(normal(device, b, s, shape.kv_heads, d) for _ in range(2))), (dout,)
-
-    def check(args: Sequence[Tensor], ups: Sequence[Tensor], wanted: Sequence[int]) -> None:
-        # The first token's gradients are zeros but for rounding: a tensor is one row.
-        held = against(ours, reference, wanted, flat=True)
-        held([t[:1] for t in args], [t[:1] for t in ups])
-
-    for name, wanted in (("", ()), (" backward", (0, 1, 2))):
-        yield Case(
-            "attention" + name,
-            f"{b}x{s}x({shape.heads}+{shape.kv_heads})x{d}",
-            moved * (2 if wanted else 1),
-            products * (2.5 if wanted else 1),
-            inputs,
-            backward(ours, wanted) if wanted else forward(ours),
-            partial(check, wanted=wanted),
-            {"wanted": wanted},
-        )
-
-
 KERNELS: dict[str, Callable[[Shape, torch.device], Iterator[Case]]] = {
-    "nf4-quantize": quantizing,
-    "nf4-dequantize": dequantizing,
-    "nf4-product": multiplying,
+    "nf4-quantize": _kernel_cases_nf4.quantizing,
+    "nf4-dequantize": _kernel_cases_nf4.dequantizing,
+    "nf4-product": _kernel_cases_nf4.multiplying,
+    "experts": _kernel_cases_experts.choosing,
     "rms-norm": norming,
     "fp8": _kernel_cases_fp8.rounding,
     "gated": gating,
     "clamped": clamping,
     "rope": rotating,
     "cross-entropy": losing,
-    "decode-attention": decoding,
-    "attention": attending,
+    "decode-attention": _kernel_cases_attention.decoding,
+    "attention": _kernel_cases_attention.attending,
+    "attention-softcap": _kernel_cases_attention.capping,
 }

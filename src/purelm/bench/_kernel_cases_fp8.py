@@ -1,4 +1,4 @@
-"""Cases of `purelm bench kernels` that make e4m3: weights, and activations where they are made."""
+"""Cases of `purelm bench kernels` in e4m3: what makes it, weights and activations, and a product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,11 +9,8 @@ from torch import Tensor
 
 from ..kernels import fp8, fp8_made
 from ..quant import nf4
-from ._kernel_case import Case, Shape, forward, normal
-from ._kernel_check import same
-
-EPS = 1e-5
-BLOCK = 64
+from ._kernel_case import BLOCK, CHECKED_ROWS, EPS, Case, Shape, forward, normal
+from ._kernel_check import close, same
 
 
 def rounding(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -22,6 +19,7 @@ def rounding(shape: Shape, device: torch.device) -> Iterator[Case]:
         return
     yield from _weights(shape, device)
     yield from _activations(shape, device)
+    yield from _product(shape, device)
 
 
 def _same_rows(got: fp8.Rows, *values: Tensor) -> None:
@@ -102,3 +100,31 @@ def _activations(shape: Shape, device: torch.device) -> Iterator[Case]:
             forward(run),
             partial(check, run),
         )
+
+
+def _product(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """A frozen product, with the cast of its activations."""
+    m, k, n = shape.tokens, shape.hidden, shape.mlp
+
+    def inputs() -> Any:
+        return (normal(device, m, k), *fp8.cast_rows(normal(device, n, k, std=0.02))), ()
+
+    def run(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        return fp8.product(fp8.cast_rows(x), fp8.Rows(codes, scale), torch.bfloat16)
+
+    def check(args: Sequence[Tensor], _: Any) -> None:
+        x, codes, scale = args
+        rows = fp8.cast_rows(x[:CHECKED_ROWS])
+        a, b = (r.codes.double() * r.scale[:, None] for r in (rows, fp8.Rows(codes, scale)))
+        eager = torch.nn.functional.linear(a.to(torch.bfloat16), b.to(torch.bfloat16))
+        close("product", run(x[:CHECKED_ROWS], codes, scale), eager, a @ b.mT)
+
+    yield Case(
+        "fp8 product",
+        f"{m}x{k}->{n}",
+        2.0 * m * (k + n) + n * k,
+        2.0 * m * n * k,
+        inputs,
+        forward(run),
+        check,
+    )

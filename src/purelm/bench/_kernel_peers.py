@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..kernels import nf4
 from ..kernels.cross_entropy import chunk_rows
-from ._kernel_case import Call, Case, backward, forward
-from ._kernel_cases import BLOCK, EPS, parts
+from ._kernel_case import BLOCK, EPS, Call, Case, backward, forward, parts
 
 Calls = dict[str, Call]
 
@@ -34,6 +33,25 @@ def torch_itself(case: Case) -> Calls:
             return F.linear(x, w.view(out, inner))
 
         return {"dequantize + cuBLAS": forward(dense)}
+    if kernel == "fp8 product":
+
+        def bf16(x: Tensor, w: Tensor, _: Tensor) -> Tensor:
+            return F.linear(x, w)
+
+        def widened(args: Sequence[Tensor], _: Any) -> Sequence[Any]:
+            return args[0], args[1].to(torch.bfloat16), args[2]
+
+        return {"bf16 cuBLAS": Call(widened, bf16)}
+    if kernel == "experts":
+        groups, outputs, width = case.options["shape"]
+
+        def at_once(x: Tensor, offsets: Tensor, *tensors: Tensor) -> Tensor:
+            w = x.new_empty(groups, outputs, width)
+            for i, some in enumerate(zip(*tensors, strict=True)):
+                nf4.dequantize(*parts(some), outputs * width, BLOCK, out=w[i])
+            return torch._grouped_mm(x, w.mT, offs=offsets[1:])
+
+        return {"dequantize + torch._grouped_mm": forward(at_once)}
     if kernel.startswith("cross entropy"):
 
         def products(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
@@ -53,7 +71,7 @@ def torch_itself(case: Case) -> Calls:
             return _flash(q[:, None], keys, values, False)
 
         return {"SDPA flash": forward(one_query)}
-    if kernel.startswith("attention"):
+    if kernel.startswith("attention") and case.options["softcap"] is None:
         wanted = case.options["wanted"]
         return {"SDPA flash": backward(_flash, wanted) if wanted else forward(_flash)}
     return {}
