@@ -142,7 +142,7 @@ def decode_attention_reference(
 def splits_for(batch: int, kv_heads: int, capacity: int, block: int) -> int:
     """How many programs share the keys of a row and head: a power of two."""
     wanted = min(ceil_div(ENOUGH, batch * kv_heads), ceil_div(capacity, block), 64)
-    return 1 << (wanted.bit_length() - 1)
+    return power_of_two(wanted)
 
 
 @jit

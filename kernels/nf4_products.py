@@ -22,7 +22,7 @@ from .nf4_tensor import _products_kernel
 
 MOST_ROWS = 64
 MOST_PARTS = 3
-ENOUGH = 2112  # warps, 16 a multiprocessor
+ENOUGH = 2112  # warps of a product of one row: 16 a multiprocessor
 
 
 class Config(NamedTuple):
@@ -39,10 +39,11 @@ def config_for(rows: int, outputs: int, runs: int, pair: bool) -> Config:
     examples/measurements/decode_h100.md measured; `pair`: two weights under an activation.
     """
     if rows == 1:
-        # As many programs as fill the GPU's schedulers, before warps share an output.
-        warps = power_of_two(ceil_div(ENOUGH, ceil_div(outputs, 8 if pair else 4)))
+        # Warps share outputs where programs of one would be too few; each takes eight runs a step.
+        programs = ceil_div(outputs, 2 * nf4_row.SIDE if pair else nf4_row.SIDE)
+        warps = power_of_two(ceil_div(ENOUGH // 2 if pair else ENOUGH, programs))
         warps = max(1, min(warps, 8, power_of_two(runs) // 8))
-        return Config(warps, 1 if pair or runs < 16 * warps else 2)
+        return Config(warps, 2 if pair and warps == 1 and runs >= 16 else 1)
     eighths = power_of_two(ceil_div(rows, 8))
     if pair or eighths > 4 or (eighths == 4 and outputs > 4096):
         warps = 4

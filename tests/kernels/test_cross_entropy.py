@@ -268,9 +268,9 @@ def test_second_derivative_raises():
 
 
 def test_chunk_rows():
-    assert chunk_rows(128256, 2048, 2) == 2048
-    assert chunk_rows(128256, 4096, 2) == chunk_rows(128256, 8192, 2) == 1024
-    assert chunk_rows(256000, 3584, 2) == 1024
+    assert chunk_rows(128256, 2048, 2) == 1024
+    assert chunk_rows(128256, 4096, 2) == chunk_rows(128256, 8192, 2) == 512
+    assert chunk_rows(256000, 3584, 2) == 512
     assert chunk_rows(32000, 512, 2) == 4096
     assert chunk_rows(2**31, 8, 4) == 16
 

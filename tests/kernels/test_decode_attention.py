@@ -119,8 +119,8 @@ def test_the_order_of_programs_does_not_matter(interpreted):
 
 
 def test_few_rows_share_their_keys_among_programs():
-    assert splits_for(1, 8, 32768, 64) == 32
-    assert splits_for(8, 8, 32768, 64) == 4
+    assert splits_for(1, 8, 32768, 64) == 64
+    assert splits_for(8, 8, 32768, 64) == 8
     assert splits_for(1, 8, 64, 64) == 1
     assert splits_for(512, 8, 32768, 64) == 1
 
