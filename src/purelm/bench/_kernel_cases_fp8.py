@@ -1,4 +1,4 @@
-"""Cases of `purelm bench kernels` in e4m3: what makes it, weights and activations, and a product."""
+"""Cases of `purelm bench kernels` in e4m3: what makes it, of weights and activations; a product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
