@@ -20,6 +20,8 @@ from .fast_mlp import FastMLP
 from .half import Residuals
 from .linear import linear, scaled
 from .lora import LoRA
+from .norm import norm
+from .norm import pull as pull_norm
 from .pulling import Found, picked
 from .residuals import Policy
 from .router import route
@@ -47,7 +49,7 @@ class FastExperts:
         own = _of_experts(adapters)
         weights, chosen = route(x, p["router"], self.spec)
         where = places(chosen, self.spec.experts)
-        rows = self._rows(x, weights, where)
+        rows = self._rows(self._normed(x, p, "norm"), weights, where)
         gate_up, low_gate_up = self._gate_up(rows, where, p, own)
         del rows
         hidden = activated(gate_up, self.spec.expert, {})
@@ -61,6 +63,9 @@ class FastExperts:
         down = scaled(down, self.spec.expert.down_scale)
         shares = None if self.spec.weigh_inputs else weights
         out = weighted_sum(down, where.back.view(weights.shape), shares)
+        if self.spec.norms is not None:
+            residuals[KEY] = out
+        out = self._normed(out, p, "post_norm")
         if self.spec.shared is not None:
             out = out + self._shared_forward(x, p, adapters, seed, residuals)
         return out.view(inner.shape), residuals
@@ -101,6 +106,8 @@ class FastExperts:
         found: Found,
     ) -> torch.Tensor | None:
         spec, own = self.spec.expert, _of_experts(adapters)
+        dy = self._pull(dy, residuals.pop(KEY, None), p, "post_norm")
+        taken = self._normed(x.detach(), p, "norm")
         where: Places = residuals.pop("places")
         low_gate_up = residuals.pop("low_gate_up")[KEY]
         low_down = residuals.pop("low_down")[KEY]
@@ -112,7 +119,7 @@ class FastExperts:
             column = weights.detach().flatten().index_select(0, where.order)[:, None]
         again = gate_up is None
         if gate_up is None:
-            rows = self._rows(x.detach(), weights.detach(), where)
+            rows = self._rows(taken, weights.detach(), where)
             gate_up, _ = self._gate_up(rows, where, p, own, low_gate_up)
             del rows
         dy = scaled(dy, spec.down_scale)
@@ -131,7 +138,7 @@ class FastExperts:
         wide, own_wide = picked(p[KEY], own, inputs(spec))
         dlows = grouped.pull_lows(dparts, where, own_wide)
         if dlows:
-            rows = self._rows(x.detach(), weights.detach(), where)
+            rows = self._rows(taken, weights.detach(), where)
             grads = grouped.pull_weights(rows, where, own_wide, dparts, dlows, low_gate_up, column)
             _note(found, own, inputs(spec), grads)
             del rows, grads
@@ -141,14 +148,23 @@ class FastExperts:
         drows = grouped.pull_rows(dparts, where, wide, own_wide, dlows)
         dx = weighted_sum(drows, where.back.view(weights.shape), weights.detach())
         if self.spec.weigh_inputs:
-            dots = row_dots(drows, spread(x.detach(), where, self.spec.active))
+            dots = row_dots(drows, spread(taken, where, self.spec.active))
         assert dots is not None
         dweights = dots.index_select(0, where.back).view(weights.shape)
         if column is not None and "bias" in p[KEY]["down"]:
             every = dy @ p[KEY]["down"]["bias"].to(dy.dtype).mT
             chosen = where.ids.index_select(0, where.back).view(weights.shape)
             dweights = dweights + every.gather(1, chosen)
+        dx = self._pull(dx, x.detach(), p, "norm")
         return dx.add_(torch.autograd.grad(weights, x, dweights.to(weights.dtype))[0])
+
+    def _normed(self, x: torch.Tensor, p: tree.Tree, name: str) -> torch.Tensor:
+        """x through the mixture's own norm of this name, if it has any."""
+        return x if self.spec.norms is None else norm(x, p[name], self.spec.norms)
+
+    def _pull(self, dy: torch.Tensor, x: Any, p: tree.Tree, name: str) -> torch.Tensor:
+        """The backward of `_normed`; x is read only with a norm."""
+        return dy if self.spec.norms is None else pull_norm(dy, x, p[name], self.spec.norms)
 
     def _rows(self, x: torch.Tensor, weights: torch.Tensor, where: Places) -> torch.Tensor:
         """What the experts read."""
@@ -182,12 +198,14 @@ class FastExperts:
     ) -> torch.Tensor:
         assert self.spec.shared is not None
         mlp = FastMLP(self.spec.shared, self.policy)
-        made, own = mlp.forward(x, p["shared"], tree.get(adapters, "shared"), seed)
+        taken = self._normed(x, p, "shared_norm")
+        made, own = mlp.forward(taken, p["shared"], tree.get(adapters, "shared"), seed)
         for name, value in own.items():
             residuals[name] = {**residuals[name], "shared": value}
+        if self.spec.norms is not None or self.spec.shared_gate:
+            residuals["shared"] = made
         if not self.spec.shared_gate:
-            return made
-        residuals["shared"] = made
+            return self._normed(made, p, "shared_post_norm")
         return linear(x, p["shared_gate"]).sigmoid() * made
 
     def _shared_backward(
@@ -205,17 +223,24 @@ class FastExperts:
         mlp = FastMLP(self.spec.shared, self.policy)
         own = {name: residuals[name].pop("shared") for name in _BOTH_HAVE if name in residuals}
         dgate: torch.Tensor | None = None
+        shared = residuals.pop("shared", None)
         if self.spec.shared_gate:
             with torch.enable_grad():
                 gate = linear(x, p["shared_gate"]).sigmoid()
-            made = row_dots(dy, residuals.pop("shared"))[:, None].to(dy.dtype)
+            made = row_dots(dy, shared)[:, None].to(dy.dtype)
             if need_inner:
                 (dgate,) = torch.autograd.grad(gate, x, made)
             dy = gate.detach() * dy
+        else:
+            dy = self._pull(dy, shared, p, "shared_post_norm")
+        taken = self._normed(x.detach(), p, "shared_norm")
         given = p["shared"], tree.get(adapters, "shared"), seed, need_inner
-        dx, grads = mlp.backward(dy, x.detach(), own, *given)
+        dx, grads = mlp.backward(dy, taken, own, *given)
         found.update({f"shared.{path}": grad for path, grad in grads.items()})
-        return dx if dx is None or dgate is None else dx.add_(dgate)
+        if dx is None:
+            return None
+        dx = self._pull(dx, x.detach(), p, "shared_norm")
+        return dx if dgate is None else dx.add_(dgate)
 
 
 def _of_experts(adapters: tree.Tree) -> tree.Tree:

@@ -24,8 +24,8 @@ from .residuals import Policy
 from .spec import LayerSpec
 
 # Of hidden states' size as the middle residual is, whose fate they share: what mixer and MLP make,
-# for norms after them, and what a shared MLP makes, for the gate after it.
-LIKE_MID = ("attn_branch", "mlp_branch", "shared")
+# and what experts and a shared MLP make, for norms or a gate after them.
+LIKE_MID = ("attn_branch", "mlp_branch", "experts", "shared")
 
 
 class Layer:

@@ -14,13 +14,14 @@ from .again import Again
 from .attention import Visible
 from .fast_attention import FastAttention
 from .fast_experts import FastExperts
+from .fast_latent import FastLatent
 from .fast_mlp import FastMLP
 from .half import Function, Half
 from .linear import seed_after
 from .mixer import attention
 from .mlp import mlp
 from .residuals import Policy
-from .spec import LayerSpec, MoESpec
+from .spec import AttentionSpec, LayerSpec, MoESpec
 from .stacks import KEY
 
 # What the parts of a layer's params are called.
@@ -49,11 +50,9 @@ def halves(
     again = runs_again(spec, adapters, masked=masked, rounded=rounded, waits=waits)
     mixers: dict[str, Function] = {}
     if spec.attention is not None:
-        mixers["attn"] = (
-            Again(partial(attention, spec=spec.attention, table=table, seen=seen))
-            if "attn" in again
-            else FastAttention(spec.attention, table, cast("Documents | None", seen), policy)
-        )
+        mixers["attn"] = Again(partial(attention, spec=spec.attention, table=table, seen=seen))
+        if "attn" not in again:
+            mixers["attn"] = _fast_attention(spec.attention, table, seen, policy)
     if spec.recurrent is not None:
         mixers["recurrent"] = Again(partial(recurrent.mix, spec=spec.recurrent, starts=starts))
     mixer = Half(mixers, spec.norm if spec.pre_norm else None, "attn_norm", seed)
@@ -72,6 +71,16 @@ def halves(
     own = "attn_norm" if shared else "mlp_norm"
     how = mixer.norm if spec.mlp_normed else None
     return mixer, Half({"mlp": function}, how, own, seed_after(seed, 4), tile)
+
+
+def _fast_attention(
+    spec: AttentionSpec, table: rope.Table | None, seen: Visible, policy: Policy
+) -> Function:
+    documents = cast("Documents | None", seen)
+    if spec.latent is None:
+        return FastAttention(spec, table, documents, policy)
+    assert table is not None
+    return FastLatent(spec, table, documents, policy)
 
 
 def by_hand(half: Half, part: str) -> bool:
@@ -100,10 +109,8 @@ def runs_again(
         found["recurrent"] = "mixers other than attention"
     if spec.attention is not None and masked:
         found["attn"] = "a mask"
-    elif spec.attention is not None and spec.attention.latent is not None:
-        found["attn"] = "latent attention"
-    if isinstance(spec.mlp, MoESpec) and spec.mlp.norms is not None:
-        found["mlp"] = "a mixture with norms inside"
+    if isinstance(spec.mlp, MoESpec) and spec.mlp.norms is not None and spec.mlp.shared_gate:
+        found["mlp"] = "a shared MLP with a gate and norms"
     elif isinstance(spec.mlp, MoESpec) and waits is not None:
         found["mlp"] = f"experts one after the other ({waits})"
     for part in ("attn", "mlp") if spec.attention is not None else ("mlp",):

@@ -22,7 +22,7 @@ from .rope import Table
 from .spec import AttentionSpec, LatentSpec
 
 # The seed of kv_b's dropout lies this far off, between those of a step's other projections.
-_SEED_STEP = 500_009
+SEED_STEP = 500_009
 
 
 def latent_attention(
@@ -39,8 +39,7 @@ def latent_attention(
     assert spec.latent is not None and spec.rope is not None and table is not None
     get = (adapters or {}).get
     q, latent, key = _inputs(x, p, get, spec, spec.latent, seed)
-    plain, turned = q.split_with_sizes([spec.head_dim - spec.rope.dim, spec.rope.dim], -1)
-    turned, key = rope_qk(turned, key, table.cos, table.sin, interleaved=spec.rope.interleaved)
+    plain, turned, key = turn(q, key, spec, table)
     if buffers is not None:
         state, at = buffers
         latent, key = kv.write(state["keys"], latent, at), kv.write(state["values"], key, at)
@@ -52,13 +51,10 @@ def latent_attention(
             plain[:, 0], turned[:, 0], latent[:, :, 0], key[:, :, 0], p, get, spec, seen
         )
     else:
-        made = linear(latent[:, :, 0], p["kv_b"], get("kv_b"), seed_after(seed, _SEED_STEP))
-        k, v = made.view(*latent.shape[:2], spec.heads, -1).split_with_sizes(
-            [plain.shape[-1], spec.value_dim], -1
-        )
-        q = torch.cat([plain, turned], -1)
-        k = torch.cat([k, key.expand(-1, -1, spec.heads, -1)], -1)
-        out = _attend(q, k, v, spec, seen)
+        made = linear(latent[:, :, 0], p["kv_b"], get("kv_b"), seed_after(seed, SEED_STEP))
+        how = terms(spec, {}, latent.shape[1], x.device)
+        q, k, v = joined(plain, turned, key, made, spec)
+        out = attend(q, k, v, seen=seen, window=spec.window, **how)[..., : spec.value_dim]
     return linear(out.flatten(-2), p["o"], get("o"), seed_after(seed, 3))
 
 
@@ -73,28 +69,58 @@ def _inputs(
     """Queries [b, s, h, d], the normalised latent [b, s, 1, r] and the key of all heads, before
     rotations [b, s, 1, rot].
     """
-    assert spec.rope is not None
-    first = "q" if latent.q_rank is None else "q_a"
-    q, kv_a = project(x, [p[first], p["kv_a"]], [get(first), get("kv_a")], seed)
+    first, kv_a = firsts(latent)
+    q, narrow = project(x, [p[first], p[kv_a]], [get(first), get(kv_a)], seed)
     if latent.q_rank is not None:
         q = norm(q, p["q_a_norm"], latent.norm)
         q = linear(q, p["q_b"], get("q_b"), seed_after(seed, 2))
-    narrow, key = kv_a.split_with_sizes([latent.kv_rank, spec.rope.dim], -1)
-    narrow = norm(narrow, p["kv_a_norm"], latent.norm)
-    return q.view(*q.shape[:2], spec.heads, -1), narrow[:, :, None], key[:, :, None]
+    made, key = split(narrow, p, latent)
+    return q.view(*q.shape[:2], spec.heads, -1), made[:, :, None], key
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, seen: Visible
-) -> torch.Tensor:
-    """`attend` for values of another width than keys: no fused backend takes such, and zeros in
-    the narrower of the two change nothing.
+def firsts(latent: LatentSpec) -> tuple[str, str]:
+    """The projections of the input."""
+    return "q" if latent.q_rank is None else "q_a", "kv_a"
+
+
+def split(
+    narrow: torch.Tensor, p: tree.Tree, latent: LatentSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What kv_a makes -> the normalised latent [b, s, r], and the key of all heads [b, s, 1, rot]
+    before its rotation.
     """
+    made, key = narrow.tensor_split([latent.kv_rank], -1)
+    return norm(made, p["kv_a_norm"], latent.norm), key[:, :, None]
+
+
+def turn(
+    q: torch.Tensor, key: torch.Tensor, spec: AttentionSpec, table: Table
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [b, s, h, d] and the key of all heads -> the part of q that is not rotated, and what is."""
+    assert spec.rope is not None
+    plain, turned = q.split_with_sizes([spec.head_dim - spec.rope.dim, spec.rope.dim], -1)
+    turned, key = rope_qk(turned, key, table.cos, table.sin, interleaved=spec.rope.interleaved)
+    return plain, turned, key
+
+
+def joined(
+    plain: torch.Tensor,
+    turned: torch.Tensor,
+    key: torch.Tensor,
+    made: torch.Tensor,
+    spec: AttentionSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v [b, s, h, width] of what `turn` gives and what kv_b makes of the latent, all of
+    the larger width: no fused backend takes values of another than keys, and zeros in the narrower
+    of the two change nothing.
+    """
+    sizes = [plain.shape[-1], spec.value_dim]
+    k, v = made.view(*made.shape[:2], spec.heads, -1).split_with_sizes(sizes, -1)
+    q = torch.cat([plain, turned], -1)
+    k = torch.cat([k, key.expand(-1, -1, spec.heads, -1)], -1)
     width = max(spec.head_dim, spec.value_dim)
     q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
-    how = terms(spec, {}, k.shape[1], k.device)
-    out = attend(q, k, v, seen=seen, window=spec.window, **how)
-    return out[..., : spec.value_dim]
+    return q, k, v
 
 
 def _absorbed(

@@ -54,13 +54,18 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
     """Bytes that each residual of one layer takes for one token; `dim` is the model's width."""
     a = spec.attention
     heads, q, kv = (a.heads, *a.widths) if a is not None else (0, 0, 0)
-    made = 0 if a is None else len(a.projections) - 1
-    gated = isinstance(spec.mlp, MoESpec) and spec.mlp.shared_gate  # what a shared MLP makes
+    made = 0 if a is None else (len(a.projections) - 1) * kv
+    if a is not None and a.latent is not None and a.rope is not None:
+        made = a.heads * (a.head_dim - a.rope.dim + a.value_dim)
+    within = 0  # what experts and a shared MLP make, for norms or a gate after them
+    if isinstance(spec.mlp, MoESpec):
+        normed = spec.mlp.norms is not None
+        within = normed + (spec.mlp.shared_gate or (normed and spec.mlp.shared is not None))
     return {
         "x": dim * itemsize,
-        "qkv": (q * (2 if a is not None and a.gated else 1) + made * kv) * itemsize,
+        "qkv": (q * (2 if a is not None and a.gated else 1) + made) * itemsize,
         "out": q * itemsize + heads * 4,
-        "mid": ((not spec.parallel) + 2 * spec.post_norm + gated) * dim * itemsize,
+        "mid": ((not spec.parallel) + 2 * spec.post_norm + within) * dim * itemsize,
         "gate_up": sum((1 + mlp.gated) * mlp.dim for mlp in spec.mlps) * itemsize,
     }
 

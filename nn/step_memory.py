@@ -121,6 +121,10 @@ def _resident(layer: LayerSpec, spec: ModelSpec, shape: Shape, policy: Policy) -
     narrow = shape.tokens * shape.ranks * shape.itemsize
     if isinstance(layer.mlp, MoESpec) and "mlp" not in again(layer, shape):
         narrow += 3 * 8 * shape.tokens * layer.mlp.active  # the places of rows
+    a = layer.attention
+    if a is not None and a.latent is not None and "attn" not in again(layer, shape):
+        ranks = a.latent.kv_rank + (a.latent.q_rank or 0) + (a.rope.dim if a.rope else 0)
+        narrow += shape.tokens * ranks * shape.itemsize
     return further + narrow + _sum(layer, spec, shape, policy, lambda fate: fate == "keep")
 
 

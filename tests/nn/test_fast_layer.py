@@ -114,6 +114,9 @@ def test_every_policy(kind: tuple[bool, bool, float, Any], dtype: torch.dtype) -
 
 
 ROTATED = AttentionSpec(4, 2, 8, 0.3, RopeSpec(8, 1e4))
+LATENT = AttentionSpec(
+    4, 4, 12, 0.3, RopeSpec(4, 1e4, interleaved=True), latent=LatentSpec(16, 24, 8, NormSpec(1e-6))
+)
 LAYERS: dict[str, dict[str, Any]] = {
     "sandwich": {"post_norm": True, "residual_scale": 0.3},
     "after": {"pre_norm": False, "post_norm": True},
@@ -128,6 +131,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "scaled": {
         "attention": replace(ROTATED, in_scale=1.2, out_scale=0.8),
         "mlp": MLPSpec(64, gate_scale=0.7, down_scale=1.3),
+    },
+    "latent": {"attention": LATENT},
+    "latent-q": {
+        "attention": replace(LATENT, latent=LatentSpec(16, None, 12, NormSpec(1e-6))),
+        "parallel": True,
     },
     "width": {
         "attention": AttentionSpec(
@@ -148,11 +156,13 @@ def test_every_kind_of_layer(changes: dict[str, Any]) -> None:
     built = build(KINDS[2], torch.float32, **changes)
     assert not runs_again(built[0].layers[0]) and decoder.covers(built[1])
     want, want_grads = run(built, None, 5)
-    for policy in (KEEP, RECOMPUTE, OFFLOAD):
+    _, kept = run(built, KEEP, 5)
+    for got, grad in zip(kept, want_grads, strict=True):
+        assert (got - grad).norm() <= 1e-5 * grad.norm()
+    for policy in (KEEP, RECOMPUTE, OFFLOAD, POLICIES[-1]):
         value, grads = run(built, policy, 5)
         assert torch.equal(value, want)
-        for got, grad in zip(grads, want_grads, strict=True):
-            assert (got - grad).norm() <= 1e-5 * grad.norm()
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True)), policy
 
 
 @pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
@@ -231,7 +241,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "mlp-parallel": {"mlp": MIXTURE, "parallel": True},
     "recurrent": {"recurrent": ShortConvSpec(32, 3)},
     "recurrent-alone": {"recurrent": ShortConvSpec(32, 3), "attention": None},
-    "attn": {"attention": replace(ROTATED, latent=LatentSpec(16, 24, 8, NormSpec(1e-6)))},
     "attn-mask": {},
     "attn-mlp-dora": {},
 }
@@ -283,6 +292,9 @@ MIXTURES: dict[str, MoESpec] = {
         MLPSpec(32, "clamped", bias=True, alpha=1.7, limit=7.0),
         "top_softmax",
         router_bias=True,
+    ),
+    "norms": MoESpec(
+        6, 2, MLPSpec(32), shared=MLPSpec(16), norms=NormSpec(1e-6), router_norm=NormSpec(1e-6)
     ),
     "scaled": MoESpec(6, 2, MLPSpec(32, gate_scale=0.7, down_scale=1.3), "sparse_mixer"),
 }
