@@ -182,9 +182,11 @@ def _fit_saved(config: PeftConfig, have: list[str], spec: ModelSpec, names: Name
 def _bias(
     copies: Collection[str], adapted: Collection[str], view: _View, config: PeftConfig
 ) -> str:
-    have = {name for name in copies if name in view.biases}
-    only = {name for name, module in view.biases.items() if module in adapted}
-    fits = {"none": set(), "lora_only": only, "all": set(view.biases)}
+    # One of a module that is trained whole goes with that.
+    biases = {n: module for n, module in view.biases.items() if f"{module}.weight" not in copies}
+    have = {name for name in copies if name in biases}
+    only = {name for name, module in biases.items() if module in adapted}
+    fits = {"none": set(), "lora_only": only, "all": set(biases)}
     if have == fits[config.bias]:
         return config.bias
     for kind, names in fits.items():

@@ -63,17 +63,19 @@ def plan(config: PeftConfig, spec: ModelSpec, names: Names) -> Plan:
     ]
     if spec.tied and "embed" in saved and "head" in saved:
         saved.remove("head")  # one matrix is both
-    trained = [f"{path}.weight" for path in saved] + _biases(config, spec, adapted)
+    trained = [f"{path}.weight" for path in saved] + _biases(config, spec, adapted, saved)
     return Plan(adapted, tuple(trained), whole)
 
 
-def _biases(config: PeftConfig, spec: ModelSpec, adapted: Iterable[str]) -> list[str]:
+def _biases(
+    config: PeftConfig, spec: ModelSpec, adapted: Iterable[str], saved: Iterable[str]
+) -> list[str]:
+    """Of modules trained whole the biases are trained in any case."""
     found = [path for path, _ in tree.items(stacks.each_spec(spec)) if path.endswith(".bias")]
     if config.bias == "all":
         return found
-    if config.bias == "lora_only":
-        return [path for path in found if path.removesuffix(".bias") in adapted]
-    return []
+    meant = {*saved, *(adapted if config.bias == "lora_only" else ())}
+    return [path for path in found if path.removesuffix(".bias") in meant]
 
 
 def projections(spec: ModelSpec, names: Names) -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 
@@ -95,6 +97,47 @@ def test_not_finite(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"layers\.1\.attn\.k\.weight in .*qkv_proj.* not finite"):
         model.save_pretrained_merged(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shares=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    groups=st.integers(1, 3),
+    in_turn=st.booleans(),
+    experts=st.integers(1, 4),
+    row=st.sampled_from([(), (1,), (5,)]),
+    turned=st.booleans(),
+)
+def test_parts_are_all_rows_each_once(
+    shares: list[int], groups: int, in_turn: bool, experts: int, row: tuple[int, ...], turned: bool
+) -> None:
+    """Put together they come apart again, a stack [x, ...] or its transpose like one matrix."""
+    if in_turn:  # of equal size, and not by head
+        shares, groups = shares[:1] * len(shares), 1
+    if experts > 1:
+        groups = 1
+    rows = tuple(share * groups for share in shares) * experts
+    paths = tuple(f"{i}" for i in range(len(rows)))
+    one = Fused("whole", paths, rows, row, groups, len(shares) if in_turn else 1)
+    parts = [torch.randn(count, *row) for count in rows]
+    whole = one.whole(parts)
+    assert sorted(whole.flatten().tolist()) == sorted(
+        x for p in parts for x in p.flatten().tolist()
+    )
+    shape = (experts, len(whole) // experts, *row) if experts > 1 else whole.shape
+    stored = whole.view(shape)
+    if turned and row:
+        stored = stored.mT.contiguous().mT
+    made = torch.empty_like(stored)
+    for i, part in enumerate(parts):
+        assert torch.equal(one.part(stored, i), part)
+        one.put(made, i, part)
+    assert torch.equal(made, stored)
+    if not in_turn:  # each group has its share of every part, in order
+        group = torch.cat([part[:share] for part, share in zip(parts, shares, strict=False)])
+        assert torch.equal(whole[: len(group)], group)
+    else:
+        assert torch.equal(whole[: len(shares)], torch.stack([p[0] for p in parts[: len(shares)]]))
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -211,6 +211,44 @@ def test_we_load_pefts(case: str, variant: str, tmp_path: Path) -> None:
     assert set(saved["target_modules"]) == set(CASES[case][3])
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": r".*\.(0|2)\.attn\.c_attn"},
+        {"target_modules": ["c_attn", "c_fc"], "layers_to_transform": [1], "layers_pattern": "h"},
+        {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["h.1.attn.c_attn"]},
+        {
+            "target_modules": ["attn.c_attn", "c_proj"],
+            "rank_pattern": {"c_attn": 7, "h.0.mlp.c_proj": 2},
+            "alpha_pattern": {r"h\.(1|2)\.attn\.c_attn": 5},
+        },
+        {"target_modules": ["c_attn"], "bias": "lora_only", "modules_to_save": ["ln_f"]},
+        {"target_modules": ["c_attn"], "bias": "all", "use_dora": True},
+    ],
+    ids=["expression", "layers", "excluded", "patterns", "saved", "biases"],
+)
+def test_pefts_choices_of_fused_modules(targets: dict[str, Any], tmp_path: Path) -> None:
+    base, folder = folder_of("gpt2", tmp_path)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, task_type="CAUSAL_LM", **targets))
+    bridged.spread_trained(theirs.eval())
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = bridged.bridge(folder)
+    adapters, trained, config = read(tmp_path / "adapter", model)
+    model.set_adapters(adapters, trained, config=config)
+    ids = bridged.ids()
+    bridged.same_logits(model.eval()(ids).logits.detach(), theirs(ids).logits.detach())
+    model.save_pretrained(tmp_path / "again")
+    stored, written = (peft_tensors(tmp_path / name) for name in ("adapter", "again"))
+    assert stored.keys() == written.keys()
+    assert all(torch.equal(stored[name], written[name]) for name in stored)
+    # The same words here mean the same weights.
+    asked = dict(tree.items(adapted(folder, r=3, lora_alpha=8, **targets).adapters))
+    leaves = dict(tree.items(adapters))
+    assert {p: (x.rank, x.scale) for p, x in asked.items()} == {
+        p: (x.rank, x.scale) for p, x in leaves.items()
+    }
+
+
 def test_gradients_are_pefts(tmp_path: Path) -> None:
     """B's rows have their own, A's sum over the parts is that of the A they shared."""
     base, folder = folder_of("gpt_neox", tmp_path)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from purelm.convert import fused, fused_read, mxfp4_file, peft_config
+from purelm.convert import bnb_file, fused, fused_read, mxfp4_file, peft_config
 from purelm.convert.adapter_file import read_adapter
 from purelm.convert.encoded import Encoded
 from purelm.convert.registry import family_of
@@ -142,7 +142,12 @@ def test_mxfp4_is_read_expert_by_expert(both: tuple[Path, Any]) -> None:
     of = fused_read.reader(read)
     made = torch.cat([of(parts[path]) for path in paths])
     assert sizes == [1] * 5
-    assert torch.equal(made, info.decode(*map(read, info.parts)).mT.flatten(0, 1))
+    whole_at_once = info.decode(*map(read, info.parts))
+    assert torch.equal(made, whole_at_once.mT.flatten(0, 1))
+    # So it is where it is merged.
+    del sizes[:]
+    assert torch.equal(bnb_file.read_dense(info), whole_at_once.to(info.dtype))
+    assert sizes == [1] * 5
 
 
 def test_mxfp4_in_nf4(both: tuple[Path, Any], tmp_path: Path) -> None:

@@ -78,6 +78,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "norms": ("qwen3", {}, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "norms-with-biases": (
+        "starcoder2",
+        {},
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.norm", "input_layernorm"]},
+    ),
     "tied-head": ("llama", TIED, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "dropout": ("mistral", {}, {"target_modules": ["down_proj"], "lora_dropout": 0.3}),
     "excluded": (
