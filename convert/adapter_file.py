@@ -26,6 +26,7 @@ from .lora_config import PeftConfig
 from .names import Names
 from .peft_targets import adaptable, modules, parameters, rank_and_scale
 from .shards import TensorInfo, open_checkpoint, read
+from .trained_base import LOFTQ
 
 STEM = "adapter_model"
 # Which ranks of a fused projection's adapter are of which part, in the header.
@@ -90,6 +91,8 @@ def read_adapter(
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
     _tie(copies, spec, params, place)
+    if checkpoint.metadata.get("purelm.start") == LOFTQ:
+        config = replace(config, init_lora_weights=LOFTQ)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
         # The file's own expression is never run; the tensors say what it matched.
         config = name_targets(config, set(pairs), known)

@@ -1,5 +1,6 @@
 """What fresh adapters and trained copies start from, for a `PeftConfig` and a model's params."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,13 @@ from ..nn import dora, lora, lora_init, stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
 from ..quant.linear import weight_of
+from ..quant.nf4 import NF4
 from . import expert_adapters
 from .lora_config import PeftConfig
 from .named_adapters import Adapter
 from .names import Names
 from .peft_targets import Plan
+from .trained_base import LOFTQ
 
 _DRAWN: dict[bool | str, lora_init.Start] = {
     True: "kaiming",
@@ -31,22 +34,27 @@ def begin(
     spec: ModelSpec,
     names: Names,
     random_state: int,
+    original: Callable[[str], torch.Tensor],
 ) -> Adapter:
     """fp32 adapters and trained copies, each on its weight's device.
 
     Drawn from a CPU generator of their own: one `random_state` gives the same adapters on every
-    device and moves nobody else's generator. Raises ArgumentError where a start does not fit.
+    device and moves nobody else's generator. original(path): the weight that a quantized one was
+    made of, which only LoftQ asks for. Raises ArgumentError where a start does not fit.
     """
     check_seed(random_state)
     generator = torch.Generator().manual_seed(random_state)
-    inside = isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _DRAWN
+    inside = config.init_lora_weights not in _DRAWN
+    loftq = config.init_lora_weights == LOFTQ
     place, whole = params["embed"]["weight"].device, dict[str, LoRA]()
     params = stacks.one_by_one(params)
     adapters = {}
     for path, (rank, scale) in found.adapted.items():
         weight = tree.at(params, path)["weight"]
         device = weight.device
-        if inside:
+        if loftq:
+            a, b = _lost(path, weight, rank, scale, names.module_to_hf(path), original)
+        elif inside:
             a, b = _inside(config, names.module_to_hf(path), weight, rank, scale, generator)
         else:
             kind = _DRAWN[config.init_lora_weights]
@@ -64,7 +72,7 @@ def begin(
         shape, kind = expert_adapters.shape_of(path, spec), _DRAWN[config.init_lora_weights]
         whole[path] = lora.one(shape, rank, scale, generator=generator, start=kind, device=place)
     start = {}
-    if inside:
+    if inside and not loftq:
         start = {path: LoRA(x.a.clone(), x.b.clone(), x.scale) for path, x in adapters.items()}
     trained = {path: _copy(params, path) for path in found.trained}
     return Adapter(
@@ -108,6 +116,31 @@ def _inside(
     return lora_init.pissa(
         weight, rank, scale, rounds=int(rounds) if rounds else None, generator=generator
     )
+
+
+def _lost(
+    path: str,
+    weight: Any,
+    rank: int,
+    scale: float,
+    name: str,
+    original: Callable[[str], torch.Tensor],
+) -> lora_init.Pair:
+    """The leading part of what 4 bits lost (LoftQ, arXiv 2310.08659, with the quantized weight as
+    it is: one round).
+    """
+    if not isinstance(weight, NF4):
+        raise ArgumentError(
+            f"init_lora_weights='loftq' starts from what 4 bits lose, and {name} is not in 4 bits; "
+            "load with load_in_4bit=True, or use another start"
+        )
+    if rank > min(weight.shape):
+        raise ArgumentError(
+            f"init_lora_weights='loftq' cannot give rank {rank} for {name} of shape "
+            f"{list(weight.shape)}; lower r or set rank_pattern"
+        )
+    whole = original(path).to(weight.device, torch.float32)
+    return lora_init.pissa(whole - weight_of(weight, torch.float32).detach(), rank, scale)
 
 
 def _copy(params: tree.Tree, path: str) -> torch.Tensor:

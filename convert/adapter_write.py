@@ -22,6 +22,7 @@ from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .names import Names
 from .safetensors_write import Entry
+from .trained_base import LOFTQ
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -62,10 +63,15 @@ def save_adapter(
             base_model_name_or_path=origin.name,
             revision=origin.revision,
         )
+        header = metadata
+        if config.init_lora_weights == LOFTQ:
+            # peft would make such a start again where it loads one.
+            config = replace(config, init_lora_weights=True)
+            header = {**metadata, "start": LOFTQ}
         adapters = named_adapters.acting([one], training=True)
         within = "" if name == named_adapters.DEFAULT else name
         files[within] = _files(
-            adapters, model.spec, origin.family.names, one.trained, config, metadata, base
+            adapters, model.spec, origin.family.names, one.trained, config, header, base
         )
     _write(folder, files, model.tokenizer if tokenizer is None else tokenizer)
 

@@ -28,6 +28,7 @@ from .local_file import locate
 from .merge_tensor import Change, Parts, changed, check_changed, digest, is_whole
 from .safetensors_file import read_header
 from .shards import Checkpoint, open_checkpoint, read
+from .trained_base import belongs_to_it, dequantized
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NOT_YET = ("torchao", "fp8")
 _FOUR_BITS = ("merged_4bit", "merged_4bit_forced")
+_DEQUANTIZED = "merged_16bit_dequantized"
 # A whole model must not lie beside an adapter, which its readers would apply once more.
 _REPLACES = (*atomic.MODEL_FILES, *atomic.ADAPTER_FILES, "adapter_config.json")
 
@@ -63,7 +65,9 @@ def save_merged(
     is (added in fp32 and rounded once to the stored dtype), trained copies in place of what they
     copy, config, generation config and tokenizer (default: the model's own, else the source's
     files). A 4-bit model is merged into its 16-bit original, or, if its files are quantized, into
-    what they dequantize to. lora: the adapter alone. merged_4bit (and merged_4bit_forced): 4-bit
+    what they dequantize to. merged_16bit_dequantized: into what the model's quantized weights
+    dequantize to, which the adapter was trained on; with LoftQ merged_16bit is that too. lora: the
+    adapter alone. merged_4bit (and merged_4bit_forced): 4-bit
     weights as bitsandbytes stores them, which loses accuracy where an adapter is: the sum with the
     dequantized weight is quantized again; all else as merged_16bit.
 
@@ -80,23 +84,26 @@ def save_merged(
         raise NotImplementedError(f"save_method={save_method!r} is not implemented yet")
     if save_method == "gguf":
         raise ArgumentError("GGUF files are written by save_pretrained_gguf")
-    if save_method not in ("merged_16bit", *_FOUR_BITS):
+    if save_method not in ("merged_16bit", _DEQUANTIZED, *_FOUR_BITS):
         raise ArgumentError(
-            f"save_method is {save_method!r}, expected 'merged_16bit', 'merged_4bit' or 'lora'"
+            f"save_method is {save_method!r}, expected 'merged_16bit', {_DEQUANTIZED!r}, "
+            "'merged_4bit' or 'lora'"
         )
     atomic.check_apart(folder, model.origin.folder)
     try:
         with torch.no_grad():
-            _save(model, Path(folder), tokenizer, save_method in _FOUR_BITS)
+            _save(model, Path(folder), tokenizer, save_method)
     except CheckpointError as problem:
         raise SaveError(
             f"the files that the model was loaded from cannot be merged into: {problem}"
         ) from problem
 
 
-def _save(model: "CausalLM", folder: Path, tokenizer: Any, four_bits: bool) -> None:
+def _save(model: "CausalLM", folder: Path, tokenizer: Any, save_method: str) -> None:
     checkpoint = model.origin.checkpoint
-    config, shards = _planned(model, four_bits)
+    config, shards = _planned(
+        model, save_method in _FOUR_BITS, save_method == _DEQUANTIZED or belongs_to_it(model)
+    )
     every = [tensor for shard in shards.values() for tensor in shard]
     size = sum(tensor.dtype.itemsize * torch.Size(tensor.shape).numel() for tensor in every)
     with atomic.folder(folder, need_bytes=size, replaces=_REPLACES) as new:
@@ -119,7 +126,7 @@ def _save(model: "CausalLM", folder: Path, tokenizer: Any, four_bits: bool) -> N
 
 def tensors(model: "CausalLM") -> list[Tensor]:
     """What a merged 16-bit model consists of, under the names of its checkpoint."""
-    fields, shards = _planned(model, False)
+    fields, shards = _planned(model, False, belongs_to_it(model))
     tied = model.origin.family.spec(fields).tied
     names = model.origin.family.names
     # A head may be stored though it is the embedding.
@@ -127,8 +134,13 @@ def tensors(model: "CausalLM") -> list[Tensor]:
     return [t for t in every if not (tied and names.is_called(t.name, "head.weight"))]
 
 
-def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
-    """The fields of config.json, and the tensors of each file to write."""
+def _planned(
+    model: "CausalLM", four_bits: bool, onto_trained: bool
+) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+    """The fields of config.json, and the tensors of each file to write.
+
+    onto_trained: in 16 bits adapters are added to what quantized weights dequantize to.
+    """
     checkpoint, names = model.origin.checkpoint, model.origin.family.names
     params = dict(tree.items(stacks.one_by_one(model.params)))
     trained = params if model.train_all else dict(tree.items(stacks.one_by_one(model.trained)))
@@ -166,10 +178,11 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
                 continue
             # In 4 bits it is [out, in] in any case.
             stored = Turned(info) if turned and isinstance(info, Packed) else info
+            base = dequantized(stored, leaves, whole, turned) if onto_trained else stored
             changes = tuple(trained.get(path, adapters.get(path)) for path in whole.paths)
             kept = all(one is None for one in changes)
             put = None if kept else Parts(whole, changes, turned)
-            add(Tensor(info.name, info.dtype, stored.shape, stored, put))
+            add(Tensor(info.name, info.dtype, stored.shape, base, put))
             continue
         try:
             path = names.to_ours(info.name, params)
@@ -184,7 +197,10 @@ def _planned(model: "CausalLM", four_bits: bool) -> tuple[dict[str, Any], dict[s
         shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
         # Weights of a GGUF file differ in dtype, and were trained against in the model's.
         dtype = model.dtype if isinstance(info, GGUFTensor) else info.dtype
-        add(Tensor(info.name, dtype, shape, info, made))
+        base = info
+        if onto_trained and leaf is not None:
+            base = dequantized(info, [leaf], None, False)
+        add(Tensor(info.name, dtype, shape, base, made))
     if apart and not any(names.is_called(name, "head.weight") for name in checkpoint.tensors):
         weight = params["head.weight"]
         dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype

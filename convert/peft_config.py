@@ -1,10 +1,13 @@
 """What the arguments of `get_peft_model` mean for a model."""
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..errors import ArgumentError
 from ..nn.residuals import RECOMPUTE, Residuals
@@ -16,6 +19,7 @@ from .lora_config import DEFAULT_TARGETS, PeftConfig, check_texts, checked_mappi
 from .named_adapters import DEFAULT, Adapter
 from .names import Names
 from .peft_targets import Plan, plan
+from .trained_base import LOFTQ, originals
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -29,7 +33,7 @@ _SETTINGS = (
     *("layers_pattern", "target_parameters", "rank_pattern", "alpha_pattern"),
 )
 _EMBEDDINGS = ("embed", "head")
-_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
+_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", LOFTQ)
 
 
 def configure(
@@ -65,13 +69,18 @@ def configure(
     names of embedding, head and norms, as peft matches them. target_parameters: names or endings of
     parameters that hold all experts of a layer ("mlp.experts.gate_up_proj"), in which each expert
     gets an adapter of its own, of gate and up together; target_modules then means no expert, as in
-    peft over transformers 5. ensure_weight_tying: True says what holds in any case: an embedding
+    peft over transformers 5. init_lora_weights="loftq", for a model in 4 bits: adapters start from
+    the leading part of what its quantized weights lost of those in its files (peft's
+    `replace_lora_weights_loftq`, with the adapters' strength taken into account), and merge into
+    what is quantized, not into the files; loftq_config may say so: {"loftq_bits": 4, "loftq_iter":
+    1}. ensure_weight_tying: True says what holds in any case: an embedding
     that is the head too is trained as one matrix with it.
 
     Raises ArgumentError for values that cannot be used, and NotImplementedError, with name and
     value, for what is not there yet.
     """
-    not_yet(loftq_config=(loftq_config or None, None))
+    start = _start(init_lora_weights)
+    _check_loftq(loftq_config, start)
     whole = _frozen(target_parameters) or None
     targets, saved, notes = _targets(
         target_modules, modules_to_save, spec, names, may_be_none=whole is not None
@@ -87,7 +96,7 @@ def configure(
         bias=bias,
         use_rslora=use_rslora,
         use_dora=use_dora,
-        init_lora_weights=_start(init_lora_weights),
+        init_lora_weights=start,
         modules_to_save=saved or None,
         layers_to_transform=layers,
         layers_pattern=_frozen(layers_pattern),
@@ -97,7 +106,7 @@ def configure(
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
     )
-    if use_dora and str(config.init_lora_weights).startswith(("pissa", "olora")):
+    if use_dora and str(config.init_lora_weights).startswith(("pissa", "olora", LOFTQ)):
         raise NotImplementedError(
             f"use_dora=True with init_lora_weights={config.init_lora_weights!r} is not implemented"
         )
@@ -186,7 +195,15 @@ def begun(
 
 def _fresh(model: "CausalLM", config: PeftConfig, found: Plan, random_state: int) -> Adapter:
     names, params = model.origin.family.names, model.base_params
-    return adapter_start.begin(config, found, params, model.spec, names, random_state)
+
+    def original(path: str) -> torch.Tensor:
+        return read()(path)
+
+    @functools.cache
+    def read() -> Callable[[str], torch.Tensor]:
+        return originals(model)
+
+    return adapter_start.begin(config, found, params, model.spec, names, random_state, original)
 
 
 def _arguments(given: Any) -> dict[str, Any]:
@@ -318,11 +335,27 @@ def _start(given: Any) -> bool | str:
     kind = given.lower() if isinstance(given, str) else given
     known = isinstance(kind, bool) or kind in _STARTS
     if not known and not (isinstance(kind, str) and re.fullmatch(r"pissa_niter_\d{1,4}", kind)):
-        if kind in ("eva", "loftq", "corda", "lora_ga", "mica"):
+        if kind in ("eva", "corda", "lora_ga", "mica"):
             not_yet(init_lora_weights=(given, True))
         raise wrong("init_lora_weights", given, ", ".join(map(repr, _STARTS)))
     result: bool | str = kind
     return result
+
+
+def _check_loftq(config: Any, start: bool | str) -> None:
+    """peft's LoftQConfig: 4 bits, and one round, for the quantized weight stays as it is."""
+    given = dict(checked_mapping("loftq_config", config or {}))
+    if given and start != LOFTQ:
+        raise ArgumentError(
+            f"loftq_config={given!r:.200} goes with init_lora_weights='loftq', found {start!r}"
+        )
+    for name, value in given.items():
+        known = {"loftq_bits": 4, "loftq_iter": 1}.get(name)
+        if known is None or type(value) is not int or value != known:
+            raise ArgumentError(
+                f"loftq_config has {name}={value!r:.60}; a model in 4 bits has loftq_bits=4, and "
+                "loftq_iter=1, as its quantized weights are not made anew"
+            )
 
 
 def _check_patterns(config: PeftConfig) -> None:

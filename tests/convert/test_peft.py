@@ -292,7 +292,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loftq_config", {"loftq_bits": 4}),
         ("init_lora_weights", "eva"),
     ],
 )
