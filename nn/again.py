@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils import _pytree
 
+from ..kernels.fp8 import Rows
 from . import tree
 from .half import Residuals
 from .pulling import Found
@@ -19,8 +21,16 @@ class Again:
 
     run: Callable[..., torch.Tensor]
 
+    def reads(self, p: tree.Tree, residuals: Residuals | None = None) -> list[Any]:
+        return []
+
     def forward(
-        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor, Residuals]:
         with torch.no_grad():
             return self.run(inner, p, adapters, seed=seed), {}
@@ -34,6 +44,7 @@ class Again:
         adapters: tree.Tree,
         seed: int | None,
         need_inner: bool,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor | None, Found]:
         inner = inner.detach().requires_grad_(need_inner)
         fresh = tree.map_tensors(lambda t: t.detach().requires_grad_(), adapters)

@@ -1,11 +1,13 @@
 """Attention with a hand-written backward, over raw heads and the attention's own residuals."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..kernels.attention import Documents, attention_backward, attention_forward
 from ..kernels.attention_reference import Keywords
+from ..kernels.fp8 import Rows
 from . import rope, tree
 from .attention import gated, gates, prepared, terms
 from .half import Residuals
@@ -26,11 +28,22 @@ class FastAttention:
     documents: Documents | None
     policy: Policy
 
+    def reads(self, p: tree.Tree, residuals: Residuals | None = None) -> list[Any]:
+        made = residuals is not None and "qkv" in residuals
+        if made or self.spec.in_scale != 1.0:
+            return []
+        return [p[name]["weight"] for name in self.spec.projections]
+
     def forward(
-        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor, Residuals]:
         inner = scaled(inner, self.spec.in_scale)
-        heads, low_qkv = self._qkv(inner, p, adapters, seed)
+        heads, low_qkv = self._qkv(inner, p, adapters, seed, rounded)
         q, gate = gates(heads[0], self.spec)
         q, k, v = prepared(q, *heads[1:], p, self.spec, self.table)
         saved = attention_forward(q, k, v, **self._sight(p, k))
@@ -51,6 +64,7 @@ class FastAttention:
         adapters: tree.Tree,
         seed: int | None,
         need_inner: bool,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor | None, Found]:
         found = Found()
         o = Puller(p, adapters, ("o",), seed_after(seed, 3), found)
@@ -58,7 +72,7 @@ class FastAttention:
         low_qkv = residuals.pop("low_qkv")
         inner = scaled(inner, self.spec.in_scale)
         if "qkv" not in residuals:
-            residuals["qkv"], _ = self._qkv(inner, p, adapters, seed, low_qkv)
+            residuals["qkv"], _ = self._qkv(inner, p, adapters, seed, rounded, low_qkv)
         with torch.enable_grad():
             raw = tuple(t.detach().requires_grad_() for t in residuals.pop("qkv"))
             q, gate = gates(raw[0], self.spec)
@@ -93,11 +107,13 @@ class FastAttention:
         p: tree.Tree,
         adapters: tree.Tree,
         seed: int | None,
+        rounded: Rows | None,
         lows: Lows | None = None,
     ) -> tuple[Heads, Lows]:
         """The raw heads, before clipping, q/k norm and rotation."""
         a, (b, s, _) = self.spec, inner.shape
-        (q, *made), lows = products(inner, *picked(p, adapters, a.projections), seed, lows)
+        own = picked(p, adapters, a.projections)
+        (q, *made), lows = products(inner, *own, seed, lows, rounded)
         k, v = (y.view(b, s, a.kv_heads, a.head_dim) for y in (made[0], made[-1]))
         return (q.view(b, s, a.heads, -1), k, v), lows
 

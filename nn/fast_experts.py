@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.fp8 import Rows
 from ..kernels.weighted_rows import row_dots, weighted_sum
 from . import expert_products as grouped
 from . import tree
@@ -42,8 +43,16 @@ class FastExperts:
     spec: MoESpec
     policy: Policy
 
+    def reads(self, p: tree.Tree, residuals: Residuals | None = None) -> list[Any]:
+        return []
+
     def forward(
-        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor, Residuals]:
         x = inner.reshape(-1, inner.shape[-1])
         own = _of_experts(adapters)
@@ -79,6 +88,7 @@ class FastExperts:
         adapters: tree.Tree,
         seed: int | None,
         need_inner: bool,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor | None, Found]:
         found = Found()
         # What all of it makes of this x is added up here: the router and a gate by autograd.

@@ -1,9 +1,11 @@
 """The dense MLP with a hand-written backward, over what its activation reads."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..kernels.fp8 import Rows
 from ..quant.fp8_product import computes
 from ..quant.linear import rounds
 from . import tree
@@ -23,11 +25,21 @@ class FastMLP:
     spec: MLPSpec
     policy: Policy
 
+    def reads(self, p: tree.Tree, residuals: Residuals | None = None) -> list[Any]:
+        if residuals is not None and "gate_up" in residuals:
+            return []
+        return [p[name]["weight"] for name in inputs(self.spec)]
+
     def forward(
-        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor, Residuals]:
         residuals = Residuals()
-        gate_up, residuals["low_gate_up"] = self._gate_up(inner, p, adapters, seed)
+        gate_up, residuals["low_gate_up"] = self._gate_up(inner, p, adapters, seed, rounded)
         rows = None
         if rounds(gate_up[0], p["down"]["weight"]):  # of as many rows as what down reads
             hidden, rows = activated_rows(gate_up, self.spec, p)
@@ -50,6 +62,7 @@ class FastMLP:
         adapters: tree.Tree,
         seed: int | None,
         need_inner: bool,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor | None, Found]:
         found = Found()
         down = Puller(p, adapters, ("down",), seed_after(seed, 2), found)
@@ -57,7 +70,7 @@ class FastMLP:
         gate_up, low_gate_up = residuals.pop("gate_up", None), residuals.pop("low_gate_up", None)
         again = gate_up is None
         if gate_up is None:
-            gate_up, _ = self._gate_up(inner, p, adapters, seed, low_gate_up)
+            gate_up, _ = self._gate_up(inner, p, adapters, seed, rounded, low_gate_up)
         dhidden = down.input((scaled(dout, self.spec.down_scale),))
         assert dhidden is not None
         rows = None
@@ -80,8 +93,10 @@ class FastMLP:
         p: tree.Tree,
         adapters: tree.Tree,
         seed: int | None,
+        rounded: Rows | None,
         lows: Lows | None = None,
     ) -> tuple[list[torch.Tensor], Lows]:
         """What the activation reads."""
-        (gate, *up), lows = products(inner, *picked(p, adapters, inputs(self.spec)), seed, lows)
+        own = picked(p, adapters, inputs(self.spec))
+        (gate, *up), lows = products(inner, *own, seed, lows, rounded)
         return [scaled(gate, self.spec.gate_scale), *up], lows

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ..kernels.fp8 import Rows
+from ..quant.linear import rounds
 from . import tree
 from .linear import seed_after
 from .mlp import TILE_SEEDS
-from .norm import norm, pull
+from .norm import norm, norm_rows, pull
 from .pulling import Found, added
 from .spec import NormSpec
 
@@ -23,11 +25,22 @@ Residuals = dict[str, Any]
 
 class Function(Protocol):
     """Of normalised inputs [b, s, e] (or [t, e], if it sees each token alone), params, adapters and
-    the seed of their dropout.
+    the seed of their dropout. rounded: the inputs in e4m3 too, where all that `reads` names rounds
+    them so.
     """
 
+    def reads(self, p: tree.Tree, residuals: Residuals | None = None) -> list[Any]:
+        """The weights of which all, and nothing else, multiply the inputs: in forward, or in the
+        backward of these residuals; none where there is no such product.
+        """
+
     def forward(
-        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor, Residuals]:
         """What it makes, shaped as inner, and the residuals that are not sure to be run again."""
 
@@ -40,6 +53,7 @@ class Function(Protocol):
         adapters: tree.Tree,
         seed: int | None,
         need_inner: bool,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor | None, Found]:
         """The gradients of inner (None if not needed) and of the adapters. Residuals are taken out
         of the dict, to be freed in time; those that are not there are computed again.
@@ -106,16 +120,28 @@ class Half:
             for at in range(0, tokens, self.tile)
         ]
 
-    def _inner(self, x: torch.Tensor, p: tree.Tree) -> torch.Tensor:
-        return x if self.norm is None else norm(x, p.get(self.weights), self.norm)
+    def _inner(
+        self, x: torch.Tensor, p: tree.Tree, residuals: Residuals | None = None
+    ) -> tuple[torch.Tensor, dict[str, Rows]]:
+        """What the functions read, and its rows in e4m3 for those that take them."""
+        if self.norm is None:
+            return x, {}
+        reads = {part: f.reads(p[part], residuals) for part, f in self.functions.items()}
+        takers = {part for part, leaves in reads.items() if leaves}
+        if not takers or not all(rounds(x, leaf) for part in takers for leaf in reads[part]):
+            return norm(x, p.get(self.weights), self.norm), {}
+        inner, rows = norm_rows(x, p.get(self.weights), self.norm)
+        return inner, dict.fromkeys(takers, rows)
 
     def _forward(
         self, x: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
     ) -> tuple[torch.Tensor, Residuals]:
-        inner, residuals = self._inner(x, p), Residuals()
+        inner, rounded = self._inner(x, p)
+        residuals = Residuals()
         out: torch.Tensor | None = None
         for part, function in self.functions.items():
-            made, own = function.forward(inner, p[part], tree.get(adapters, part), seed)
+            given = p[part], tree.get(adapters, part), seed
+            made, own = function.forward(inner, *given, rounded.get(part))
             residuals.update(own)
             out = made if out is None else out + made
         assert out is not None
@@ -132,12 +158,13 @@ class Half:
         onto: torch.Tensor,
         need_x: bool,
     ) -> tuple[torch.Tensor | None, Found]:
-        inner = self._inner(x, p)
+        inner, rounded = self._inner(x, p, residuals)
         dinner: torch.Tensor | None = None
         found = Found()
         for part, function in self.functions.items():
             own = p[part], tree.get(adapters, part)
-            made, grads = function.backward(dout, inner, residuals, *own, seed, need_x)
+            given = dout, inner, residuals, *own, seed, need_x
+            made, grads = function.backward(*given, rounded.get(part))
             found.update({f"{part}.{path}": grad for path, grad in grads.items()})
             if made is not None:
                 dinner = made if dinner is None else dinner + made

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..kernels import fp8_made
+from ..kernels.fp8 import Rows, cast_rows
 from ..kernels.rms_norm import rms_norm, rms_norm_pull
 from .spec import LayerSpec, NormSpec
 
@@ -25,6 +27,19 @@ def norm(
         return rms_norm(x, p["weight"], spec.eps, **how, onto=onto)
     made = _plain(x, p, spec)
     return made if onto is None else onto + made
+
+
+def norm_rows(
+    x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec
+) -> tuple[torch.Tensor, Rows]:
+    """`norm`, and its rows in e4m3: of a kernel that makes both, where there is one. Builds no
+    graph.
+    """
+    if p is not None and spec.kind == "rms":
+        how: dict[str, Any] = {"offset": spec.offset, "cast_first": spec.cast_first}
+        return fp8_made.norm_rows(x, p["weight"], spec.eps, **how)
+    y = norm(x, p, spec)
+    return y, cast_rows(y.reshape(-1, y.shape[-1]))
 
 
 def _plain(x: torch.Tensor, p: dict[str, torch.Tensor] | None, spec: NormSpec) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import purelm
 from purelm.errors import ArgumentError, CheckpointError, KernelError
 from purelm.kernels import fp8 as kernel
-from purelm.nn import decoder, fast_mlp, lora, loss, tree
+from purelm.nn import decoder, fast_mlp, half, lora, loss, tree
 from purelm.nn.residuals import KEEP, RECOMPUTE, Policy
 from purelm.quant.fp8 import Fp8
 from purelm.quant.fp8_product import computes
@@ -110,10 +111,13 @@ def test_gradients_stray_as_e4m3_does(folder: Path) -> None:
 
 @pytest.mark.parametrize("policy", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
 def test_rows_rounded_where_they_are_made_are_the_same(
-    folder: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those that a product rounds for itself, to the bit, forward and backward."""
-    model = adapted(folder, **COMPUTE)
+    folders.whole(tmp_path, "qwen3", head_dim=16)
+    model = adapted(tmp_path, **COMPUTE)
+    packed = [w for w in tree.leaves(model.params["layers"]) if isinstance(w, NF4)]
+    assert packed and all(map(computes, packed))
     model.residuals = policy
     found, made = [], []
 
@@ -126,15 +130,19 @@ def test_rows_rounded_where_they_are_made_are_the_same(
 
     monkeypatch.setattr(fast_mlp, "activated_rows", watched(fast_mlp.activated_rows))
     monkeypatch.setattr(fast_mlp, "pull_rows", watched(fast_mlp.pull_rows))
+    monkeypatch.setattr(half, "norm_rows", watched(half.norm_rows))
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr(fast_mlp, "rounds", lambda *_: False)
+            for module in (fast_mlp, half):
+                monkeypatch.setattr(module, "rounds", lambda *_: False)
             monkeypatch.setattr(fast_mlp, "computes", lambda _: False)
         value = model(bridged.ids(), labels=bridged.ids()).loss
         grads = torch.autograd.grad(value, [t for t in model.parameters() if t.requires_grad])
         found.append([value.detach(), *grads])
     layers = len(model.params["layers"])
-    assert sorted(made) == ["activated_rows"] * layers + ["pull_rows"] * layers
+    norms = 2 if policy == KEEP else 4  # of each layer, where both products run again
+    wanted = {"activated_rows": layers, "norm_rows": norms * layers, "pull_rows": layers}
+    assert Counter(made) == wanted
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
