@@ -82,9 +82,10 @@ def fast_mlp_bytes(spec: MLPSpec, dim: int, shape: Shape, policy: Policy) -> int
     wide = len(inputs(spec)) * spec.dim
     if spec.gated and shape.offload:
         width = (spec.dim + wide) * shape.itemsize
-        # The gradients' casts follow the hidden product, and the input's gradient adds to nothing.
+        # The gradients are made with their casts, beside the hidden product, after which comes the
+        # input's gradient, which adds to nothing; the input's cast is there all the time.
         if shape.fp8:
-            width = max(width, wide * shape.itemsize + _casts(spec, dim, shape))
+            width = max(width + wide, wide * shape.itemsize + _casts(spec, dim, shape)) + dim
     else:
         again = wide if policy.gate_up == "recompute" else 0
         width = ((2 + len(inputs(spec))) * spec.dim + again) * shape.itemsize

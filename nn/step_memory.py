@@ -58,7 +58,7 @@ def _attention(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> int:
     if a.gated:  # the gates, their sigmoids, what they leave, and a gradient
         each += 4 * q * shape.itemsize
     if shape.fp8:
-        each += max(q + 2 * kv, spec.dim)
+        each += max(q + 2 * kv, spec.dim) + spec.dim  # casts; the input's is there all the time
     return total + shape.tokens * each
 
 
