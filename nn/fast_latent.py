@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..kernels.attention import Documents, attention_backward, attention_forward
 from ..kernels.attention_reference import Keywords
+from ..kernels.fp8 import Rows
 from . import rope, tree
 from .attention import terms
 from .half import Residuals
@@ -35,8 +36,16 @@ class FastLatent:
     documents: Documents | None
     policy: Policy
 
+    def reads(self, p: tree.Tree, residuals: Residuals | None = None) -> list[Any]:
+        return []
+
     def forward(
-        self, inner: torch.Tensor, p: tree.Tree, adapters: tree.Tree, seed: int | None
+        self,
+        inner: torch.Tensor,
+        p: tree.Tree,
+        adapters: tree.Tree,
+        seed: int | None,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor, Residuals]:
         residuals = Residuals()
         (first, kv_a), residuals["low_first"] = products(
@@ -63,6 +72,7 @@ class FastLatent:
         adapters: tree.Tree,
         seed: int | None,
         need_inner: bool,
+        rounded: Rows | None = None,
     ) -> tuple[torch.Tensor | None, Found]:
         found, ranked = Found(), self._latent.q_rank is not None
         o = Puller(p, adapters, ("o",), seed_after(seed, 3), found)
