@@ -168,6 +168,22 @@ def test_peft_loads_single_experts_as_parameters(case: str, tmp_path: Path) -> N
     peft_config.apply(again, r=3, lora_alpha=6, **{"target_modules": ["q_proj"], **settings})
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
+def test_peft_merges_what_is_merged_here(family: str, tmp_path: Path) -> None:
+    """Of families whose forward pass needs other libraries' kernels there, the weights tell."""
+    folder, model = base(family, tmp_path)
+    adapted(model, target_modules="all-linear")
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained_merged(tmp_path / "merged")
+    theirs = peft.PeftModel.from_pretrained(hf(folder), tmp_path / "adapter").merge_and_unload()
+    before, ours = hf(folder).state_dict(), hf(tmp_path / "merged").state_dict()
+    changed = 0
+    for name, want in theirs.state_dict().items():
+        torch.testing.assert_close(ours[name], want, rtol=1e-6, atol=1e-7)
+        changed += not torch.equal(before[name], want)
+    assert changed >= 6 * len(model.spec.layers)
+
+
 def test_single_experts_that_peft_trained_on(tmp_path: Path) -> None:
     """Where gate's ranks act on up too, they are one adapter of both from then on."""
     folder, model = base("granitemoe", tmp_path)
