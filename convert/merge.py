@@ -69,7 +69,9 @@ def save_merged(
     dequantize to, which the adapter was trained on; with LoftQ merged_16bit is that too. lora: the
     adapter alone. merged_4bit (and merged_4bit_forced): 4-bit
     weights as bitsandbytes stores them, which loses accuracy where an adapter is: the sum with the
-    dequantized weight is quantized again; all else as merged_16bit.
+    dequantized weight is quantized again, a matrix that holds several projections as one; all else
+    as merged_16bit. transformers has no experts in 4 bits: stacks of them raise, those that are
+    stored one by one are for purelm alone.
 
     Afterwards every written tensor is read again: its bytes must be those meant, and each merged
     weight must be what float64 makes of base and adapter, within rounding.
