@@ -60,6 +60,7 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
             tile=model.tile,
             masked=masked,
             dora=any(leaf.magnitude is not None for leaf in tree.leaves(adapters)),
+            dropout=any(leaf.dropout for leaf in tree.leaves(adapters)),
             trained=_trains_layers(model),
             fp8=any(computes(leaf) for leaf in tree.leaves(layers)),
             one_by_one=any(experts_wait(model, seed=0)),

@@ -4,6 +4,7 @@ The weight is magnitude * (w + delta) / |w + delta|, row by row. As in the paper
 in peft, no gradient flows through the length |w + delta|.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,10 @@ from ..quant.linear import linear, weight_of
 
 if TYPE_CHECKING:
     from .lora import LoRA
+
+
+# Rows whose fp32 copies are made at a time.
+CHUNK = 1 << 11
 
 
 def lengths(weight: Any, adapter: "LoRA") -> torch.Tensor:
@@ -50,3 +55,46 @@ def adapted(
     else:
         y = y + (rows - 1) * linear(dropped, weight) + rows * change
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def folded(weight: Any, adapter: "LoRA", dtype: torch.dtype) -> "LoRA":
+    """The adapter as `linear.products` takes it: its magnitude what each row of the weight is
+    multiplied by, in `dtype`, and b with its scale multiplied by that already.
+    """
+    rows = factor(weight, adapter).to(dtype)
+    b = adapter.b * adapter.scale * rows.to(adapter.b.dtype)[:, None]
+    return replace(adapter, b=b, scale=1.0, magnitude=rows)
+
+
+def scaled_rows(weight: torch.Tensor, adapter: "LoRA | None") -> torch.Tensor:
+    """A dense weight as an adapter of `folded` has it."""
+    if adapter is None or adapter.magnitude is None:
+        return weight
+    return weight * adapter.magnitude.to(weight.dtype)[:, None]
+
+
+def pull_rows(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: Any,
+    bias: torch.Tensor | None,
+    adapter: "LoRA",
+    db: torch.Tensor,
+    made: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of the magnitudes times these, [out] in fp32 or wider: for each output the sum
+    of dy [t, out] times what the adapted weight made of x [t, in].
+
+    made: that, with the bias; where it is not there, the same comes of dy^T x and the weight, a
+    product more. db: the gradient of the folded b.
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if made is None:
+        dense = scaled_rows(weight_of(weight, dy.dtype), adapter)
+        total = ((dy.mT @ x).to(wide) * dense).sum(-1)
+        return total + (db.to(wide) * adapter.b).sum(-1)
+    total = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
+    for part, y in zip(torch.split(dy, CHUNK), torch.split(made, CHUNK), strict=True):
+        y = y.to(wide) if bias is None else y.to(wide) - bias.to(wide)
+        total += (y * part).sum(0)
+    return total

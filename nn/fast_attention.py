@@ -98,7 +98,7 @@ class FastAttention:
         if self.spec.keys_as_values:
             draw = (draw[0], draw[1] + draw[2])
         dinner = qkv.input([t.flatten(-2) for t in draw], need_inner)
-        qkv.weights(inner, low_qkv)
+        qkv.weights(inner, low_qkv, [t.detach().flatten(-2) for t in raw] if qkv.folded else None)
         return None if dinner is None else scaled(dinner, self.spec.in_scale), found
 
     def _qkv(

@@ -6,13 +6,14 @@ output projection of a function written by hand runs twice. Frozen params only; 
 itself, and transforms, run through `decoder.layer` and autograd.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree
 
-from . import rope, tree
+from . import dora, rope, tree
 from .attention import Visible
 from .half import Half, Residuals
 from .halves import PARTS, by_hand, halves
@@ -81,7 +82,7 @@ class Layer:
         cast = {part for half in (mixer, mlp) for part in half.functions if by_hand(half, part)}
         adapters = {part: own for part, own in (adapters or {}).items() if part in PARTS}
         leaves = dict(tree.items(adapters))
-        return Bound(self, mixer, mlp, p, _cast(adapters, cast, dtype), leaves)
+        return Bound(self, mixer, mlp, p, _cast(p, adapters, cast, dtype), leaves)
 
 
 class Bound(NamedTuple):
@@ -139,7 +140,7 @@ class Bound(NamedTuple):
         return dx, {**found, **more}
 
 
-def _cast(adapters: tree.Tree, parts: set[str], dtype: torch.dtype) -> tree.Tree:
+def _cast(p: tree.Tree, adapters: tree.Tree, parts: set[str], dtype: torch.dtype) -> tree.Tree:
     """The adapters of these parts as products read them, once a pass, not once a product; the
     others as they are.
     """
@@ -147,12 +148,15 @@ def _cast(adapters: tree.Tree, parts: set[str], dtype: torch.dtype) -> tree.Tree
         return adapters
     with torch.no_grad():
         own = {part: adapters[part] for part in parts if part in adapters}
-        leaves = tree.leaves(own)
-        bs = [leaf.b if leaf.scale == 1.0 else leaf.b * leaf.scale for leaf in leaves]
-        cast = iter(
-            _to([t for leaf, b in zip(leaves, bs, strict=True) for t in (leaf.a, b)], dtype)
-        )
-        made = tree.map(lambda leaf: LoRA(next(cast), next(cast), 1.0, leaf.dropout), own)
+
+        def scaled(path: str, leaf: LoRA) -> LoRA:
+            if leaf.magnitude is not None:
+                return dora.folded(tree.at(p, path)["weight"], leaf, dtype)
+            return leaf if leaf.scale == 1.0 else replace(leaf, b=leaf.b * leaf.scale, scale=1.0)
+
+        own = tree.map_with_path(scaled, own)
+        cast = iter(_to([t for leaf in tree.leaves(own) for t in (leaf.a, leaf.b)], dtype))
+        made = tree.map(lambda leaf: replace(leaf, a=next(cast), b=next(cast)), own)
         return {**adapters, **made}
 
 
@@ -216,9 +220,15 @@ def _of_trained(bound: Bound, found: Found) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for path, leaf in bound.leaves.items():
         a, b, *rest = found[path]
-        # What was cast has the scale in b.
-        scale = leaf.scale / tree.at(bound.adapters, path).scale
-        out += [a, b if scale == 1.0 else b * scale, *rest]
+        used = tree.at(bound.adapters, path)
+        # What was cast has the scale in b, and what was folded the factor of its rows.
+        scale = leaf.scale / used.scale
+        b = b if scale == 1.0 else b * scale
+        if leaf.magnitude is not None and used is not leaf:
+            b = b * used.magnitude[:, None].to(b.dtype)
+            # Of a magnitude of 0, what the row would have made is not known.
+            rest = [torch.where(leaf.magnitude == 0, 0, rest[0] / leaf.magnitude)]
+        out += [a, b, *rest]
     # Autograd checks dtypes against what is trained; adapters have one dtype, nearly always.
     trained = [t for leaf in bound.leaves.values() for t in _pytree.tree_leaves(leaf)]
     if trained:

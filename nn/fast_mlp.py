@@ -68,23 +68,26 @@ class FastMLP:
         down = Puller(p, adapters, ("down",), seed_after(seed, 2), found)
         wide = Puller(p, adapters, inputs(self.spec), seed, found)
         gate_up, low_gate_up = residuals.pop("gate_up", None), residuals.pop("low_gate_up", None)
-        again = gate_up is None
+        # DoRA reads gate and up beside their gradients.
+        spend, dora = gate_up is None and not wide.folded, wide.folded
         if gate_up is None:
             gate_up, _ = self._gate_up(inner, p, adapters, seed, rounded, low_gate_up)
         dhidden = down.input((scaled(dout, self.spec.down_scale),))
         assert dhidden is not None
         rows = None
         reads = [p[name]["weight"] for name in inputs(self.spec)]
-        if need_inner and self.spec.gate_scale == 1.0 and all(map(computes, reads)):
-            hidden, dgate_up, rows = pull_rows(dhidden, gate_up, self.spec, p, spend=again)
+        plain = self.spec.gate_scale == 1.0
+        if need_inner and plain and not dora and all(map(computes, reads)):
+            hidden, dgate_up, rows = pull_rows(dhidden, gate_up, self.spec, p, spend=spend)
         else:
-            hidden, dgate_up = pull_activated(dhidden, gate_up, self.spec, p, spend=again)
+            hidden, dgate_up = pull_activated(dhidden, gate_up, self.spec, p, spend=spend)
+        made = gate_up if dora and plain else None
         del gate_up, dhidden
         down.weights(hidden, residuals.pop("low_down", None))
         del hidden
         dgate, *dup = dgate_up
         dinner = wide.input((scaled(dgate, self.spec.gate_scale), *dup), need_inner, rows)
-        wide.weights(inner, low_gate_up)
+        wide.weights(inner, low_gate_up, made)
         return dinner, found
 
     def _gate_up(

@@ -99,8 +99,8 @@ def runs_again(
 ) -> dict[str, str]:
     """Which parts of a layer autograd runs again in backward, or `WHOLE`, and what makes it so.
 
-    masked: whether the batch needs a mask; dora: whether all parts have adapters with magnitudes;
-    rounded: whether weights are rounded in training; waits: why experts run one after the other.
+    masked: whether the batch needs a mask; dora: whether all parts have DoRA with dropout; rounded:
+    whether weights are rounded in training; waits: why experts run one after the other.
     """
     if spec.lends or spec.kv_from is not None:
         return {WHOLE: "keys and values that layers share"}
@@ -114,9 +114,11 @@ def runs_again(
     elif isinstance(spec.mlp, MoESpec) and waits is not None:
         found["mlp"] = f"experts one after the other ({waits})"
     for part in ("attn", "mlp") if spec.attention is not None else ("mlp",):
-        own = tree.leaves(tree.get(adapters, part))
-        if dora or any(leaf.magnitude is not None for leaf in own):
-            found.setdefault(part, "DoRA")
+        worn = [f for f in tree.leaves(tree.get(adapters, part)) if f.magnitude is not None]
+        if worn and part == "mlp" and isinstance(spec.mlp, MoESpec):
+            found.setdefault(part, "DoRA in a mixture")
+        elif dora or any(leaf.dropout for leaf in worn):
+            found.setdefault(part, "DoRA with dropout")
         elif rounded:
             found.setdefault(part, "weights that are rounded in training")
     return found

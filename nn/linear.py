@@ -132,15 +132,19 @@ def products(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """`project` without a graph: the outputs, and x A^T [t, r] of each adapted projection, which
     `pull` and a later call with the same x can be given as `lows`. rows: x in e4m3, where all the
-    projections round it so (`quant.linear.rounds`) and what made it did.
+    projections round it so (`quant.linear.rounds`) and what made it did. DoRA's adapters are given
+    as `dora.folded` makes them, here and in what pulls gradients.
     """
     x2 = x.reshape(-1, x.shape[-1])
     lows = list(_low_ranks(x2, adapters, seed) if lows is None else lows)
     remaining, outputs = iter(lows), []
     if any(computes(p["weight"]) for p in projections):
-        biases = [p.get("bias") for p in projections]
+        pairs = list(zip(projections, adapters, strict=True))
+        biases = [None if _folded(adapter) else p.get("bias") for p, adapter in pairs]
         ys = linears(x2, [p["weight"] for p in projections], biases, rows)
-        for y, adapter in zip(ys, adapters, strict=True):
+        for y, (p, adapter) in zip(ys, pairs, strict=True):
+            if _folded(adapter):
+                y = _rows_scaled(y, p.get("bias"), adapter)
             if adapter is not None:
                 add_low_rank(y, next(remaining), scaled_b(adapter, x2.dtype).mT)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
@@ -160,11 +164,28 @@ def _product(
         return base_linear(x2, weight, bias)
     b = scaled_b(adapter, x2.dtype).mT
     if x2.shape[0] <= PACKED_ROWS or not isinstance(weight, torch.Tensor | NF4):
+        if _folded(adapter):
+            return _rows_scaled(base_linear(x2, weight), bias, adapter).addmm_(low, b)
         return base_linear(x2, weight, bias).addmm_(low, b)
     # The thin product first: the large one, bound by arithmetic, adds to it on its way out, where
     # a thin one that came second would read and write all of y for little arithmetic.
     y = low @ b if bias is None else torch.addmm(bias.to(x2.dtype), low, b)
-    return y.addmm_(x2, weight_of(weight, x2.dtype).mT)
+    return y.addmm_(x2, dora.scaled_rows(weight_of(weight, x2.dtype), adapter).mT)
+
+
+def _folded(adapter: LoRA | None) -> bool:
+    return adapter is not None and adapter.magnitude is not None
+
+
+def _rows_scaled(y: torch.Tensor, bias: torch.Tensor | None, adapter: Any) -> torch.Tensor:
+    """A base weight's product as DoRA has it, with the bias."""
+    y = y * adapter.magnitude
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _to_rows(dy: torch.Tensor, adapter: LoRA | None) -> torch.Tensor:
+    """The gradient of a base weight's product, of that of what is made of it."""
+    return dy if adapter is None or adapter.magnitude is None else dy * adapter.magnitude
 
 
 def _low_ranks(
@@ -255,7 +276,11 @@ def pull_input(
     eight = [i for i, p in enumerate(projections) if computes(p["weight"])]
     dx: torch.Tensor | None = None
     if eight:
-        dx = pulled([flat[i] for i in eight], [projections[i]["weight"] for i in eight], rows)
+        dx = pulled(
+            [_to_rows(flat[i], adapters[i]) for i in eight],
+            [projections[i]["weight"] for i in eight],
+            rows,
+        )
     if _drops(adapters, seed):
         for (i, adapter), dlow in zip(adapted, dlows, strict=True):
             part = _drop(dlow @ adapter.a.to(dtype), adapter, seed, i)
@@ -271,7 +296,7 @@ def pull_input(
     for i, (p, dy) in enumerate(zip(projections, flat, strict=True)):
         if i in eight:
             continue
-        weight = weight_of(p["weight"], dtype)
+        weight = dora.scaled_rows(weight_of(p["weight"], dtype), adapters[i])
         dx = dy @ weight if dx is None else _plus(dx, dy, weight)
         del weight
     assert dx is not None

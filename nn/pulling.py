@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.fp8 import Rows
-from . import tree
+from . import dora, tree
 from .linear import Projection, Wanted, pull_input, pull_weights
 from .lora import LoRA
 
-# Of each adapter, by its path, the gradients of its tensors in order.
+# Of each adapter, by its path, the gradients of its tensors in order; of one that was folded, that
+# of the magnitudes as `dora.pull_rows` gives it.
 Found = dict[str, tuple[torch.Tensor, ...]]
 Lows = list[torch.Tensor]
 
@@ -51,6 +52,11 @@ class Puller:
         self.projections, self.adapters = picked(p, adapters, names)
         self.names, self.seed, self.found = names, seed, found
 
+    @property
+    def folded(self) -> bool:
+        """Whether any of the adapters is DoRA's."""
+        return any(f is not None and f.magnitude is not None for f in self.adapters)
+
     def input(
         self, dys: Sequence[torch.Tensor], need_x: bool = True, rows: Rows | None = None
     ) -> torch.Tensor | None:
@@ -60,10 +66,26 @@ class Puller:
         dx, self.dlows = pull_input(*given, need_x=need_x, rows=rows)
         return dx
 
-    def weights(self, x: torch.Tensor, lows: Lows | None) -> None:
-        """Note the adapters' gradients, given the input; after `input`."""
+    def weights(
+        self, x: torch.Tensor, lows: Lows | None, made: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        """Note the adapters' gradients, given the input; after `input`. made: the projections'
+        outputs where they are at hand, which spares DoRA a product.
+        """
         wanted = [Wanted(a=f is not None, b=f is not None) for f in self.adapters]
         given = (self.projections, self.adapters, self.seed, self.dys, self.dlows, wanted)
-        for name, grads in zip(self.names, pull_weights(x, *given, lows=lows), strict=True):
-            if grads.a is not None and grads.b is not None:
-                self.found[name] = (grads.a, grads.b)
+        for i, grads in enumerate(pull_weights(x, *given, lows=lows)):
+            adapter = self.adapters[i]
+            if adapter is None:
+                continue
+            assert grads.a is not None and grads.b is not None
+            self.found[self.names[i]] = grads.a, grads.b
+            if adapter.magnitude is not None:
+                p, y = self.projections[i], None if made is None else _flat(made[i])
+                pair = _flat(self.dys[i]), _flat(x)
+                rows = dora.pull_rows(*pair, p["weight"], p.get("bias"), adapter, grads.b, y)
+                self.found[self.names[i]] = grads.a, grads.b, rows
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, t.shape[-1])

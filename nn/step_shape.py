@@ -14,9 +14,9 @@ class Shape:
     products are kept throughout; `tile`: how many tokens a dense MLP runs on at a time; `fp8`:
     whether frozen products are in fp8; `gradients`: bytes of the gradients of one layer, the one
     where most is trained. Of what autograd runs again: `masked`: whether the batch needs a mask,
-    `dora`: whether adapters have magnitudes, `rounded`: whether weights are rounded in training,
-    `one_by_one`: whether experts run one after the other, `trained`: whether the layers' weights
-    are trained.
+    `dora`: whether adapters have magnitudes, if they have `dropout` too, `rounded`: whether weights
+    are rounded in training, `one_by_one`: whether experts run one after the other, `trained`:
+    whether the layers' weights are trained.
     """
 
     batch: int
@@ -28,6 +28,7 @@ class Shape:
     tile: int | None = None
     masked: bool = False
     dora: bool = False
+    dropout: bool = False
     trained: bool = False
     fp8: bool = False
     one_by_one: bool = False
@@ -46,5 +47,5 @@ def again(layer: LayerSpec, shape: Shape) -> dict[str, str]:
     """Which parts of a layer autograd runs again, or all of it, and why: `halves.runs_again`."""
     if shape.trained:
         return {WHOLE: "trained weights"}
-    how = {"masked": shape.masked, "dora": shape.dora, "rounded": shape.rounded}
+    how = {"masked": shape.masked, "dora": shape.dora and shape.dropout, "rounded": shape.rounded}
     return runs_again(layer, **how, waits=_WAITS if shape.one_by_one else None)

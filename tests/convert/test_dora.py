@@ -103,7 +103,7 @@ def test_policies_and_dropout(folder: Path) -> None:
         assert grads[0].abs().max() > 0 and all(torch.equal(grads[0], g) for g in grads)
     dropped = model(bridged.ids()).logits
     assert not torch.equal(dropped, model.eval()(bridged.ids()).logits)
-    assert "DoRA r=4" in model.explain() and "by autograd, for DoRA" in model.explain()
+    assert "DoRA r=4" in model.explain() and "by autograd, for DoRA with dropout" in model.explain()
     plain = FastLanguageModel.get_peft_model(load(folder), r=4)
     assert "DoRA" not in plain.explain()
 

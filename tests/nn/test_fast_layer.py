@@ -280,6 +280,41 @@ def test_parts_that_run_again(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
 
 
+DORA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "latent": {"attention": LATENT},
+    "gated": {"attention": replace(ROTATED, gated=True)},
+    "scaled": {"mlp": MLPSpec(64, gate_scale=0.7, down_scale=1.3), "parallel": True},
+}
+
+
+@pytest.mark.parametrize("name", DORA)
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+def test_dora(name: str, nf4: bool) -> None:
+    """By hand, without dropout: the gradients of plain autograd, magnitudes' too, and equal to the
+    bit under every policy.
+    """
+    kind = (False, "latent" not in name, 0.0, "silu")
+    spec, base, adapters = build(kind, torch.float32, nf4, **DORA[name])
+    g = torch.Generator().manual_seed(8)
+
+    def dora(leaf: lora.LoRA) -> lora.LoRA:
+        magnitude = torch.rand(len(leaf.b), generator=g) + 0.2
+        return replace(leaf, magnitude=magnitude.requires_grad_(), scale=0.7)
+
+    built = spec, base, tree.map(dora, adapters)
+    assert not runs_again(spec.layers[0], built[2]["layers"][0])
+    want, want_grads = run(built, None, None)
+    kept, kept_grads = run(built, KEEP, None)
+    torch.testing.assert_close(kept, want, rtol=1e-5, atol=0)
+    for got, grad in zip(kept_grads, want_grads, strict=True):
+        assert grad.norm() > 0 and (got - grad).norm() <= 1e-5 * grad.norm()
+    for policy in (RECOMPUTE, OFFLOAD, POLICIES[-1]):
+        value, grads = run(built, policy, None)
+        assert torch.equal(value, kept)
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
+
+
 MIXTURES: dict[str, MoESpec] = {
     "softmax": MoESpec(6, 2, MLPSpec(32)),
     "shared": MoESpec(6, 2, MLPSpec(32, "gelu"), "sigmoid", shared=MLPSpec(8), scale=2.5),

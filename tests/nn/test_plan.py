@@ -161,9 +161,10 @@ def test_what_is_trained_itself_runs_again_whole() -> None:
 def test_parts_that_run_again_keep_nothing_of_their_own(why: str, part: str) -> None:
     """Their halves' inputs are kept or sent away, as the policy says, and the rest with them."""
     plain = Shape(8, 2048, 2)
-    shape = replace(plain, **{why: True})
+    shape = replace(plain, **{why: True}, dropout=why == "dora")
     found = plan(LARGE, shape, budget=2**60, fixed=GIB)
-    assert f"{part} run again, for {dict(masked='a mask', dora='DoRA')[why]}" in str(found)
+    said = {"masked": "a mask", "dora": "DoRA with dropout"}[why]
+    assert f"{part} run again, for {said}" in str(found)
     sizes = bytes_per_token(LARGE.layers[0], 4096, 2)
     gone = sizes["qkv"] + sizes["out"] + (sizes["gate_up"] if why == "dora" else 0)
     kept, all_kept = (
@@ -179,7 +180,9 @@ def test_parts_that_run_again_keep_nothing_of_their_own(why: str, part: str) -> 
 
 def test_tiles_need_less() -> None:
     shape = Shape(1, 65536, 2)
-    wide = replace(shape, dora=True)  # by autograd, whose MLP needs more than its attention
+    wide = replace(
+        shape, dora=True, dropout=True
+    )  # by autograd, whose MLP needs more than its attention
     assert _least(LARGE, replace(wide, tile=4096)) < _least(LARGE, wide) - GIB
     found = plan(LARGE, replace(shape, tile=4096), budget=2**60, fixed=0)
     assert {(p.tile, p.gate_up, p.qkv) for p in found.policies} == {(4096, "recompute", "keep")}
