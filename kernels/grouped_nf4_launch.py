@@ -57,6 +57,22 @@ def nf4_config(
 
 
 @jit
+def _matrix(
+    group, p_words, p_absmax, p_scale, p_offset, s_words, s_absmax, s_scale, DOUBLE: tl.constexpr
+):
+    """The parts of one group's matrix in the stack; what stands for the last two without DOUBLE is
+    not read, as a function cannot return None.
+    """
+    wide = group.to(tl.int64)
+    p_words += wide * s_words
+    p_absmax += wide * s_absmax
+    if DOUBLE:
+        return p_words, p_absmax, p_scale + wide * s_scale, p_offset + group
+    else:
+        return p_words, p_absmax, p_absmax, p_absmax
+
+
+@jit
 def _nf4_kernel(
     p_x,
     p_words,
@@ -93,13 +109,10 @@ def _nf4_kernel(
     # `outputs` rows of `runs` runs of WIDTH weights a group; x has runs * WIDTH values a row.
     group, begin, end = _place(p_offsets, groups, tl.program_id(1), GROUPS, ROWS)
     if group < groups:
-        wide = group.to(tl.int64)
-        p_words += wide * s_words
-        p_absmax += wide * s_absmax
-        if DOUBLE:
-            p_scale += wide * s_scale
-            p_offset += group
         dtype: tl.constexpr = p_x.dtype.element_ty
+        p_own, p_own_absmax, p_own_scale, p_own_offset = _matrix(
+            group, p_words, p_absmax, p_scale, p_offset, s_words, s_absmax, s_scale, DOUBLE
+        )
         o_m = begin.to(tl.int64) + tl.arange(0, ROWS)
         m_m = o_m < end
         o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -112,10 +125,10 @@ def _nf4_kernel(
             m_x = m_m[:, None] & (o_k < runs * WIDTH)[None, :]
             b_x = tl.load(p_rows + o_k[None, :], mask=m_x, other=0.0)
             b_w = _weights(
-                p_words,
-                p_absmax,
-                p_scale,
-                p_offset,
+                p_own,
+                p_own_absmax,
+                p_own_scale,
+                p_own_offset,
                 p_levels,
                 p_map,
                 o_n[:, None] * runs + o_run[None, :],
@@ -174,13 +187,10 @@ def _nf4_turned_kernel(
     # outputs.
     group, begin, end = _place(p_offsets, groups, tl.program_id(1), GROUPS, ROWS)
     if group < groups:
-        wide = group.to(tl.int64)
-        p_words += wide * s_words
-        p_absmax += wide * s_absmax
-        if DOUBLE:
-            p_scale += wide * s_scale
-            p_offset += group
         dtype: tl.constexpr = p_x.dtype.element_ty
+        p_own, p_own_absmax, p_own_scale, p_own_offset = _matrix(
+            group, p_words, p_absmax, p_scale, p_offset, s_words, s_absmax, s_scale, DOUBLE
+        )
         o_m = begin.to(tl.int64) + tl.arange(0, ROWS)
         m_m = o_m < end
         o_run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
@@ -194,10 +204,10 @@ def _nf4_turned_kernel(
             m_k = o_k < depth
             b_x = tl.load(p_rows + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
             b_w = _weights(
-                p_words,
-                p_absmax,
-                p_scale,
-                p_offset,
+                p_own,
+                p_own_absmax,
+                p_own_scale,
+                p_own_offset,
                 p_levels,
                 p_map,
                 o_k[:, None] * runs + o_run[None, :],
