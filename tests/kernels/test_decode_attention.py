@@ -1,5 +1,8 @@
 """Decode attention: the reference is torch's attention row by row, the launch keeps to the rule."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import shim
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from oracles import assert_rows
 
 from purelm.errors import KernelError
+from purelm.kernels import decode_attention as launches
 from purelm.kernels.decode_attention import (
     decode_attention,
     decode_attention_reference,
@@ -48,19 +52,20 @@ def paged(x, page, seed):
     rows=st.integers(1, 3),
     heads_k=st.integers(1, 3),
     groups=st.sampled_from([1, 2, 3, 7]),
-    dim=st.sampled_from([8, 16, 20, 64]),
+    dim=st.sampled_from([8, 16, 20, 64, 96]),
     dtype=st.sampled_from(FLOATS),
     softcap=st.sampled_from([None, 5.0]),
     sinks=st.booleans(),
     biased=st.booleans(),
     capacity=st.sampled_from([1, 40, 64, 200, 333]),
+    splits=st.sampled_from([None, 1, 2]),
     page=st.sampled_from([None, 4, 16]),
     narrow=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_launch(
     interpreted, poisoned, data, rows, heads_k, groups, dim, dtype, softcap, sinks, biased,
-    capacity, page, narrow, seed,
+    capacity, splits, page, narrow, seed,
 ):  # fmt: skip
     ends = [data.draw(st.integers(0, capacity)) for _ in range(rows)]
     spans = [(data.draw(st.integers(0, end)), end) for end in ends]
@@ -85,7 +90,9 @@ def test_launch(
         (k, table), (v, _) = (paged(t, page, seed) for t in (k, v))
     if narrow:
         k, v = (t.to(torch.float8_e4m3fn) for t in (k, v))
-    ours = decode_attention(q, k, v, first, end, table, **how)
+    cut = mock.patch.object(launches, "splits_for", lambda *_: splits)
+    with cut if splits else contextlib.nullcontext():
+        ours = decode_attention(q, k, v, first, end, table, **how)
     # A pool of heads: the error of a single one may be small by luck.
     assert_rows(*(t.reshape(1, -1) for t in (ours, eager, exact)))
 

@@ -2,6 +2,8 @@
 or added to it keeps to the tolerance rule.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from oracles import assert_rows
 
 from purelm.errors import KernelError
-from purelm.kernels import nf4
+from purelm.kernels import nf4, nf4_products
 from purelm.kernels.gated import ACTIVATIONS, gated_reference
-from purelm.kernels.nf4_products import Weight, products
+from purelm.kernels.nf4_products import Config, Weight, products
 
 
 def drawn(rows, outputs, width, block, double, kind, dtype, rank, bias, seed):
@@ -80,6 +82,23 @@ def test_launch(
     args = weights, block, kind, low, activation, residual, scale
     assert ours.shape == (rows, columns) and ours.dtype == dtype
     assert_rows(ours, dense(x, *args), dense(x.double(), *args))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("block", [32, 128])
+def test_cuts_of_one_row(interpreted, poisoned, block, warps, turns, activation):
+    """Steps that end within the row, and whole ones."""
+    for runs in (35, 16):
+        width = runs * min(block, 64)
+        x, weights, low = drawn(
+            1, [42, 42], width, block, True, "nf4", torch.bfloat16, 3, True, runs
+        )
+        with mock.patch.object(nf4_products, "config_for", lambda *_: Config(warps, turns)):
+            ours = products(x, weights, block, low=low, activation=activation)
+        args = weights, block, "nf4", low, activation, None, 1.0
+        assert_rows(ours, dense(x, *args), dense(x.double(), *args))
 
 
 def test_each_part_is_the_weight_alone(interpreted, poisoned):
