@@ -85,16 +85,13 @@ def test_launch(
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("turns", [1, 2])
-@pytest.mark.parametrize("warps", [1, 4])
-@pytest.mark.parametrize("block", [32, 128])
-def test_cuts_of_one_row(interpreted, poisoned, block, warps, turns, activation):
+@pytest.mark.parametrize("cut", [(32, 1, 1), (128, 1, 2), (32, 4, 1)])
+def test_cuts_of_one_row(interpreted, poisoned, cut, activation):
     """Steps that end within the row, and whole ones."""
+    block, warps, turns = cut
     for runs in (35, 16):
-        width = runs * min(block, 64)
-        x, weights, low = drawn(
-            1, [42, 42], width, block, True, "nf4", torch.bfloat16, 3, True, runs
-        )
+        options = runs * min(block, 64), block, True, "nf4", torch.bfloat16, 3, True, runs
+        x, weights, low = drawn(1, [42, 42], *options)
         with mock.patch.object(nf4_products, "config_for", lambda *_: Config(warps, turns)):
             ours = products(x, weights, block, low=low, activation=activation)
         args = weights, block, "nf4", low, activation, None, 1.0
