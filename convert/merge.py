@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from ..errors import ArgumentError, CheckpointError, SaveError
 from ..nn import stacks, tree
 from ..quant.nf4 import NF4
-from . import atomic, fused, hub, merge_4bit
+from . import atomic, fused, hub, merge_4bit, shard_size
 from .adapter_write import save_adapter
 from .bnb_file import Entry, Packed, entries, read_dense
 from .config import Config
@@ -33,7 +34,7 @@ from .trained_base import belongs_to_it, dequantized
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _NOT_YET = ("torchao", "fp8")
 _FOUR_BITS = ("merged_4bit", "merged_4bit_forced")
 _DEQUANTIZED = "merged_16bit_dequantized"
@@ -58,6 +59,7 @@ def save_merged(
     folder: str | Path,
     tokenizer: Any = None,
     save_method: str = "merged_16bit",
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write `model` with its adapters merged in, whole or not at all.
 
@@ -67,11 +69,12 @@ def save_merged(
     files). A 4-bit model is merged into its 16-bit original, or, if its files are quantized, into
     what they dequantize to. merged_16bit_dequantized: into what the model's quantized weights
     dequantize to, which the adapter was trained on; with LoftQ merged_16bit is that too. lora: the
-    adapter alone. merged_4bit (and merged_4bit_forced): 4-bit
-    weights as bitsandbytes stores them, which loses accuracy where an adapter is: the sum with the
-    dequantized weight is quantized again, a matrix that holds several projections as one; all else
-    as merged_16bit. transformers has no experts in 4 bits: stacks of them raise, those that are
-    stored one by one are for purelm alone.
+    adapter alone. merged_4bit (and merged_4bit_forced): 4-bit weights as bitsandbytes stores them,
+    which loses accuracy where an adapter is: the sum with the dequantized weight is quantized
+    again, a matrix that holds several projections as one; all else as merged_16bit. transformers
+    has no experts in 4 bits: stacks of them raise, those that are stored one by one are for purelm
+    alone. max_shard_size: of the files, in bytes or as "5GB" (default: each tensor in the file that
+    it was in).
 
     Afterwards every written tensor is read again: its bytes must be those meant, and each merged
     weight must be what float64 makes of base and adapter, within rounding.
@@ -91,29 +94,37 @@ def save_merged(
             f"save_method is {save_method!r}, expected 'merged_16bit', {_DEQUANTIZED!r}, "
             "'merged_4bit' or 'lora'"
         )
+    limit = None if max_shard_size is None else shard_size.to_bytes(max_shard_size)
     atomic.check_apart(folder, model.origin.folder)
     try:
         with torch.no_grad():
-            _save(model, Path(folder), tokenizer, save_method)
+            _save(model, Path(folder), tokenizer, save_method, limit)
     except CheckpointError as problem:
         raise SaveError(
             f"the files that the model was loaded from cannot be merged into: {problem}"
         ) from problem
 
 
-def _save(model: "CausalLM", folder: Path, tokenizer: Any, save_method: str) -> None:
+def _save(
+    model: "CausalLM", folder: Path, tokenizer: Any, save_method: str, limit: int | None
+) -> None:
     checkpoint = model.origin.checkpoint
     config, shards = _planned(
         model, save_method in _FOUR_BITS, save_method == _DEQUANTIZED or belongs_to_it(model)
     )
     every = [tensor for shard in shards.values() for tensor in shard]
-    size = sum(tensor.dtype.itemsize * torch.Size(tensor.shape).numel() for tensor in every)
+    if limit is not None:
+        # What one weight in 4 bits consists of stays in one file.
+        modules = [list(t) for _, t in groupby(every, lambda t: t.name.partition(".weight")[0])]
+        files = shard_size.split(modules, lambda module: sum(map(_nbytes, module)), limit)
+        shards = {name: list(chain.from_iterable(found)) for name, found in files.items()}
+    size = sum(map(_nbytes, every))
     with atomic.folder(folder, need_bytes=size, replaces=_REPLACES) as new:
         meant: dict[str, bytes] = {}
         for name, tensors in shards.items():
             entries = [(t.name, t.dtype, t.shape, _maker(t, meant)) for t in tensors]
             atomic.write_safetensors(new / name, entries, _header(tensors))
-        if list(shards) != [_SINGLE]:
+        if list(shards) != [shard_size.SINGLE]:
             _write_index(checkpoint.folder / _INDEX, new / _INDEX, shards, size)
         _write_json(new / "config.json", config)
         if model.generation_config.fields:
@@ -124,6 +135,10 @@ def _save(model: "CausalLM", folder: Path, tokenizer: Any, save_method: str) -> 
         else:
             _copy_tokenizer(model.origin.folder, new)
         _verify(model, new, every, meant)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
 
 
 def tensors(model: "CausalLM") -> list[Tensor]:
@@ -232,7 +247,7 @@ def _made(
 def _files(checkpoint: Checkpoint) -> dict[str, str]:
     """Tensor name -> plain name of the file that it is written into."""
     if not checkpoint.placed:  # of a GGUF file
-        return dict.fromkeys(checkpoint.tensors, _SINGLE)
+        return dict.fromkeys(checkpoint.tensors, shard_size.SINGLE)
     return dict(sorted(checkpoint.placed.items(), key=lambda item: item[1]))
 
 
@@ -264,7 +279,9 @@ def _header(tensors: list[Tensor]) -> dict[str, str]:
 
 
 def _write_index(source: Path, path: Path, shards: dict[str, list[Tensor]], size: int) -> None:
-    index = read_json(source, max_bytes=64 << 20, error=CheckpointError)
+    index: dict[str, Any] = {}
+    if source.is_file():
+        index = read_json(source, max_bytes=64 << 20, error=CheckpointError)
     found = index.get("metadata")
     index["metadata"] = {**(found if isinstance(found, dict) else {}), "total_size": size}
     index["weight_map"] = {t.name: name for name, tensors in shards.items() for t in tensors}

@@ -38,11 +38,12 @@ class Saving:
         folder: str | Path,
         tokenizer: Any = None,
         save_method: str = "merged_16bit",
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Write a whole model with the adapters merged in; see `merge.save_merged`."""
         from .merge import save_merged
 
-        save_merged(self, folder, tokenizer, save_method)
+        save_merged(self, folder, tokenizer, save_method, max_shard_size)
 
     def save_pretrained_gguf(  # type: ignore[misc]
         self: CausalLM,
@@ -83,6 +84,7 @@ class Saving:
         repo_id: str,
         tokenizer: Any = None,
         save_method: str = "merged_16bit",
+        max_shard_size: int | str | None = None,
         **options: Any,
     ) -> Pushed:
         """Send what `save_pretrained_merged` writes to the hub; `options` as in `push.push`."""
@@ -90,7 +92,7 @@ class Saving:
         from .push import push
 
         def save(folder: Path) -> None:
-            save_merged(self, folder, tokenizer, save_method)
+            save_merged(self, folder, tokenizer, save_method, max_shard_size)
 
         return push(
             self, repo_id, save, "adapter" if save_method == "lora" else "merged", **options

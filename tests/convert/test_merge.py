@@ -15,7 +15,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from purelm.convert import adapter_config, merge, merge_tensor, peft_config
+from purelm.convert import adapter_config, merge, merge_tensor, peft_config, shard_size
 from purelm.convert.bridge import CausalLM
 from purelm.convert.shards import open_checkpoint
 from purelm.errors import ArgumentError, SaveError
@@ -60,6 +60,52 @@ def reload(folder: Path) -> Any:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("source", ["60KB", "1GB"])
+@pytest.mark.parametrize("asked", ["50KB", 70_000, "0.001GiB"])
+def test_files_are_as_large_as_asked(source: str, asked: Any, tmp_path: Path) -> None:
+    model = adapted(base(tmp_path, max_shard_size=source))
+    model.save_pretrained_merged(tmp_path / "merged", max_shard_size=asked)
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    limit = shard_size.to_bytes(asked)
+    for file in files:
+        found = load_file(file)
+        size = sum(t.numel() * t.element_size() for t in found.values())
+        assert size <= limit or len(found) == 1
+    whole = model.num_parameters(exclude_embeddings=False) * 4
+    assert len(files) == 1 if limit > whole else len(files) >= whole / limit
+    index = tmp_path / "merged" / "model.safetensors.index.json"
+    assert index.exists() == (len(files) > 1)
+    if len(files) > 1:
+        assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    with torch.no_grad():
+        bridged.same_logits(reload(tmp_path / "merged")(bridged.ids()).logits,
+                            model(bridged.ids()).logits)  # fmt: skip
+    # Another size replaces all of it.
+    model.save_pretrained_merged(tmp_path / "merged", max_shard_size="1GB")
+    assert [p.name for p in (tmp_path / "merged").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_the_parts_of_a_weight_in_4_bits_stay_together(tmp_path: Path) -> None:
+    model = adapted(base(tmp_path), quantize="nf4")
+    model.save_pretrained_merged(tmp_path / "four", None, "merged_4bit", max_shard_size="3KB")
+    where = json.loads((tmp_path / "four" / "model.safetensors.index.json").read_text())
+    files: dict[str, set[str]] = {}
+    for name, file in where["weight_map"].items():
+        files.setdefault(name.partition(".weight")[0], set()).add(file)
+    assert len(files) > 20 and all(len(found) == 1 for found in files.values())
+    assert len(set(where["weight_map"].values())) > 10
+    again = bridged.bridge(tmp_path / "four", quantize="nf4")
+    assert again(bridged.ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [0, -1, "5", "GB", "5 TB", 1.5, True, ""])
+def test_sizes_that_are_none(size: Any, tmp_path: Path) -> None:
+    model = adapted(base(tmp_path))
+    with pytest.raises(ArgumentError, match="max_shard_size is"):
+        model.save_pretrained_merged(tmp_path / "merged", max_shard_size=size)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("sharded", [False, True])
