@@ -317,6 +317,21 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
         f, "generation_config.json", custom_generate=REMOTE, _from_model_config=True
     ),
     "pickles beside": lambda f: (f / "training_args.bin").write_bytes(b"\x80\x02cos\nmkdir\n."),
+    "processor auto_map": lambda f: change(
+        f, "preprocessor_config.json", auto_map={"AutoProcessor": "modeling_evil.Processor"}
+    ),
+    "kernels of the hub": lambda f: change(f, use_kernels=True, kernel_config={"x": REMOTE}),
+    "quantization by code": lambda f: change(
+        f, quantization_config={"quant_method": "custom", "auto_map": EVIL, "code": PAYLOAD}
+    ),
+    "modules of known names": lambda f: [
+        (f / name).write_text("import os\nos.mkdir('executed')\n")
+        for name in ("torch.py", "gguf.py", "sitecustomize.py", "conftest.py", "setup.py")
+    ],
+    "entry points": lambda f: (
+        (f / "x.dist-info").mkdir(),
+        (f / "x.dist-info" / "entry_points.txt").write_text("[torch.backends]\nx = modeling_evil"),
+    ),
     "adapter elsewhere": lambda f: change(
         f, "adapter_config.json", peft_type="LORA", base_model_name_or_path="/nowhere/base", r=4
     ),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -414,3 +415,32 @@ def test_two_processes_at_once_and_a_killed_one(hub: Hub, tmp_path: Path, single
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (Path(folder) / name).read_bytes() == (single / name).read_bytes()
     shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.mark.full
+def test_downloads_that_are_killed_at_any_moment(hub: Hub, tmp_path: Path, single: Path) -> None:
+    """What stands under a file's name is that file, whenever the process dies; the last goes on."""
+    script = "from purelm.convert.hub import resolve; print(resolve('org/single').folder)"
+    environment = os.environ | hub.environment(tmp_path / "cache")
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    generator, died = random.Random(0), 0
+    for number in range(21):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if number < 20:
+            requests = len(hub.log) + generator.randrange(12)
+            while process.poll() is None and len(hub.log) <= requests:
+                time.sleep(0.002)
+            time.sleep(generator.random() * 0.03)
+            process.kill()
+        died += process.wait() != 0
+        for path in (tmp_path / "cache").rglob("snapshots/*/*"):
+            if path.is_file():
+                assert path.read_bytes() == (single / path.name).read_bytes()
+    assert died >= 5 and process.returncode == 0
+    found = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= found
