@@ -10,6 +10,9 @@ from .config import Config
 from .json_file import parse_json
 from .registry import Family
 
+# The kind of layers that is scaled where each has its own rotation (Gemma 3).
+_LONG = "full_attention"
+
 
 def overrides(
     config: Config, file: Path, family: Family, rope_scaling: dict[str, Any] | None
@@ -27,20 +30,27 @@ def overrides(
     stored = config.get("rope_parameters") or {}
     if not isinstance(stored, dict):
         raise ConfigError(f"rope_parameters is {stored!r:.60}, expected an object", file=file)
-    if any(isinstance(value, dict) for value in stored.values()):
-        raise NotImplementedError(
-            f"rope_scaling={rope_scaling!r}: {file} has rope_parameters for each kind of layer, "
-            "which are not replaced yet; write the scaling there"
-        )
     scaling = dict(rope_scaling)
+    if isinstance(stored.get(_LONG), dict):
+        before = stored[_LONG]
+    elif any(isinstance(value, dict) for value in stored.values()):
+        raise ConfigError(
+            f"rope_parameters are of kinds of layers, {', '.join(map(str, stored))!s:.200}, among "
+            f"which {_LONG} has none that rope_scaling could replace",
+            file=file,
+        )
+    else:
+        before = stored
     for name in ("rope_theta", "partial_rotary_factor"):
-        kept = stored.get(name, config.get(name))
+        kept = before.get(name, config.get(name))
         if kept is not None:
             scaling.setdefault(name, kept)
     spec = family.spec({**config.fields, **_fields(stored, scaling)}, file)
     ropes = [attention.rope for attention in spec.attentions() if attention.rope is not None]
     if not ropes:
         raise ArgumentError(f"rope_scaling is {rope_scaling!r}, but the model has no rope to scale")
+    if before is not stored and all(a.window is not None for a in spec.attentions()):
+        raise ArgumentError(f"rope_scaling is {rope_scaling!r}, but every layer has a window")
     # Where layers differ (Gemma 3), the long-range ones alone are scaled.
     rope = next((rope for rope in ropes if rope.kind != "default"), ropes[0])
     if rope.kind in ("default", "dynamic"):
@@ -54,6 +64,8 @@ def overrides(
 
 
 def _fields(stored: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(stored.get(_LONG), dict):
+        return {"rope_parameters": {**stored, _LONG: dict(scaling)}}
     if stored:
         return {"rope_parameters": dict(scaling), "rope_scaling": None, "rope_theta": None}
     inner = {name: value for name, value in scaling.items() if name != "rope_theta"}

@@ -639,11 +639,32 @@ def test_an_eos_that_is_no_id_is_named_with_its_file(
         load(bad)
 
 
-def test_a_scaling_does_not_replace_several(folder: Path, tmp_path: Path) -> None:
+def test_a_scaling_is_of_the_layers_that_see_far(folder: Path, tmp_path: Path) -> None:
     """Gemma 3 has a rotary base for each kind of layer, and scales one of them."""
-    folders.whole(tmp_path / "new", "gemma3_text")
-    with pytest.raises(NotImplementedError, match="rope_scaling="):
+    kinds_of_layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    folders.whole(tmp_path / "near", "gemma3_text")
+    with pytest.raises(ArgumentError, match="every layer has a window"):
+        load(tmp_path / "near", rope_scaling=SCALINGS["linear"])
+    folders.whole(tmp_path / "new", "gemma3_text", layer_types=kinds_of_layers)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "new")
+    long = config.rope_parameters["full_attention"]
+    config.rope_parameters["full_attention"] = {**long, **SCALINGS["linear"]}
+    config._attn_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", config=config)
+    model, _ = load(tmp_path / "new", rope_scaling=SCALINGS["linear"], max_seq_length=128)
+    tokens = ids(3, 1, 100)
+    with torch.no_grad():
+        same_logits(model(tokens).logits, theirs.float()(tokens).logits)
+    model.save_pretrained_merged(tmp_path / "saved")
+    again, _ = load(tmp_path / "saved", max_seq_length=None)
+    assert list(again.spec.ropes()) == list(model.spec.ropes()) and again.spec.max_positions == 128
+    only = json.loads((tmp_path / "new" / "config.json").read_text())
+    only["rope_parameters"].pop("full_attention")
+    (tmp_path / "new" / "config.json").write_text(json.dumps(only))
+    with pytest.raises(ConfigError, match="full_attention"):
         load(tmp_path / "new", rope_scaling=SCALINGS["linear"])
+    only["rope_parameters"]["full_attention"] = long
+    (tmp_path / "new" / "config.json").write_text(json.dumps(only))
     file = tmp_path / "new" / "config.json"
     fields = json.loads(file.read_text())
     ropes = fields.pop("rope_parameters")
