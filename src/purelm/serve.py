@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
 
 # OpenAI's names for kinds of errors.
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
@@ -170,6 +171,8 @@ async def _body(request: HttpRequest, options: Options) -> dict[str, Any]:
             raise Refusal(f"the body has more than {options.max_body} bytes", status=413)
     try:
         body = json.loads(raw)
+        # Escapes can say halves of surrogate pairs, which tokenizers and answers cannot.
+        json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise Refusal("the body is not JSON") from None
     if not isinstance(body, dict):
@@ -195,11 +198,16 @@ def _stream(chunks: AsyncIterator[dict[str, Any]], worker: Worker, ids: Sequence
         except Refusal as problem:
             # The status has been sent.
             yield f"data: {json.dumps(_error(problem))}\n\n"
-        finally:
-            # Also when the client has gone, which closes this generator.
-            worker.cancel(ids)
 
-    return StreamingResponse(lines(), media_type="text/event-stream")
+    class Stream(StreamingResponse):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                # Also when the client has gone, be it before the first line was asked for.
+                worker.cancel(ids)
+
+    return Stream(lines(), media_type="text/event-stream")
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:

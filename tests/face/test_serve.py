@@ -257,6 +257,12 @@ def test_bad_bodies(site: Site) -> None:
     path, kind = "/chat/completions", {"Content-Type": "application/json"}
     for content in (b"{", b"[1]", b"\xff", b"[" * 15000):
         assert site.post(path, content=content, headers=kind).status_code == 400
+    half = "\ud800"  # of a pair: JSON can say it, and no text has it
+    said = {"role": "user", "content": half}
+    for wrong in ({"messages": [said]}, {"stop": half}, {half: 1}, {"model": half}):
+        body = {"model": NAME, "messages": TALK, "max_tokens": 4, **wrong}
+        reply = site.post(path, content=json.dumps(body).encode(), headers=kind)
+        assert reply.status_code == 400 and "not JSON" in reply.json()["error"]["message"]
     assert site.post(path, content=b" " * 20_001, headers=kind).status_code == 413
     assert site.post(path, content=b"{}").status_code == 415
     wrong = site.post(path, json={"model": "other", "messages": TALK})
@@ -326,6 +332,37 @@ def test_a_client_that_goes_away_cancels(
     wait_for(lambda: not engines[0].busy)
     # Long before the answer would have been whole.
     assert len(engines) < 120
+
+
+def test_a_client_that_has_gone_before_its_stream_begins_cancels(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from purelm.convert.engine import Engine
+
+    cancelled: list[int] = []
+    monkeypatch.setattr(Engine, "cancel", lambda engine, request_id: cancelled.append(request_id))
+    app = serve.app(*loaded, Options(NAME))
+    body = json.dumps({"model": NAME, "prompt": "The", "max_tokens": 190, "stream": True}).encode()
+    sent = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Any:
+        return sent.pop() if sent else {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None: ...
+
+    async def ask() -> None:
+        scope: Any = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+        }
+        scope["headers"] = [(b"content-type", b"application/json")]
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert cancelled == [0]
 
 
 def test_too_many_are_told_to_come_again(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
