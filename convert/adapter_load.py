@@ -51,9 +51,10 @@ def warn_of_precision(trained_on: str | None, quantize: str | None) -> str | Non
 def placed(adapter: Adapter, model: "CausalLM") -> Adapter:
     """The adapter with its tensors on the model's device."""
 
-    def moved(part: tree.Tree) -> tree.Tree:
-        return tree.map_tensors(lambda t: t.to(model.device), part)
-
+    device = model.device
     return Adapter(
-        moved(adapter.adapters), moved(adapter.trained), moved(adapter.start), adapter.config
+        tree.placed(adapter.adapters, device),
+        tree.placed(adapter.trained, device),
+        tree.placed(adapter.start, device),
+        adapter.config,
     )

@@ -299,8 +299,10 @@ class CausalLM(Saving, Wearing):
         full = super().state_dict(*args, **kwargs)
         # A parent module passes its own dict, in which others' entries must stay.
         prefix = kwargs.get("prefix", "")
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad:
+        # One that several modules have is there once, under its first name.
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if name not in trained:
                 full.pop(prefix + name, None)
         return full
 

@@ -2,8 +2,8 @@
 
 peft adapts the modules of that class, so its files know `qkv_proj` alone where the layers here have
 q, k and v. The adapter of such a matrix has each part's ranks one after the other, B with zeros
-outside of a part's own rows; parts with the same A share their ranks. Read back, or trained by
-peft, a part has all of A and its rows of B: the same function, exactly.
+outside of a part's own rows; parts with the same A share their ranks. Of one that peft trained, all
+parts have A, one tensor, and their rows of B: the same function, exactly, and trained so too.
 """
 
 import json
@@ -147,18 +147,19 @@ def _magnitude(leaf: LoRA, name: str) -> torch.Tensor:
 
 def apart(one: Fused, whole: LoRA, ranks: Ranks | None, *, all_of_them: bool) -> dict[str, LoRA]:
     """The adapters of the parts, by their paths: those of `ranks`, if B agrees, or all ranks each.
+    Those that have the same ranks have one tensor as their A.
 
     all_of_them: a part without ranks would lose what is trained of it beside them.
     """
     if ranks is None or not _agree(one, whole, ranks) or (all_of_them and None in ranks):
         ranks = [(0, whole.rank)] * len(one.paths)
     made = {}
+    blocks = {at: whole.a[slice(*at)].clone() for at in ranks if at is not None}
     for i, (path, at) in enumerate(zip(one.paths, ranks, strict=True)):
         if at is not None:
-            of_part = slice(*at)
             magnitude = None if whole.magnitude is None else one.part(whole.magnitude, i)
-            a, b = whole.a[of_part].clone(), one.part(whole.b[:, of_part], i)
-            made[path] = replace(whole, a=a, b=b, magnitude=magnitude)
+            b = one.part(whole.b[:, slice(*at)], i)
+            made[path] = replace(whole, a=blocks[at], b=b, magnitude=magnitude)
     return made
 
 

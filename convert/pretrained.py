@@ -260,7 +260,9 @@ class FastLanguageModel:
             adapters, trained, settings = adapter_file.read_adapter(
                 source.folder, spec, loaded.family.names, params=params
             )
-            model.set_adapters(_placed(adapters, device), _placed(trained, device), config=settings)
+            model.set_adapters(
+                tree.placed(adapters, device), tree.placed(trained, device), config=settings
+            )
         model.eval()
         return model, tokenizer
 
@@ -394,7 +396,3 @@ def _generation_config(folder: Path, config: Config) -> Config:
         return Config.from_folder(folder, "generation_config.json")
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
     return Config({name: config.get(name) for name in kept if config.get(name) is not None})
-
-
-def _placed(leaves: tree.Tree, device: torch.device) -> tree.Tree:
-    return tree.map_tensors(lambda t: t.to(device), leaves)

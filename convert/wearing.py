@@ -124,8 +124,11 @@ class Wearing(Trainee):
             fast.check_rank(adapter.adapters)
         within = "" if named_adapters.check_name(name, list(self._worn)) == DEFAULT else name
         made: dict[str, LoRA] = {}
+        shared: dict[int, nn.Parameter] = {}
         for path, leaf in tree.items(adapter.adapters):
-            a, b = nn.Parameter(leaf.a, False), nn.Parameter(leaf.b, False)
+            # An A that several have is one parameter, as it is where peft adapts them as one.
+            a = shared.setdefault(id(leaf.a), nn.Parameter(leaf.a, False))
+            b = nn.Parameter(leaf.b, False)
             m = None if leaf.magnitude is None else nn.Parameter(leaf.magnitude, False)
             worn = {"lora_A": a, "lora_B": b, **({} if m is None else {MAGNITUDE: m})}
             for key, value in worn.items():

@@ -124,6 +124,18 @@ def _listed(node: Any) -> Any:
     return done
 
 
+def placed(tree: Tree, device: torch.device) -> Tree:
+    """The tree with its tensors on `device`; what is one tensor in several leaves stays one."""
+    made: dict[int, torch.Tensor] = {}
+
+    def there(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in made:
+            made[id(t)] = t.to(device)
+        return made[id(t)]
+
+    return map_tensors(there, tree)
+
+
 def tensors(tree: Tree) -> list[torch.Tensor]:
     """Every tensor, those inside structured leaves included, in order."""
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

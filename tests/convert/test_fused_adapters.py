@@ -249,24 +249,58 @@ def test_pefts_choices_of_fused_modules(targets: dict[str, Any], tmp_path: Path)
     }
 
 
-def test_gradients_are_pefts(tmp_path: Path) -> None:
-    """B's rows have their own, A's sum over the parts is that of the A they shared."""
+def test_training_goes_on_as_pefts(tmp_path: Path) -> None:
+    """The parts' A is one parameter: gradients, steps and files are those of the whole."""
     base, folder = folder_of("gpt_neox", tmp_path)
     settings = peft.LoraConfig(r=3, target_modules=["query_key_value"], task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(base, settings)
     bridged.spread_trained(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     model = bridged.bridge(folder)
-    adapters, _, config = read(tmp_path / "adapter", model)
-    model.set_adapters(adapters, config=config)
-    for one in (model, theirs):
-        one.train()(input_ids=bridged.ids(), labels=bridged.ids()).loss.backward()
-    want = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters()}
-    for name, one in fused.modules(model.spec, model.origin.family.names).items():
-        leaves = [tree.at(model.adapters, path) for path in one.paths]
-        a, b = (want[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-        assert (sum(leaf.a.grad for leaf in leaves) - a).abs().max() <= 2e-5 * a.abs().max()
-        assert (one.whole([leaf.b.grad for leaf in leaves]) - b).abs().max() <= 2e-5 * b.abs().max()
+    model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
+    model.set_adapter("default")
+    assert model.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    for _ in range(3):
+        for one in (model, theirs):
+            one.train()(input_ids=bridged.ids(), labels=bridged.ids()).loss.backward()
+        want = {name.replace(".default", ""): p for name, p in theirs.named_parameters()}
+        for name, one in fused.modules(model.spec, model.origin.family.names).items():
+            leaves = [tree.at(model.adapters, path) for path in one.paths]
+            grads = leaves[0].a.grad, one.whole([leaf.b.grad for leaf in leaves])
+            for x, got in zip("AB", grads, strict=True):
+                peers = want[f"base_model.model.{name}.lora_{x}.weight"].grad
+                assert (got - peers).abs().max() <= 2e-5 * peers.abs().max()
+        for one in (model, theirs):
+            torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1).step()
+            one.zero_grad()
+    model.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, peers = (peft_tensors(tmp_path / name) for name in ("ours", "theirs"))
+    assert ours.keys() == peers.keys()
+    for name, tensor in ours.items():
+        assert (tensor - peers[name]).abs().max() <= 1e-5 * peers[name].abs().max()
+
+
+def test_state_of_a_shared_parameter(tmp_path: Path) -> None:
+    """It is there once, and comes back."""
+    base, folder = folder_of("phi3", tmp_path)
+    settings = peft.LoraConfig(r=3, target_modules=["qkv_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    model = bridged.bridge(folder)
+    model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
+    model.set_adapter("default")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert sum("lora_A" in name for name in state) == len(model.spec.layers)
+    save_file(model.state_dict(), tmp_path / "state.safetensors")  # refuses what shares memory
+    bridged.spread_trained(model)
+    moved = model(bridged.ids()).logits.detach()
+    model.load_state_dict(state)
+    leaves = dict(tree.items(model.adapters))
+    assert leaves["layers.1.attn.q"].a is leaves["layers.1.attn.v"].a
+    assert torch.equal(leaves["layers.1.attn.v"].a, state[next(n for n in state if ".1." in n)])
+    assert not torch.equal(model(bridged.ids()).logits, moved)
+    model.delete_adapter("default")
+    assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 def test_a_folder_of_pefts_is_loaded_trained_and_handed_back(tmp_path: Path) -> None:
