@@ -88,6 +88,12 @@ def find(path: Path) -> Path | None:
     return path / found[0] if found else None
 
 
+def opened_in(path: Path) -> GGUF | None:
+    """The header of the file that `find` finds, None where there is none."""
+    file = find(path)
+    return None if file is None else open_gguf(file)
+
+
 def open_gguf(path: Path) -> GGUF:
     """The header of a GGUF file.
 

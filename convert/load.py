@@ -17,7 +17,7 @@ from .bnb_file import Packed, check_config, entries
 from .config import Config
 from .encoded import Encoded, seen
 from .fused_read import Stored, is_packed, leaf_reader, reader
-from .gguf_file import find, open_gguf
+from .gguf_file import GGUF, opened_in
 from .gguf_model import checkpoint as gguf_checkpoint
 from .gguf_model import config_fields
 from .hub import resolve
@@ -27,7 +27,7 @@ from .registry import Family, family_of
 from .shards import Checkpoint, open_checkpoint
 from .staging import Stager
 from .stored_formats import check_plain, format_of
-from .text_half import text_half
+from .text_half import TextHalf, text_half
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ def load_folder(
     overrides: Mapping[str, Any] | None = None,
     text_only: bool = False,
     progress: bool = False,
+    gguf: GGUF | None = None,
 ) -> Loaded:
-    """The model in `folder`, which may also be a GGUF file; `overrides` replace config fields.
+    """The model in `folder`, which may also be a GGUF file, whose header is `gguf` if that was read
+    already; `overrides` replace config fields.
 
     text_only: the text half of a vision-language model, which `Loaded.half` then tells of.
     """
@@ -128,12 +130,9 @@ def load_folder(
         raise ArgumentError(f"dtype is {dtype}, expected one of {LOADABLE}")
     if isinstance(quant_skip, str) or not all(isinstance(t, str) and t for t in quant_skip):
         raise ArgumentError(f"quant_skip is {quant_skip!r}, expected a list of texts")
-    file = find(Path(folder))
-    gguf = None if file is None else open_gguf(file)
+    gguf = opened_in(Path(folder)) if gguf is None else gguf
     path = Path(folder) / "config.json" if gguf is None else gguf.file
-    config = Config.from_folder(folder) if gguf is None else Config(config_fields(gguf), str(file))
-    half = text_half(config, path) if text_only else None
-    config = config if half is None else half.config
+    config, half = _config(Path(folder), gguf, text_only)
     config.update(dict(overrides or {}))
     stored, form = config.quantization_config, format_of(config.quantization_config, path)
     if form is not None:
@@ -183,14 +182,19 @@ def load_folder(
     return Loaded(spec, params, config, family, checkpoint, dtypes, left_out, undone, left_behind)
 
 
-def read_config(folder: Path, *, text_only: bool = False) -> Config:
-    """The config of a model folder, or of its text half, or the one that a GGUF file stands for."""
-    file = find(folder)
-    if file is not None:
-        return Config(config_fields(open_gguf(file)), str(file))
+def read_config(folder: Path, gguf: GGUF | None, *, text_only: bool = False) -> Config:
+    """The config of a model folder, or of its text half, or the one that `gguf`, the GGUF file
+    there, stands for.
+    """
+    return _config(folder, gguf, text_only)[0]
+
+
+def _config(folder: Path, gguf: GGUF | None, text_only: bool) -> tuple[Config, TextHalf | None]:
+    if gguf is not None:
+        return Config(config_fields(gguf), str(gguf.file)), None
     config = Config.from_folder(folder)
     half = text_half(config, folder / "config.json") if text_only else None
-    return config if half is None else half.config
+    return (config if half is None else half.config), half
 
 
 def _common_dtype(chosen: Mapping[str, Stored], spec: ModelSpec) -> torch.dtype:

@@ -27,7 +27,7 @@ from .bridge import CausalLM, Origin
 from .config import Config
 from .end_ids import end_ids
 from .fast_inference import FastInference, check_cache
-from .gguf_file import find, open_gguf
+from .gguf_file import GGUF, opened_in
 from .gguf_tokenizer import read_tokenizer
 from .hub import Source, resolve
 from .load import Loaded, load_folder, read_config
@@ -188,7 +188,8 @@ class FastLanguageModel:
         adapter = adapter_config.read_config(source.folder)
         base = source if adapter is None else _base(adapter, source, full_finetuning, hub)
         # What costs little is checked before weights are read.
-        config = read_config(base.folder, text_only=text_only)
+        gguf = opened_in(base.folder)
+        config = read_config(base.folder, gguf, text_only=text_only)
         config_file = base.folder / "config.json"
         family = family_of(config.fields, config_file)
         told = None if adapter is None else adapter_file.read_trained(source.folder, family.names)
@@ -199,7 +200,7 @@ class FastLanguageModel:
             if (said := warn_of_precision(told.stored_as, quantize)) is not None:
                 notes.append(said)
         has_tokenizer = any((source.folder / file).exists() for file in TOKENIZERS)
-        tokenizer = _tokenizer(source.folder if has_tokenizer else base.folder)
+        tokenizer = _tokenizer(source.folder if has_tokenizer else base.folder, gguf)
         generation_config = _generation_config(base.folder, config)
         eos_ids = end_ids(None, generation_config, config, tokenizer)
         loaded = load_folder(
@@ -212,6 +213,7 @@ class FastLanguageModel:
             overrides=rope_override.overrides(config, config_file, family, rope_scaling),
             text_only=text_only,
             progress=True,
+            gguf=gguf,
         )
         if loaded.dequantized_from is not None:
             notes.append(f"the files store weights in {loaded.dequantized_from}; dequantized")
@@ -383,12 +385,11 @@ def _origin(
     )
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer(folder: Path, gguf: GGUF | None) -> Tokenizer:
     """The folder's tokenizer; of a GGUF file, or a folder that has no other, the one within."""
-    file = find(folder)
-    if file is None or any((folder / name).exists() for name in TOKENIZERS):
+    if gguf is None or any((folder / name).exists() for name in TOKENIZERS):
         return Tokenizer.from_folder(folder)
-    return read_tokenizer(open_gguf(file))
+    return read_tokenizer(gguf)
 
 
 def _generation_config(folder: Path, config: Config) -> Config:

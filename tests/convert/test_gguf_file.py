@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import purelm
+from purelm.convert import gguf_file
 from purelm.convert.gguf_file import find, open_gguf, read_tensor
 from purelm.convert.gguf_tokenizer import read_tokenizer
 from purelm.convert.tokenizer import Tokenizer
@@ -381,6 +382,18 @@ def test_merged_in_the_dtype_that_was_trained_in(small: Path, tmp_path: Path) ->
         made = hf.AutoModelForCausalLM.from_pretrained(tmp_path / method, device_map="cpu")
         assert made.dtype == torch.bfloat16
         assert bool(made(bridged.ids()).logits.isfinite().all())
+
+
+def test_the_header_is_read_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def counted(path: Path) -> gguf_file.GGUF:
+        opened.append(path)
+        return open_gguf(path)
+
+    monkeypatch.setattr(gguf_file, "open_gguf", counted)
+    purelm.FastLanguageModel.from_pretrained(small, device_map="cpu", max_seq_length=None)
+    assert opened == [small]
 
 
 def test_which_file(small: Path, tmp_path: Path) -> None:
