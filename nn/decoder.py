@@ -16,7 +16,7 @@ from .attention import Heads, Visible, visible
 from .cache import Buffers, Cache
 from .experts import moe
 from .fast_layer import Layer as FastLayer
-from .halves import WHOLE, runs_again
+from .halves import whole
 from .layer_inputs import ended, ended_again
 from .layout import Layout, dense
 from .linear import seed_after
@@ -167,10 +167,10 @@ def _run(
         view = seen[layer_spec.sight], starts, heads, further[i]
         if cache is not None or policy is None:
             x = layer(*args, *view, **how)
-        elif covers(p) and WHOLE not in runs_again(layer_spec):
+        elif covers(p) and not whole(layer_spec, p, own, view[0], layer_seed):
             last = i == len(spec.layers) - 1  # its backward comes at once: nothing to gain
             fast = FastLayer(i, layer_spec, view[0], policy, offload, layer_seed, last)
-            x = fast.run(*args, starts)
+            x = fast.run(*args, starts, heads)
             x = ended_again(x, p, own, further[i], layer_spec, layer_seed)
         else:
             x = remat(partial(layer, **how, tile=policy.tile))(*args, *view)

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree
 
 from . import dora, rope, tree
-from .attention import Visible
+from .attention import Heads, Visible
+from .fast_attention import SHARED
 from .half import Half, Residuals
 from .halves import PARTS, by_hand, halves
 from .lora import LoRA
@@ -58,10 +59,14 @@ class Layer:
         adapters: tree.Tree,
         table: rope.Table | None,
         starts: torch.Tensor | None = None,
+        heads: Heads | None = None,
     ) -> torch.Tensor:
-        """x [b, s, e] -> [b, s, e], differentiable in x and the adapters."""
-        bound = self.bound(x.dtype, p, adapters, table, starts)
+        """x [b, s, e] -> [b, s, e], differentiable in x, the adapters and `heads`, which are keys
+        and values to take in place of the layer's own.
+        """
+        bound = self.bound(x.dtype, p, adapters, table, starts, heads)
         trained = [t for own in bound.leaves.values() for t in _pytree.tree_leaves(own)]
+        trained += heads or ()
         if not (x.requires_grad or any(t.requires_grad for t in trained)):
             return bound.forward(x)[0]
         out: torch.Tensor = _Run.apply(bound, x, *trained)  # type: ignore[no-untyped-call]
@@ -74,13 +79,18 @@ class Layer:
         adapters: tree.Tree,
         table: rope.Table | None,
         starts: torch.Tensor | None = None,
+        heads: Heads | None = None,
     ) -> "Bound":
         """The layer with its tensors, for hidden states of `dtype`."""
-        mixer, mlp = halves(
-            self.spec, p, adapters, table, self.seen, starts, self.policy, self.seed
-        )
+        if heads is not None:
+            heads = (heads[0].detach(), heads[1].detach())
+        given = table, self.seen, starts, self.policy, self.seed, heads
+        mixer, mlp = halves(self.spec, p, adapters, *given)
         cast = {part for half in (mixer, mlp) for part in half.functions if by_hand(half, part)}
         adapters = {part: own for part, own in (adapters or {}).items() if part in PARTS}
+        if heads is not None and adapters.get("attn"):  # of keys and values: where they are made
+            own = {name: f for name, f in adapters["attn"].items() if name not in ("k", "v")}
+            adapters = {**adapters, "attn": own}
         leaves = dict(tree.items(adapters))
         return Bound(self, mixer, mlp, p, _cast(p, adapters, cast, dtype), leaves)
 
@@ -212,7 +222,8 @@ class _Run(torch.autograd.Function):
                 "a policy that keeps less, a lower memory budget, or fewer or shorter rows"
             )
             raise
-        return None, dx, *_of_trained(ctx.bound, found)
+        shared = found.pop(f"attn.{SHARED}", ())
+        return None, dx, *_of_trained(ctx.bound, found), *shared
 
 
 def _of_trained(bound: Bound, found: Found) -> list[torch.Tensor]:

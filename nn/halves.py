@@ -11,7 +11,7 @@ from ..kernels.attention import Documents
 from ..quant.fake import Fake
 from . import experts, recurrent, rope, tree
 from .again import Again
-from .attention import Visible
+from .attention import Heads, Visible
 from .fast_attention import FastAttention
 from .fast_experts import FastExperts
 from .fast_latent import FastLatent
@@ -39,20 +39,15 @@ def halves(
     starts: torch.Tensor | None,
     policy: Policy,
     seed: int | None,
+    heads: Heads | None = None,
 ) -> tuple[Half, Half]:
     """(mixer, MLP) of a layer with frozen params; arguments as of `decoder.layer`."""
-    masked = isinstance(seen, torch.Tensor)
-    rounded = any(isinstance(leaf, Fake) for leaf in tree.leaves(p))
-    waits = None
-    if isinstance(spec.mlp, MoESpec):
-        worn = tree.get(adapters, "mlp", KEY)
-        waits = experts.waits_for(p["mlp"][KEY], worn, spec.mlp, seed)
-    again = runs_again(spec, adapters, masked=masked, rounded=rounded, waits=waits)
+    again = _again(spec, p, adapters, seen, seed)
     mixers: dict[str, Function] = {}
     if spec.attention is not None:
         mixers["attn"] = Again(partial(attention, spec=spec.attention, table=table, seen=seen))
         if "attn" not in again:
-            mixers["attn"] = _fast_attention(spec.attention, table, seen, policy)
+            mixers["attn"] = _fast_attention(spec.attention, table, seen, policy, heads)
     if spec.recurrent is not None:
         mixers["recurrent"] = Again(partial(recurrent.mix, spec=spec.recurrent, starts=starts))
     mixer = Half(mixers, spec.norm if spec.pre_norm else None, "attn_norm", seed)
@@ -73,12 +68,36 @@ def halves(
     return mixer, Half({"mlp": function}, how, own, seed_after(seed, 4), tile)
 
 
+def _again(
+    spec: LayerSpec, p: tree.Tree, adapters: tree.Tree, seen: Visible, seed: int | None
+) -> dict[str, str]:
+    waits = None
+    if isinstance(spec.mlp, MoESpec):
+        worn = tree.get(adapters, "mlp", KEY)
+        waits = experts.waits_for(p["mlp"][KEY], worn, spec.mlp, seed)
+    masked = isinstance(seen, torch.Tensor)
+    rounded = any(isinstance(leaf, Fake) for leaf in tree.leaves(p))
+    return runs_again(spec, adapters, masked=masked, rounded=rounded, waits=waits)
+
+
+def whole(
+    spec: LayerSpec, p: tree.Tree, adapters: tree.Tree, seen: Visible, seed: int | None
+) -> bool:
+    """Whether all of a layer runs again: it shares keys and values, and its attention does."""
+    shares = spec.lends or spec.kv_from is not None
+    return shares and WHOLE in _again(spec, p, adapters, seen, seed)
+
+
 def _fast_attention(
-    spec: AttentionSpec, table: rope.Table | None, seen: Visible, policy: Policy
+    spec: AttentionSpec,
+    table: rope.Table | None,
+    seen: Visible,
+    policy: Policy,
+    heads: Heads | None,
 ) -> Function:
     documents = cast("Documents | None", seen)
     if spec.latent is None:
-        return FastAttention(spec, table, documents, policy)
+        return FastAttention(spec, table, documents, policy, heads)
     assert table is not None
     return FastLatent(spec, table, documents, policy)
 
@@ -102,8 +121,6 @@ def runs_again(
     masked: whether the batch needs a mask; dora: whether all parts have DoRA with dropout; rounded:
     whether weights are rounded in training; waits: why experts run one after the other.
     """
-    if spec.lends or spec.kv_from is not None:
-        return {WHOLE: "keys and values that layers share"}
     found: dict[str, str] = {}
     if spec.recurrent is not None:
         found["recurrent"] = "mixers other than attention"
@@ -121,4 +138,6 @@ def runs_again(
             found.setdefault(part, "DoRA with dropout")
         elif rounded:
             found.setdefault(part, "weights that are rounded in training")
+    if "attn" in found and (spec.lends or spec.kv_from is not None):
+        return {WHOLE: f"keys and values that layers share, and {found['attn']}"}
     return found

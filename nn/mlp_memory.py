@@ -81,7 +81,8 @@ def fast_mlp_bytes(spec: MLPSpec, dim: int, shape: Shape, policy: Policy) -> int
     """
     wide = len(inputs(spec)) * spec.dim
     if spec.gated and shape.offload:
-        width = (spec.dim + wide) * shape.itemsize
+        again = wide if shape.dora and policy.gate_up == "recompute" else 0  # which DoRA reads
+        width = (spec.dim + wide + again) * shape.itemsize
         # The gradients are made with their casts, beside the hidden product, after which comes the
         # input's gradient, which adds to nothing; the input's cast is there all the time.
         if shape.fp8:

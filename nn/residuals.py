@@ -54,7 +54,7 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
     """Bytes that each residual of one layer takes for one token; `dim` is the model's width."""
     a = spec.attention
     heads, q, kv = (a.heads, *a.widths) if a is not None else (0, 0, 0)
-    made = 0 if a is None else (len(a.projections) - 1) * kv
+    made = 0 if a is None or a.lends else (len(a.projections) - 1) * kv
     if a is not None and a.latent is not None and a.rope is not None:
         made = a.heads * (a.head_dim - a.rope.dim + a.value_dim)
     within = 0  # what experts and a shared MLP make, for norms or a gate after them

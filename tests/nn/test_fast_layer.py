@@ -280,6 +280,38 @@ def test_parts_that_run_again(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_that_share_keys_and_values(masked: bool) -> None:
+    """Their gradients reach the layer that lends them; under a mask all of these run again."""
+    spec, base, adapters = build(KINDS[1], torch.float32)
+    layer = spec.layers[0]
+    assert layer.attention is not None
+    lends, borrows = (
+        replace(layer, attention=replace(layer.attention, **how))
+        for how in ({"lends": True}, {"kv_from": 0})
+    )
+    spec = replace(spec, layers=(lends, borrows, borrows))
+    for nodes in (base["layers"][1:], adapters["layers"][1:]):
+        for node in nodes:
+            node["attn"] = {k: v for k, v in node["attn"].items() if k in ("q", "q_norm", "o")}
+    built = spec, base, adapters
+    more: dict[str, Any] = {}
+    if masked:
+        mask = torch.ones(2, 17, dtype=torch.long)
+        mask[0, 4:9] = 0
+        more["layout"] = layout.from_mask(mask)
+    for own in spec.layers:
+        assert sorted(runs_again(own, masked=masked)) == (["layer"] if masked else [])
+    want, want_grads = run(built, None, None, **more)
+    _, kept = run(built, KEEP, None, **more)
+    for got, grad in zip(kept, want_grads, strict=True):
+        assert grad.norm() > 0 and (got - grad).norm() <= 1e-5 * grad.norm()
+    for policy in (RECOMPUTE, OFFLOAD, POLICIES[-1]):
+        value, grads = run(built, policy, None, **more)
+        assert torch.equal(value, want)
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True)), policy
+
+
 DORA: dict[str, dict[str, Any]] = {
     "plain": {},
     "latent": {"attention": LATENT},
