@@ -299,7 +299,7 @@ def fp8_cases(every: bool) -> Iterator[Case]:
                 {"ACTIVATION": activation, **shape},
             )
             yield Case(
-                f"fp8_gated_pull_rows {width} {activation} {dtype}",
+                f"fp8_gated_pull_rows {dtype} {width} {activation}",
                 fp8_made._gated_pull_kernel,
                 (dtype, dtype, dtype, dtype, dtype, E4M3, F32, width),
                 {
@@ -778,7 +778,8 @@ def main(arch: int, every: bool) -> None:
             ),
             default=0,
         )
-        fused = exact and bool(re.search(r"\bfma\.", ptx))
+        # GPUs before Hopper multiply bf16 by adding to -0.
+        fused = exact and bool(re.search(r"\bfma\.(?!rn\.bf16)", ptx))
         print(
             case.name, registers, stack, made.metadata.shared, widest, int(fused), sep=","
         )  # fmt: skip
