@@ -39,22 +39,7 @@ class Grammar:
         self.vocab, self._ends = vocab, frozenset(eos_ids)
         self._library = _library()
         compiler = _compiler(tokenizer, vocab, tuple(sorted(self._ends)))
-        try:
-            if constraint.json is not None:
-                self._compiled = compiler.compile_json_schema(
-                    constraint.json, max_whitespace_cnt=SPACES
-                )
-            elif constraint.json_object:
-                self._compiled = compiler.compile_json_schema(
-                    '{"type": "object"}', max_whitespace_cnt=SPACES
-                )
-            elif constraint.pattern is not None:
-                self._compiled = compiler.compile_regex(constraint.pattern)
-            else:
-                self._compiled = compiler.compile_grammar(constraint.grammar)
-        except (RuntimeError, ValueError) as problem:
-            said = str(problem).strip().splitlines() or [""]
-            raise ArgumentError(f"the constraint cannot be read: {said[-1]:.300}") from None
+        self._compiled = compiled(compiler, constraint)
         banned = [i for i in tokenizer.all_special_ids if i not in self._ends and i < vocab]
         self._banned = torch.tensor(banned, dtype=torch.int64)
 
@@ -74,6 +59,21 @@ class Grammar:
         bits = words[0, :, None] >> torch.arange(32, dtype=torch.int32) & 1
         allowed: torch.Tensor = bits.flatten()[: self.vocab].bool()
         return allowed.index_fill(0, self._banned, False)
+
+
+def compiled(compiler: Any, constraint: Constraint) -> Any:
+    """The constraint as xgrammar's compiled grammar; raises ArgumentError where it is none."""
+    try:
+        if constraint.json is not None:
+            return compiler.compile_json_schema(constraint.json, max_whitespace_cnt=SPACES)
+        if constraint.json_object:
+            return compiler.compile_json_schema('{"type": "object"}', max_whitespace_cnt=SPACES)
+        if constraint.pattern is not None:
+            return compiler.compile_regex(constraint.pattern)
+        return compiler.compile_grammar(constraint.grammar)
+    except (RuntimeError, ValueError) as problem:
+        said = str(problem).strip().splitlines() or [""]
+        raise ArgumentError(f"the constraint cannot be read: {said[-1]:.300}") from None
 
 
 class Follower:
@@ -121,21 +121,27 @@ def _compiler(tokenizer: Tokenizer, vocab: int, eos_ids: tuple[int, ...]) -> Any
     with _lock:
         kept = _kept.setdefault(tokenizer, {})
         if (vocab, eos_ids) not in kept:
-            library = _library()
-            known = {i: text for text, i in tokenizer.get_vocab().items()}
-            texts = [known.get(i, "") for i in range(vocab)]
-            kind, prefix = _written(json.loads(tokenizer.to_json()))
-            info = library.TokenizerInfo(
-                texts,
-                getattr(library.VocabType, kind),
-                vocab_size=vocab,
-                stop_token_ids=list(eos_ids),
-                add_prefix_space=prefix,
-            )
-            kept[vocab, eos_ids] = library.GrammarCompiler(
-                info, max_threads=4, cache_limit_bytes=_CACHE_BYTES
-            )
+            kept[vocab, eos_ids] = compiler_of(tokens_of(tokenizer, vocab, eos_ids))
         return kept[vocab, eos_ids]
+
+
+def compiler_of(tokens: Any) -> Any:
+    """A compiler for the tokens of a xgrammar.TokenizerInfo."""
+    return _library().GrammarCompiler(tokens, max_threads=4, cache_limit_bytes=_CACHE_BYTES)
+
+
+def tokens_of(tokenizer: Tokenizer, vocab: int, eos_ids: Sequence[int]) -> Any:
+    """A tokenizer's tokens as a xgrammar.TokenizerInfo; raises ArgumentError without the extra."""
+    library = _library()
+    known = {i: text for text, i in tokenizer.get_vocab().items()}
+    kind, prefix = _written(json.loads(tokenizer.to_json()))
+    return library.TokenizerInfo(
+        [known.get(i, "") for i in range(vocab)],
+        getattr(library.VocabType, kind),
+        vocab_size=vocab,
+        stop_token_ids=list(eos_ids),
+        add_prefix_space=prefix,
+    )
 
 
 def _written(content: dict[str, Any]) -> tuple[str, bool]:

@@ -19,6 +19,7 @@ from .nn.pages import shared_length
 from .serve_answers import Answer
 from .serve_options import Options
 from .serve_requests import Asked, Refusal
+from .serve_schemas import Schemas
 from .serve_worker import Worker
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
 
     engine = Engine(model, tokenizer, slots=options.slots, max_queue=options.max_queue)
     worker = Worker(engine)
+    schemas = Schemas(engine, options.max_queue + 1)
     context = shared_length(model.spec)
     card: dict[str, Any] = {"id": options.name, "object": "model", "owned_by": "purelm"}
     card["created"] = int(time.time())
@@ -56,6 +58,7 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         worker.start()
         yield
+        await schemas.close()
         await worker.stop()
 
     async def models(request: HttpRequest) -> Response:
@@ -77,8 +80,7 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
         return await answer(request, "completion", asked)
 
     async def answer(request: HttpRequest, kind: str, asked: Asked) -> Response:
-        # A schema may take long to compile: not in the loop, where all others would wait.
-        await asyncio.to_thread(engine.prepare, asked.requests)
+        await schemas.prepare(asked.requests)
         ids, events = worker.submit(asked.requests)
         made = Answer(kind, options.name, asked, tokenizer, engine.eos_ids)
         if asked.stream:

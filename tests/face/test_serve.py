@@ -3,9 +3,13 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -13,9 +17,10 @@ import openai
 import pytest
 import torch
 
-from purelm import FastLanguageModel, cli, serve
-from purelm.errors import ArgumentError
+from purelm import Constraint, Engine, FastLanguageModel, Request, cli, serve
+from purelm.errors import ArgumentError, BusyError
 from purelm.serve_options import Options
+from purelm.serve_schemas import Schemas
 from purelm.serve_text import AnswerText
 
 KEY = "sesame"
@@ -237,6 +242,57 @@ def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
         assert json.loads(text)["n"] in (3, 4, 5)
 
 
+# The time that this takes to compile has not been waited for.
+HOSTILE: Any = {"type": "object", "minProperties": 500}
+HOSTILE |= {"properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
+
+
+def test_a_schema_that_would_never_compile_harms_nobody(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "Schemas", partial(Schemas, seconds=2.0))
+
+    def ask(schema: Any) -> httpx.Response:
+        wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+        body = {"model": NAME, "messages": TALK, "max_tokens": 20, "temperature": 0}
+        return site.post("/chat/completions", json={**body, "response_format": wanted})
+
+    with Site(loaded) as site, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, HOSTILE)
+        plain = site.post("/completions", json={"model": NAME, "prompt": "The", "max_tokens": 2})
+        assert plain.status_code == 200 and not waiting.done()
+        assert waiting.result().status_code == 400
+        assert "cannot be compiled in 2 s" in waiting.result().json()["error"]["message"]
+        # The next has a process again.
+        answer = ask({"type": "string", "pattern": "^ab{3}$"})
+        assert json.loads(answer.json()["choices"][0]["message"]["content"]) == "abbb"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds it")
+def test_the_memory_of_a_process_is_bounded() -> None:
+    lines = ("import purelm.serve_schemas as s", "s._bound_memory(2**26)", "bytearray({} * 2**26)")
+    for times, fits in ((0, True), (4, False)):
+        code = "; ".join(lines).format(times)
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (found.returncode == 0) is fits and ("MemoryError" in found.stderr) is not fits
+
+
+def test_more_schemas_than_may_wait_are_told_to_come_again(loaded: Any) -> None:
+    request = Request((1,), 1, constraint=Constraint(json_object=True))
+
+    async def ask() -> list[Any]:
+        schemas = Schemas(Engine(*loaded), 2)
+        calls = [schemas.prepare([request]) for _ in range(3)]
+        try:
+            return await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            await schemas.close()
+
+    found = asyncio.run(ask())
+    assert found[:2] == [None, None] and isinstance(found[2], BusyError)
+
+
 @pytest.mark.parametrize(("wrong", "says"), BAD, ids=[s for _, s in BAD])
 def test_bad_requests(site: Site, wrong: dict[str, Any], says: str) -> None:
     body = {"model": NAME, "messages": TALK, "max_tokens": 4, **wrong}
@@ -259,8 +315,8 @@ def test_bad_bodies(site: Site) -> None:
         assert site.post(path, content=content, headers=kind).status_code == 400
     half = "\ud800"  # of a pair: JSON can say it, and no text has it
     said = {"role": "user", "content": half}
-    for wrong in ({"messages": [said]}, {"stop": half}, {half: 1}, {"model": half}):
-        body = {"model": NAME, "messages": TALK, "max_tokens": 4, **wrong}
+    for strange in ({"messages": [said]}, {"stop": half}, {half: 1}, {"model": half}):
+        body: Any = {"model": NAME, "messages": TALK, "max_tokens": 4, **strange}
         reply = site.post(path, content=json.dumps(body).encode(), headers=kind)
         assert reply.status_code == 400 and "not JSON" in reply.json()["error"]["message"]
     assert site.post(path, content=b" " * 20_001, headers=kind).status_code == 413
@@ -283,8 +339,6 @@ def test_the_client_sees_typed_errors(site: Site, client: openai.OpenAI) -> None
 
 def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The site's engine, slowed down, so that answers are under way for a while."""
-    from purelm.convert.engine import Engine
-
     step = Engine.step
 
     def slowly(engine: Any) -> Any:
@@ -337,8 +391,6 @@ def test_a_client_that_goes_away_cancels(
 def test_a_client_that_has_gone_before_its_stream_begins_cancels(
     loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from purelm.convert.engine import Engine
-
     cancelled: list[int] = []
     monkeypatch.setattr(Engine, "cancel", lambda engine, request_id: cancelled.append(request_id))
     app = serve.app(*loaded, Options(NAME))
