@@ -8,7 +8,9 @@ import torch
 
 from ..errors import ArgumentError
 from ..nn.beam import search
+from ..nn.generate import Stop
 from ..nn.generate import generate as run
+from ..nn.row_scores import Adjust
 from ..nn.speculate import speculate
 from .bridge import CausalLM
 from .constraint import read as read_constraint
@@ -21,10 +23,10 @@ from .generation_hooks import (
     generator_of,
     processed,
 )
-from .generation_keywords import check_options, check_waiting, fields_of
+from .generation_keywords import Settings, check_options
 from .generation_method import beams_of, draft_of
 from .generation_output import GenerationOutput, Record
-from .generation_prompt import begin, check_shapes, new_tokens
+from .generation_prompt import least_tokens, new_tokens, prompts_of
 from .generation_rules import sampling_of
 from .grammar import Grammar
 from .stop_strings import stop_strings as stop_at
@@ -123,146 +125,94 @@ def generate(
     Raises ArgumentError, InputError; NotImplementedError for keywords of transformers that do not
     work yet, set to anything but their default; TypeError for unknown ones.
     """
+    call = {**locals()}
     check_options(options, inspect.signature(generate).parameters)
-    ids = inputs if input_ids is None else input_ids
     if input_ids is not None and inputs is not None:
         raise ArgumentError("both inputs and input_ids are given; they are the same keyword")
-    given = fields_of(generation_config)
-    own = model.generation_config.to_dict()
-    for where, fields in (("generation_config", given), ("the model's generation_config", own)):
-        check_waiting(fields, where)
-
-    def setting(name: str, value: Any, default: Any) -> Any:
-        return next((v for v in (value, given.get(name), own.get(name)) if v is not None), default)
-
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    asked = _first(eos_token_id, given.get("eos_token_id"))
-    eos = end_ids(asked, model.generation_config, model.config, tokenizer)
-    named_pad = setting("pad_token_id", pad_token_id, model.config.pad_token_id)
-    if named_pad is None:
-        named_pad = getattr(tokenizer, "pad_token_id", None)
-    if ids is None:
-        bos = setting("bos_token_id", bos_token_id, model.config.bos_token_id)
-        ids = begin(bos, attention_mask)
-    check_shapes(ids, attention_mask)
-    if attention_mask is None and named_pad is not None and named_pad not in eos:
-        attention_mask = (ids != named_pad).long()
-    samples = setting("do_sample", do_sample, False)
-    copies = setting("num_return_sequences", num_return_sequences, 1)
-    searched = {
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "early_stopping": early_stopping,
-        "renormalize_logits": renormalize_logits,
-    }
-    beams = beams_of(
-        lambda name, default: setting(name, searched[name], default),
-        samples=samples,
-        copies=copies,
-        streamer=streamer,
-    )
-    guesses = {
-        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
-        "max_matching_ngram_size": max_matching_ngram_size,
-        "num_assistant_tokens": num_assistant_tokens,
-        "assistant_confidence_threshold": assistant_confidence_threshold,
-    }
-    draft = draft_of(
-        model,
-        assistant_model,
-        lambda name, default: setting(name, guesses[name], default),
-        lambda name: _first(guesses[name], given.get(name)),
-        searches=beams is not None,
-    )
-    if beams is None and (copies < 1 or (copies > 1 and not samples)):
-        raise ArgumentError(
-            f"num_return_sequences is {copies}; several need do_sample=True or num_beams: greedy "
-            "ones are equal"
-        )
-    prompts = len(ids)
-    if beams is None:
-        ids = ids.repeat_interleave(copies, 0)
-        if attention_mask is not None:
-            attention_mask = attention_mask.repeat_interleave(copies, 0)
-    new = new_tokens(model, ids, attention_mask, max_new_tokens, max_length, given, own)
-    least = setting("min_new_tokens", min_new_tokens, None)
-    if least is None:
-        least = max(0, setting("min_length", min_length, 0) - ids.shape[1])
-    rules = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "typical_p": typical_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "sequence_bias": sequence_bias,
-        "bad_words_ids": bad_words_ids,
-        "suppress_tokens": suppress_tokens,
-    }
-    sampling = sampling_of(
-        lambda name, default: setting(name, rules[name], default),
-        samples=samples,
-        least=least,
-        eos=eos,
-    )
-    record = Record(
-        bool(setting("output_scores", output_scores, False)),
-        bool(setting("output_logits", output_logits, False)),
-    )
-    recorded = record.want_scores or record.want_logits
-    as_output = setting("return_dict_in_generate", return_dict_in_generate, False)
-    if recorded and not as_output:
-        raise ArgumentError("output_scores and output_logits need return_dict_in_generate=True")
-    stops = [criterion_hook(criterion) for criterion in stopping_criteria or ()]
-    strings = setting("stop_strings", stop_strings, None)
-    if strings is not None:
-        stops.append(stop_at(strings, tokenizer))
-    processors = [*(logits_processor or ())]
-    if prefix_allowed_tokens_fn is not None:
-        processors.append(allowed_by(prefix_allowed_tokens_fn, prompts))
-    if constraint is not None:
-        grammars = _grammars(constraint, prompts, tokenizer, model.spec.vocab, eos)
-        processors.append(constrained(grammars))
-    common: dict[str, Any] = {
-        "mask": attention_mask,
-        "adapters": model.adapters,
-        "max_new_tokens": new,
-        "sampling": sampling,
-        "eos_ids": eos,
-        "pad_id": named_pad,
-        "adjust": processed(processors) if processors else None,
-        "stop": any_of(stops) if stops else None,
-        "on_scores": record if recorded else None,
-        "cache_dtype": model.cache_dtype,
-    }
-    params = model.computed_params()
-    if beams is not None:
-        found = search(params, model.spec, ids, beams, **common)
-        return record.output_of_beams(found) if as_output else found.sequences
-    if streamer is not None:
-        streamer.put(ids.cpu())
-        common["on_token"] = lambda token: streamer.put(token.cpu())
     try:
-        drawn_from = generator_of(seed, generator) if samples else None
-        common["generator"] = drawn_from
-        # What is derived is made anew each time, so graphs over it are of no use to another call.
-        common["kept"] = None if model.derives() else model.kept_steps
-        if draft is not None:
-            sequences = speculate(params, model.spec, ids, draft, **common)
-        else:
-            sequences = run(params, model.spec, ids, **common)
+        own = model.generation_config.to_dict()
+        setting = Settings.of(call, generation_config, own)
+        return _answers(model, inputs if input_ids is None else input_ids, setting)
     finally:
         # Also after an error: whoever reads the stream in another thread would wait for ever.
         if streamer is not None:
             streamer.end()
+
+
+def _answers(
+    model: CausalLM, ids: torch.Tensor | None, setting: Settings
+) -> torch.Tensor | GenerationOutput:
+    call, tokenizer = setting.call, setting.call["tokenizer"]
+    tokenizer, streamer = model.tokenizer if tokenizer is None else tokenizer, call["streamer"]
+    eos = end_ids(setting.asked("eos_token_id"), model.generation_config, model.config, tokenizer)
+    prompts = prompts_of(model, ids, call["attention_mask"], setting, eos, tokenizer)
+    count = len(prompts.ids)
+    samples, copies = setting("do_sample", False), setting("num_return_sequences", 1)
+    beams = beams_of(setting, samples=samples, copies=copies, streamer=streamer)
+    draft = draft_of(model, call["assistant_model"], setting, searches=beams is not None)
+    if beams is None:
+        if copies < 1 or (copies > 1 and not samples):
+            raise ArgumentError(
+                f"num_return_sequences is {copies}; several need do_sample=True or num_beams: "
+                "greedy ones are equal"
+            )
+        prompts = prompts.copied(copies)
+    new, least = new_tokens(model, prompts, setting), least_tokens(prompts, setting)
+    record = Record(bool(setting("output_scores")), bool(setting("output_logits")))
+    recorded = record.want_scores or record.want_logits
+    as_output = setting("return_dict_in_generate", False)
+    if recorded and not as_output:
+        raise ArgumentError("output_scores and output_logits need return_dict_in_generate=True")
+    how: dict[str, Any] = {
+        "mask": prompts.mask,
+        "adapters": model.adapters,
+        "max_new_tokens": new,
+        "sampling": sampling_of(setting, samples=samples, least=least, eos=eos),
+        "eos_ids": eos,
+        "pad_id": prompts.pad_id,
+        "adjust": _adjust(setting, count, tokenizer, model.spec.vocab, eos),
+        "stop": _stop(setting, tokenizer),
+        "on_scores": record if recorded else None,
+        "cache_dtype": model.cache_dtype,
+    }
+    params, spec = model.computed_params(), model.spec
+    if beams is not None:
+        found = search(params, spec, prompts.ids, beams, **how)
+        return record.output_of_beams(found) if as_output else found.sequences
+    how["generator"] = generator_of(call["seed"], call["generator"]) if samples else None
+    # What is derived is made anew each time, so graphs over it are of no use to another call.
+    how["kept"] = None if model.derives() else model.kept_steps
+    if streamer is not None:
+        streamer.put(prompts.ids.cpu())
+        how["on_token"] = lambda token: streamer.put(token.cpu())
+    if draft is not None:
+        sequences = speculate(params, spec, prompts.ids, draft, **how)
+    else:
+        sequences = run(params, spec, prompts.ids, **how)
     return record.output(sequences) if as_output else sequences
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+def _adjust(
+    setting: Settings, prompts: int, tokenizer: Any, vocab: int, eos: list[int]
+) -> Adjust | None:
+    """The call's processors and what rules out tokens, as one hook."""
+    call = setting.call
+    processors = [*(call["logits_processor"] or ())]
+    if call["prefix_allowed_tokens_fn"] is not None:
+        processors.append(allowed_by(call["prefix_allowed_tokens_fn"], prompts))
+    if call["constraint"] is not None:
+        grammars = _grammars(call["constraint"], prompts, tokenizer, vocab, eos)
+        processors.append(constrained(grammars))
+    return processed(processors) if processors else None
+
+
+def _stop(setting: Settings, tokenizer: Any) -> Stop | None:
+    """The call's criteria and stop strings, as one hook."""
+    stops = [criterion_hook(one) for one in setting.call["stopping_criteria"] or ()]
+    strings = setting("stop_strings")
+    if strings is not None:
+        stops.append(stop_at(strings, tokenizer))
+    return any_of(stops) if stops else None
 
 
 def _grammars(

@@ -1,7 +1,8 @@
-"""transformers' keywords for `generate` that are not ours yet, and what to say about them."""
+"""transformers' keywords for `generate`: where their values come from, and those that wait."""
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
@@ -70,6 +71,37 @@ def check_waiting(fields: Mapping[str, Any], where: str) -> None:
         value = fields.get(name)
         if value is not None and not any(value is x or value == x for x in idle):
             raise NotImplementedError(f"{where}: {name}={value!r} does not work yet; leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What keywords are set to: by the call, by its generation_config, or by the model's own."""
+
+    call: Mapping[str, Any]
+    given: Mapping[str, Any]
+    own: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, call: Mapping[str, Any], generation_config: Any, own: Mapping[str, Any]
+    ) -> "Settings":
+        """Raises ArgumentError, and NotImplementedError for what does not work yet."""
+        given = fields_of(generation_config)
+        check_waiting(given, "generation_config")
+        check_waiting(own, "the model's generation_config")
+        return cls(call, given, own)
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        """The first value that is there."""
+        found = self.asked(name)
+        if found is None:
+            found = self.own.get(name)
+        return default if found is None else found
+
+    def asked(self, name: str) -> Any:
+        """What the call says, itself or by its generation_config; None for nothing."""
+        found = self.call.get(name)
+        return self.given.get(name) if found is None else found
 
 
 def fields_of(generation_config: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """How a `generate` call chooses tokens beyond one at a time, from transformers' keywords."""
 
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import ArgumentError
 from ..nn.beam import BeamSearch
 from ..nn.draft import Draft, DraftModel, NGrams
 from .bridge import CausalLM
-from .generation_rules import Setting
+from .generation_keywords import Settings
 
 # transformers' defaults.
 NGRAM, GUESSES, CONFIDENCE = 2, 20, 0.4
@@ -15,8 +14,8 @@ NGRAM, GUESSES, CONFIDENCE = 2, 20, 0.4
 COMPARED = 1024
 
 
-def beams_of(setting: Setting, *, samples: bool, copies: int, streamer: Any) -> BeamSearch | None:
-    """setting(name, default) says what a keyword is; None where no beams are asked for.
+def beams_of(setting: Settings, *, samples: bool, copies: int, streamer: Any) -> BeamSearch | None:
+    """None where no beams are asked for.
 
     Raises ArgumentError, and NotImplementedError for sampled beams.
     """
@@ -45,18 +44,16 @@ def beams_of(setting: Setting, *, samples: bool, copies: int, streamer: Any) -> 
 def draft_of(
     model: CausalLM,
     assistant: Any,
-    setting: Setting,
-    asked: Callable[[str], Any],
+    setting: Settings,
     *,
     searches: bool,
 ) -> Draft | None:
     """Who guesses the tokens to come; None where nobody is asked to.
 
-    setting: as in `beams_of`; asked(name): what the call says, None for nothing, before which what
-    the assistant's generation_config says has no say. searches: beams are asked for. Raises
-    ArgumentError.
+    What the call asks for comes before what the assistant's generation_config says. searches: beams
+    are asked for. Raises ArgumentError.
     """
-    looked_up = setting("prompt_lookup_num_tokens", None)
+    looked_up = setting("prompt_lookup_num_tokens")
     if looked_up is None and assistant is None:
         return None
     name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
@@ -71,7 +68,7 @@ def draft_of(
     _check_assistant(model, assistant)
 
     def own(name: str, default: Any) -> Any:
-        found = (asked(name), assistant.generation_config.to_dict().get(name), default)
+        found = (setting.asked(name), assistant.generation_config.to_dict().get(name), default)
         return next(value for value in found if value is not None)
 
     return DraftModel(

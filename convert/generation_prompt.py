@@ -1,19 +1,60 @@
 """The prompt of a `generate` call, and how many tokens may follow it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import ArgumentError, InputError
 from .bridge import CausalLM
+from .generation_keywords import Settings
 
 # transformers' default where neither file nor call says how many.
 DEFAULT_NEW_TOKENS = 20
+# Whoever calls `model.generate`, seen from a warning here: through it, `generate` and `_answers`.
+CALLER = 5
 
 
-def check_shapes(ids: Any, mask: Any) -> None:
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """ids [b, s] and their mask [b, s], where there is one; pad_id: where something names one."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    pad_id: int | None
+
+    def copied(self, times: int) -> "Prompts":
+        """Each of them so many times."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Prompts(self.ids.repeat_interleave(times, 0), mask, self.pad_id)
+
+
+def prompts_of(
+    model: CausalLM,
+    ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    setting: Settings,
+    eos: Collection[int],
+    tokenizer: Any,
+) -> Prompts:
+    """The call's prompts, or one that begins with bos_token_id; raises ArgumentError, InputError.
+
+    Without a mask, pads are taken for padding unless they also end a row.
+    """
+    pad = setting("pad_token_id", model.config.pad_token_id)
+    if pad is None:
+        pad = getattr(tokenizer, "pad_token_id", None)
+    if ids is None:
+        ids = _begin(setting("bos_token_id", model.config.bos_token_id), mask)
+    _check_shapes(ids, mask)
+    if mask is None and pad is not None and pad not in eos:
+        mask = (ids != pad).long()
+    return Prompts(ids, mask, pad)
+
+
+def _check_shapes(ids: Any, mask: Any) -> None:
     for name, value in (("input_ids", ids), ("attention_mask", mask)):
         if value is None:
             continue
@@ -28,47 +69,41 @@ def check_shapes(ids: Any, mask: Any) -> None:
             )
 
 
-def begin(bos: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _begin(bos: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
     if bos is None or attention_mask is not None:
         raise ArgumentError("no prompt: pass input_ids, or bos_token_id to begin with that")
     return torch.tensor([[int(bos)]])
 
 
-def new_tokens(
-    model: CausalLM,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    max_new_tokens: int | None,
-    max_length: int | None,
-    given: Mapping[str, Any],
-    own: Mapping[str, Any],
-) -> int:
+def new_tokens(model: CausalLM, prompts: Prompts, setting: Settings) -> int:
     """How many tokens at most, from the first place that says so."""
-    width = ids.shape[1]
-    for new, total in (
-        (max_new_tokens, max_length),
-        (given.get("max_new_tokens"), given.get("max_length")),
-    ):
+    width = prompts.ids.shape[1]
+    for place in (setting.call, setting.given):
+        new, total = place.get("max_new_tokens"), place.get("max_length")
         if new is not None:
-            return new
+            return new  # type: ignore[no-any-return]
         if total is not None:
             return _after_prompt(total, width)
-    new = own.get("max_new_tokens")
+    new, total = setting.own.get("max_new_tokens"), setting.own.get("max_length")
+    if new is None and total is not None:
+        new = _after_prompt(total, width)
     if new is None:
-        total = own.get("max_length")
-        if total is not None:
-            new = _after_prompt(total, width)
-        else:
-            warnings.warn(
-                f"nothing says how much to generate: {DEFAULT_NEW_TOKENS} tokens, as in "
-                "transformers; pass max_new_tokens",
-                UserWarning,
-                stacklevel=3,
-            )
-            new = DEFAULT_NEW_TOKENS
-    longest = width if mask is None else int(mask.bool().sum(-1).max())
+        warnings.warn(
+            f"nothing says how much to generate: {DEFAULT_NEW_TOKENS} tokens, as in "
+            "transformers; pass max_new_tokens",
+            UserWarning,
+            stacklevel=CALLER,
+        )
+        new = DEFAULT_NEW_TOKENS
+    longest = width if prompts.mask is None else int(prompts.mask.bool().sum(-1).max())
     room = model.spec.max_positions - longest
-    return min(new, room) if room > 0 else int(new)
+    return int(min(new, room) if room > 0 else new)
+
+
+def least_tokens(prompts: Prompts, setting: Settings) -> int:
+    """How many new tokens there are before one may end a row."""
+    shortest = max(0, setting("min_length", 0) - prompts.ids.shape[1])
+    return setting("min_new_tokens", shortest)  # type: ignore[no-any-return]
 
 
 def _after_prompt(total: int, width: int) -> int:

@@ -1,16 +1,15 @@
 """The sampling rules of a `generate` call from transformers' keywords."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import ArgumentError
 from ..nn.sampling import Sampling
+from .generation_keywords import Settings
 
-Setting = Callable[[str, Any], Any]
 
-
-def sampling_of(setting: Setting, *, samples: bool, least: int, eos: Collection[int]) -> Sampling:
-    """setting(name, default) says what a keyword is; least: minimum of new tokens.
+def sampling_of(setting: Settings, *, samples: bool, least: int, eos: Collection[int]) -> Sampling:
+    """least: minimum of new tokens.
 
     Greedy leaves the warpers (temperature to typical_p) out, as transformers does. Of bad_words_ids
     a word that is one of `eos` alone is left out, as there. Raises ArgumentError.

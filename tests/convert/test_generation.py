@@ -130,8 +130,9 @@ def test_scores_and_logits_are_transformers(pair: tuple[Any, CausalLM], sampled:
 
 def test_no_limit_is_20_tokens_and_a_warning(pair: tuple[Any, CausalLM]) -> None:
     theirs, ours = pair
-    with pytest.warns(UserWarning, match="20 tokens"):
-        out = generate(ours, **prompts(), eos_token_id=[])
+    with pytest.warns(UserWarning, match="20 tokens") as told:
+        out = ours.generate(**prompts(), eos_token_id=[])
+    assert told[0].filename == __file__  # it names the caller's line
     with pytest.warns(UserWarning, match="max_length"):
         assert torch.equal(out, theirs.generate(**prompts(), eos_token_id=None))
     assert out.shape[1] == 29
@@ -332,6 +333,19 @@ def test_streamer_gives_the_text(
         shown = out[0, 5:] if skip_prompt else out[0]
         assert "".join(streamer.pieces) == tokenizer.decode(shown, skip_special_tokens=True)
         assert streamer.ends == 1 and len([p for p in streamer.pieces if p]) > 8
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_length": 2}, {"num_beams": 2}, {"top_p": -1.0, "max_new_tokens": 2}]
+)
+def test_a_stream_ends_though_nothing_begins(
+    wrong: dict[str, Any], ours: CausalLM, tokenizer: Tokenizer
+) -> None:
+    streamer = Kept(tokenizer)
+    asked: dict[str, Any] = {"do_sample": "top_p" in wrong, "streamer": streamer} | wrong
+    with pytest.raises((ArgumentError, InputError)):
+        generate(ours, **prompts(), **asked)
+    assert streamer.ends == 1 and "".join(streamer.pieces) == ""
 
 
 def test_streamer_waits_for_whole_characters(tokenizer: Tokenizer) -> None:
