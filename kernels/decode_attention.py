@@ -37,10 +37,10 @@ class Config(NamedTuple):
 
 def config_for(groups: int, dim: int, dtype: torch.dtype) -> Config:
     """The cut for heads of `dim` features, `groups` of them to a head of keys."""
-    block = 64 if dim <= 128 else 32
-    if dtype == torch.float32:
-        block = block // 2  # more spills, at 256 features
-    return Config(max(16, power_of_two(groups)), block, 4, 2)
+    block, stages = 64 if dim <= 128 else 32, 2
+    if dtype == torch.float32:  # more spills, at 256 features and over a cache in fp8
+        block, stages = block // 2, 1
+    return Config(max(16, power_of_two(groups)), block, 4, stages)
 
 
 def decode_attention(

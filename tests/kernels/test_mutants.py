@@ -39,7 +39,7 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "nf4_quantize": ("nf4", nf4_quantize_launch),
     "nf4_dequantize": ("nf4", nf4_launch),
     "nf4_matvec": ("nf4_matvec", nf4_matvec_launch),
-    "nf4_tensor": ("nf4_matvec", nf4_tensor),
+    "nf4_tensor": ("nf4_products", nf4_tensor),
     "nf4_row": ("nf4_products", nf4_row),
     "decode_attention": ("decode_attention", decode_attention),
     "fp8_cast": ("fp8", fp8_launch),
