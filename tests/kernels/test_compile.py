@@ -28,6 +28,8 @@ SPILLS = {
     "flash_dq": 320,
     "flash_dk": 1024,
     "flash_dv": 208,
+    "decode_attention 8x4x64 torch.float32": 8,
+    "decode_attention 8x4x128 torch.float32": 8,
     "decode_attention 1x7x80 torch.float32": 8,
     # The backward of Mamba 2's scan holds its pairs of tokens beside a head's features.
     "ssd_dx": 200,
