@@ -2,10 +2,12 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import purelm
 from purelm import cli, nn
@@ -63,11 +65,29 @@ def test_operations_by_formula_are_those_counted(folder: Path) -> None:
     counted = operations(lambda: nn.decoder.forward(model.params, model.spec, ids))
     step, longer = (train._model_operations(model, 2, length) for length in (24, 48))
     scores = (longer - 2 * step) / 2  # of 24 tokens: what grows with their square
-    # A step has the forward's products twice; torch does not count attention on a CPU.
-    assert counted == pytest.approx((step - scores) / 2, rel=1e-9)
+    # A step has the forward's products twice, and seven causal products where it has two whole.
+    assert counted == pytest.approx((step - scores) / 2 + scores * 4 / 7, rel=1e-9)
     layers, heads, width = 2, 2, 32
     product = 2 * width * 24 * 24 / 2  # causal, of one head and row
     assert scores == pytest.approx(7 * product * layers * heads * 2, rel=1e-9)
+
+
+def test_attention_with_fewer_heads_of_keys_is_counted_whole() -> None:
+    q, k = torch.randn(1, 4, 8, 16, requires_grad=True), torch.randn(1, 2, 8, 16)
+    k.requires_grad_()
+
+    def step() -> None:
+        F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).sum().backward()
+
+    product = 2 * 4 * 8 * 8 * 16
+    assert operations(step) == 7 * product
+
+
+def test_a_figure_that_fails_costs_no_other() -> None:
+    result: dict[str, Any] = {"tok_s": 3}
+    train._note(result, "more", lambda: [].pop())
+    train._note(result, "less", lambda: 2)
+    assert result == {"tok_s": 3, "less": 2, "more_error": "IndexError: pop from empty list"}
 
 
 def test_a_peer_that_is_not_there_is_a_row_of_its_own(

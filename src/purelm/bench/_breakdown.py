@@ -1,8 +1,8 @@
 """What a step's time on a GPU goes to, and the operations it does."""
 
 import re
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 # The first that matches a kernel's name (ours, PyTorch's, cuDNN's, bitsandbytes', Liger's).
 KINDS = (
@@ -63,9 +63,44 @@ def breakdown(step: Callable[[], object], wall: float) -> dict[str, float]:
 
 def operations(step: Callable[[], object]) -> int:
     """Floating-point operations of one `step`'s matrix products and attention, whatever is run
-    again included (torch counts masked scores too)."""
+    again included (masked scores are counted too)."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    # torch's own formulas refuse fewer heads of keys than of queries.
+    own: dict[Any, Callable[..., int]] = {
+        forward: _attention
+        for forward in (
+            aten._scaled_dot_product_cudnn_attention,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_flash_attention_for_cpu,
+        )
+    }
+    own |= {
+        backward: _attention_backward
+        for backward in (
+            aten._scaled_dot_product_cudnn_attention_backward,
+            aten._scaled_dot_product_efficient_attention_backward,
+            aten._scaled_dot_product_flash_attention_backward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        )
+    }
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
         step()
     return int(counter.get_total_flops())
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    """The two products of q [b, h, s, d], k [b, k, t, d] and v [b, k, t, e], by their shapes."""
+    b, h, s, d = q
+    return 2 * b * h * s * k[2] * (d + v[3])
+
+
+def _attention_backward(
+    _: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *rest: Any, **__: Any
+) -> int:
+    """Scores again, and the gradients of weights, values, queries and keys."""
+    b, h, s, d = q
+    return 2 * b * h * s * k[2] * (3 * d + 2 * v[3])

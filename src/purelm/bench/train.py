@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
     result["losses"] = [*losses[:3], *losses[-2:]]
     if not args.graph:  # a replayed graph calls nothing that could be counted
-        result["hardware_tflops"] = round(operations(lambda: step(0)) / median / 1e12, 1)
+        count = partial(operations, lambda: step(0))
+        _note(result, "hardware_tflops", lambda: round(count() / median / 1e12, 1))
     if cuda:
-        result["breakdown_ms"] = breakdown(lambda: step(1), median)
+        _note(result, "breakdown_ms", lambda: breakdown(lambda: step(1), median))
     if "model_tflop" in result:
         result["model_tflops"] = round(result["model_tflop"] / median, 1)
     if args.trace:
         _trace(lambda: step(0), args.trace)
     return result
+
+
+def _note(result: dict[str, Any], name: str, measure: Callable[[], Any]) -> None:
+    """A further figure, whose failure costs none of those before it."""
+    try:
+        result[name] = measure()
+    except Exception as problem:
+        result[f"{name}_error"] = f"{type(problem).__name__}: {problem}"
 
 
 Backward = Callable[[Any], Any]  # ids -> loss, the gradients accumulated
