@@ -93,6 +93,8 @@ def parse(raw: Mapping[str, Any], file: Path) -> PeftConfig:
     if len(patterns) > _MAX_PATTERNS:
         raise AdapterError(f"{len(patterns)} patterns are more than {_MAX_PATTERNS}", file=file)
     layers = given.get("layers_pattern") or ()
+    if not isinstance(layers, str | tuple):
+        raise AdapterError(f"layers_pattern is {layers!r:.60}, expected a text or texts", file=file)
     for pattern in [*patterns, *((layers,) if isinstance(layers, str) else layers)]:
         _check_pattern(str(pattern), file)
     try:

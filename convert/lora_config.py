@@ -71,7 +71,7 @@ class PeftConfig:
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        found = (layers,) if isinstance(layers, int) else layers or ()
+        found = () if layers is None else layers if isinstance(layers, tuple) else (layers,)
         if not all(type(layer) is int and layer >= 0 for layer in found):
             raise wrong("layers_to_transform", layers, "layer numbers from 0")
         if isinstance(self.target_modules, str) and layers is not None:

@@ -476,6 +476,9 @@ EDITS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "saved": ({"modules_to_save": ["lm_head"]}, "missing: lm_head.weight"),
     "bias": ({"bias": "all"}, "missing: .*bias"),
+    "layers": ({"layers_pattern": 10**30, "layers_to_transform": 1}, "layers_pattern is 1000"),
+    "a layer": ({"layers_to_transform": 0.5}, "layers_to_transform is 0.5"),
+    "layers as text": ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
     "base": ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is"),
 }
 
