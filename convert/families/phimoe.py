@@ -23,8 +23,11 @@ def spec(fields: Fields) -> ModelSpec:
     """Matches transformers' `PhimoeForCausalLM` in evaluation.
 
     Past `original_max_position_embeddings` the long factors act, as in Microsoft's own model code;
-    transformers 5 takes the short ones there. In training the best experts are taken too, without
-    the reference's noise: `input_jitter_noise` acts on nothing.
+    transformers 5 takes the short ones there. Training is routed as inference is, without the
+    reference's noise: it draws an expert among those within the tolerance, and jitters inputs, to
+    estimate the gradient of a router that is trained. Beside a frozen one it would only train the
+    adapters for other experts than will be taken, and make an accumulated step unlike a whole one.
+    `input_jitter_noise` acts on nothing.
     """
     depth = fields.integer("num_hidden_layers")
     bias = fields.flag("attention_bias", False)
