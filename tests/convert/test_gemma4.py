@@ -22,8 +22,8 @@ from purelm.convert.load import load_folder
 from purelm.convert.registry import family_of
 from purelm.convert.resize import resized
 from purelm.errors import ArgumentError, ConfigError
-from purelm.nn import decode, decoder, host_table, loss, tree
-from purelm.nn.halves import runs_again
+from purelm.nn import decode, decoder, fast_layer, host_table, layout, loss, tree
+from purelm.nn.halves import WHOLE, runs_again
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE
 from purelm.nn.spec import ModelSpec
 
@@ -176,24 +176,45 @@ def test_adapters_of_every_projection(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(other(bridged.ids()).logits.detach(), want)
 
 
-def test_the_fast_path_where_keys_are_not_shared(tmp_path: Path) -> None:
-    """k as v, v's norm, each layer's own input: the gradients of plain autograd."""
-    base = tiny.hf_model("gemma4_text", num_kv_shared_layers=0, attention_k_eq_v=True)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_the_fast_path(
+    shared: int, masked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k as v, v's norm, keys that layers share, each layer's own input: the gradients of plain
+    autograd, dropout included; all by hand, but for layers that share keys under a mask.
+    """
+    base = tiny.hf_model("gemma4_text", num_kv_shared_layers=shared, attention_k_eq_v=True)
     model = bridged.bridge(tiny.save(base, tmp_path))
-    assert not any(runs_again(layer) for layer in model.spec.layers)
-    model = peft_config.apply(model, r=4, target_modules="all-linear")
+    why = [runs_again(layer, masked=masked) for layer in model.spec.layers]
+    sharing = [layer.lends or layer.kv_from is not None for layer in model.spec.layers]
+    assert [WHOLE in found for found in why] == [masked and one for one in sharing]
+    assert masked or not any(why)
+    model = peft_config.apply(model, r=4, target_modules="all-linear", lora_dropout=0.2)
     bridged.spread_trained(model)
-    leaves = tree.tensors(model.adapters)
+    leaves, ids = tree.tensors(model.adapters), bridged.ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 1 - int(masked)
+    by_hand: list[int] = []
+    real = fast_layer.Layer.run
+
+    def run(self: fast_layer.Layer, *args: Any) -> torch.Tensor:
+        by_hand.append(self.index)
+        return real(self, *args)
+
+    monkeypatch.setattr(fast_layer.Layer, "run", run)
 
     def grads(policy: Any) -> Any:
-        given = {"adapters": model.adapters, "residuals": policy}
-        total = loss.loss(model.params, model.spec, bridged.ids(), bridged.ids(), **given)
+        given = {"adapters": model.adapters, "residuals": policy, "seed": 3}
+        given["layout"] = layout.from_mask(mask)
+        total = loss.loss(model.params, model.spec, ids, ids, **given)
         return torch.autograd.grad(total, leaves)
 
     want = grads(None)
     for policy in (KEEP, RECOMPUTE, OFFLOAD):
         for a, b in zip(grads(policy), want, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
+    assert by_hand == 3 * [i for i, one in enumerate(sharing) if not (masked and one)]
 
 
 def test_the_layers_table_on_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
