@@ -43,6 +43,21 @@ class Request:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"{name} is {value!r}, expected a whole number from {least}")
+        for name, kind, wanted in (
+            ("prompt", int, "token ids"),
+            ("eos_ids", int, "token ids or None"),
+            ("stop_strings", str, "texts"),
+        ):
+            value = getattr(self, name)
+            if name == "eos_ids" and value is None:
+                continue
+            if not isinstance(value, tuple | list) or any(type(one) is not kind for one in value):
+                raise ArgumentError(f"{name} is {value!r:.100}, expected a tuple of {wanted}")
+        seeded = isinstance(self.seed, int) and -(2**63) <= self.seed < 2**64
+        if self.seed is not None and not seeded:
+            raise ArgumentError(f"seed is {self.seed!r}, expected a whole number of 64 bits")
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise ArgumentError(f"constraint is {self.constraint!r:.100}, expected a Constraint")
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def _answers(
     eos = end_ids(setting.asked("eos_token_id"), model.generation_config, model.config, tokenizer)
     prompts = prompts_of(model, ids, call["attention_mask"], setting, eos, tokenizer)
     count = len(prompts.ids)
-    samples, copies = setting("do_sample", False), setting("num_return_sequences", 1)
+    samples, copies = setting("do_sample", False), setting.whole("num_return_sequences", 1) or 0
     beams = beams_of(setting, samples=samples, copies=copies, streamer=streamer)
     draft = draft_of(model, call["assistant_model"], setting, searches=beams is not None)
     if beams is None:

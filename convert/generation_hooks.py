@@ -18,7 +18,10 @@ def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.G
     if seed is None:
         made.seed()
         return made
-    return made.manual_seed(seed)
+    try:
+        return made.manual_seed(seed)
+    except (RuntimeError, ValueError):
+        raise ArgumentError(f"seed is {seed!r}, expected a whole number of 64 bits") from None
 
 
 def criterion_hook(criterion: Callable[..., Any]) -> Callable[[torch.Tensor], torch.Tensor]:

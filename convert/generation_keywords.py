@@ -1,6 +1,7 @@
 """transformers' keywords for `generate`: where their values come from, and those that wait."""
 
 import difflib
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,14 @@ class Settings:
         if found is None:
             found = self.own.get(name)
         return default if found is None else found
+
+    def whole(self, name: str, default: int | None) -> int | None:
+        """The same of a whole number; raises ArgumentError for something else."""
+        value = self(name, default)
+        try:
+            return None if value is None else operator.index(value)
+        except TypeError:
+            raise ArgumentError(f"{name} is {value!r}, expected a whole number") from None
 
     def asked(self, name: str) -> Any:
         """What the call says, itself or by its generation_config; None for nothing."""

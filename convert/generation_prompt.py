@@ -43,7 +43,7 @@ def prompts_of(
 
     Without a mask, pads are taken for padding unless they also end a row.
     """
-    pad = setting("pad_token_id", model.config.pad_token_id)
+    pad = setting.whole("pad_token_id", model.config.pad_token_id)
     if pad is None:
         pad = getattr(tokenizer, "pad_token_id", None)
     if ids is None:
@@ -102,11 +102,13 @@ def new_tokens(model: CausalLM, prompts: Prompts, setting: Settings) -> int:
 
 def least_tokens(prompts: Prompts, setting: Settings) -> int:
     """How many new tokens there are before one may end a row."""
-    shortest = max(0, setting("min_length", 0) - prompts.ids.shape[1])
+    shortest = max(0, (setting.whole("min_length", 0) or 0) - prompts.ids.shape[1])
     return setting("min_new_tokens", shortest)  # type: ignore[no-any-return]
 
 
-def _after_prompt(total: int, width: int) -> int:
+def _after_prompt(total: Any, width: int) -> int:
+    if not isinstance(total, int):
+        raise ArgumentError(f"max_length is {total!r}, expected a whole number")
     if total <= width:
         raise InputError(
             f"max_length is {total} and the prompt has {width} tokens: nothing is left to "

@@ -348,6 +348,24 @@ def test_a_stream_ends_though_nothing_begins(
     assert streamer.ends == 1 and "".join(streamer.pieces) == ""
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_return_sequences": "2"},
+        {"max_length": "9"},
+        {"min_length": "9"},
+        {"pad_token_id": "pad"},
+        {"seed": "x", "do_sample": True},
+        {"seed": 2**70, "do_sample": True},
+    ],
+)
+def test_what_is_no_whole_number(wrong: dict[str, Any], ours: CausalLM) -> None:
+    name = next(iter(wrong))
+    limit = {} if name == "max_length" else {"max_new_tokens": 2}
+    with pytest.raises(ArgumentError, match=f"{name} is .*expected a whole number"):
+        generate(ours, **prompts(), **limit, **wrong)
+
+
 def test_streamer_waits_for_whole_characters(tokenizer: Tokenizer) -> None:
     vocab = tokenizer.get_vocab()
     streamer = Kept(tokenizer)

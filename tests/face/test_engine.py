@@ -221,6 +221,14 @@ def test_logprobs_are_the_models(model: Any) -> None:
         ({"max_new_tokens": 0}, ArgumentError, "max_new_tokens"),
         ({"logprobs": -1}, ArgumentError, "logprobs"),
         ({"stop_strings": ("",)}, ArgumentError, "stop_strings"),
+        ({"stop_strings": (3,)}, ArgumentError, "expected a tuple of texts"),
+        ({"prompt": (1.5, 2)}, ArgumentError, "prompt is"),
+        ({"prompt": "abc"}, ArgumentError, "prompt is"),
+        ({"eos_ids": 5}, ArgumentError, "eos_ids is 5"),
+        ({"eos_ids": ("a",)}, ArgumentError, "eos_ids is"),
+        ({"seed": 1.5}, ArgumentError, "seed is 1.5"),
+        ({"seed": 2**70}, ArgumentError, "64 bits"),
+        ({"constraint": {"regex": "a"}}, ArgumentError, "expected a Constraint"),
     ],
 )
 def test_bad_requests(model: Any, keywords: Any, error: type[Exception], says: str) -> None:
