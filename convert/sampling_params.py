@@ -1,6 +1,6 @@
 """`SamplingParams` by vLLM's names, and the engine's requests that they mean."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,10 +91,13 @@ def read(given: Any) -> SamplingParams:
 
 
 def stops(params: SamplingParams) -> tuple[str, ...]:
-    """The stop texts."""
-    if params.stop is None:
-        return ()
-    return (params.stop,) if isinstance(params.stop, str) else tuple(params.stop)
+    """The stop texts; raises ArgumentError."""
+    given = params.stop
+    if given is None or isinstance(given, str):
+        return () if given is None else (given,)
+    if not isinstance(given, Sequence):
+        raise ArgumentError(f"stop is {given!r}, expected a text or texts")
+    return tuple(given)
 
 
 def requests(
@@ -115,9 +118,15 @@ def requests(
         most = max(1, longest - len(prompt))
     own = () if params.ignore_eos else eos_ids
     wanted: Constraint | None = constraint.read(params.structured_outputs)
-    greedy = 0 <= params.temperature < 1e-5
+    heat, seed, bias = params.temperature, params.seed, params.logit_bias or {}
+    # What is no number is said where the values are read.
+    greedy = isinstance(heat, int | float) and 0 <= heat < 1e-5
+    if not isinstance(bias, Mapping) or not all(_is_id(token) for token in bias):
+        raise ArgumentError(
+            f"logit_bias is {bias!r:.100}, expected a dict of token ids and numbers"
+        )
     sampling = Sampling(
-        temperature=0.0 if greedy else params.temperature,
+        temperature=0.0 if greedy else heat,
         top_k=max(0, params.top_k),
         top_p=params.top_p,
         min_p=params.min_p,
@@ -125,7 +134,7 @@ def requests(
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         min_new_tokens=params.min_tokens,
-        sequence_bias=tuple(((int(i),), float(b)) for i, b in (params.logit_bias or {}).items()),
+        sequence_bias=tuple(((int(token),), value) for token, value in bias.items()),
         bad_words_ids=_words(params.bad_words or (), tokenizer),
     )
     return [
@@ -133,7 +142,7 @@ def requests(
             prompt,
             most,
             sampling=sampling,
-            seed=None if params.seed is None else params.seed + i,
+            seed=seed + i if isinstance(seed, int) else seed,
             eos_ids=tuple(dict.fromkeys((*own, *(params.stop_token_ids or ())))),
             stop_strings=stops(params),
             logprobs=params.logprobs,
@@ -141,6 +150,11 @@ def requests(
         )
         for i in range(params.n)
     ]
+
+
+def _is_id(token: Any) -> bool:
+    """vLLM reads the ids of JSON too, which are texts."""
+    return str(token).isdecimal()
 
 
 def _words(words: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
