@@ -1,8 +1,11 @@
 """A step of work on a GPU, captured once and replayed without the host."""
 
+import logging
 from collections.abc import Callable
 
 import torch
+
+_logger = logging.getLogger("purelm.graph")
 
 
 def replayable(device: torch.device) -> bool:
@@ -11,8 +14,8 @@ def replayable(device: torch.device) -> bool:
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
-    """A function that does on `device` what `step` does, as one CUDA graph; None where it cannot
-    be captured, such as where `step` asks the device for a value.
+    """A function that does on `device` what `step` does, as one CUDA graph; None, with a warning in
+    the log, where it cannot be captured, such as where `step` asks the device for a value.
 
     `step` must have run before (kernels compile, constants are copied) and change nothing but
     tensors that live longer than it. Nothing runs while it is captured.
@@ -25,8 +28,9 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             step()
-        except RuntimeError:
+        except RuntimeError as problem:
             _abandon(graph)
+            _logger.warning("a step runs without a CUDA graph, more slowly: %s", problem)
             return None
         except BaseException:
             _abandon(graph)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 # OpenAI's names for kinds of errors.
-KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
@@ -219,7 +219,8 @@ def _json(body: dict[str, Any], status: int = 200) -> Response:
 
 
 def _error(problem: Refusal) -> dict[str, Any]:
-    kind = KINDS.get(problem.status, "invalid_request_error")
+    other = "server_error" if problem.status >= 500 else "invalid_request_error"
+    kind = KINDS.get(problem.status, other)
     error = {"message": str(problem), "type": kind, "param": problem.param, "code": problem.code}
     return {"error": error}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .convert.engine_request import Event, TokenLogprobs
 from .convert.tokenizer import Tokenizer
@@ -16,6 +19,18 @@ from .serve_requests import Asked, Refusal
 from .serve_text import AnswerText
 
 Json = dict[str, Any]
+
+_logger = logging.getLogger("purelm.serve")
+
+
+def _refusal(problem: Exception) -> Refusal:
+    """What a client is told of a request's error, and the log of one that nobody foresaw."""
+    if isinstance(problem, PurelmError):
+        return Refusal(str(problem))
+    if isinstance(problem, torch.OutOfMemoryError):
+        return Refusal("there is no memory for this request now; come again later", status=503)
+    _logger.error("a request failed", exc_info=problem)
+    return Refusal("internal error", status=500)
 
 
 @dataclass
@@ -31,9 +46,7 @@ class Choice:
     def take(self, event: Event, eos: Sequence[int]) -> None:
         """Note an event; raises Refusal where it is an error."""
         if event.error is not None:
-            if isinstance(event.error, PurelmError):
-                raise Refusal(str(event.error))
-            raise Refusal("internal error", status=500)
+            raise _refusal(event.error)
         if event.finish == "cancelled":
             raise Refusal("the server is stopping", status=503)
         if event.token is not None:

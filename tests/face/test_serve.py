@@ -443,6 +443,37 @@ def test_stopping_ends_what_is_under_way(loaded: Any, monkeypatch: pytest.Monkey
             list(stream)
 
 
+@pytest.mark.parametrize(
+    ("problem", "status", "says", "logged"),
+    [
+        (torch.OutOfMemoryError("of 80 GB"), 503, "no memory for this request", 0),
+        (KeyError("secret"), 500, "internal error", 1),
+    ],
+)
+def test_a_request_that_fails_in_the_engine(
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    problem: Exception,
+    status: int,
+    says: str,
+    logged: int,
+) -> None:
+    def failing(engine: Engine) -> Any:
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", failing)
+        reply = site.post("/completions", json={"model": NAME, "prompt": "The"})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"]) == (status, "server_error")
+        assert says in error["message"] and "secret" not in error["message"]
+    # Who runs the server is told what a client is not.
+    told = [r for r in caplog.records if r.name == "purelm.serve"]
+    assert len(told) == logged and all("secret" in str(r.exc_info) for r in told)
+    assert site.post("/completions", json={"model": NAME, "prompt": "The"}).status_code == 200
+
+
 def test_many_at_once(site: Site) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=site.url, api_key=KEY, max_retries=0) as client:
