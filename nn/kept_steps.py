@@ -6,6 +6,7 @@ tensors of params and adapters lie. Values that are written there in place are s
 in their stead makes another step.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class KeptSteps:
 
     def __init__(self) -> None:
         self._steps: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return KeptSteps, ()
@@ -122,7 +124,8 @@ class KeptSteps:
 
     def take(self, kind: type[K], key: Hashable) -> K | None:
         """The step of this kind and key, as it was given."""
-        step = self._steps.pop((kind, key), None)
+        with self._lock:
+            step = self._steps.pop((kind, key), None)
         return step if isinstance(step, kind) else None
 
     def give(self, key: Hashable, step: Kept) -> None:
@@ -130,14 +133,16 @@ class KeptSteps:
         most = SHARE * _memory(step.device)
         if not step.captured or step.nbytes > most:
             return
-        self._steps.pop((type(step), key), None)
-        self._steps[type(step), key] = step
-        while len(self._steps) > MOST or sum(s.nbytes for s in self._steps.values()) > most:
-            self._steps.popitem(last=False)
+        with self._lock:
+            self._steps.pop((type(step), key), None)
+            self._steps[type(step), key] = step
+            while len(self._steps) > MOST or sum(s.nbytes for s in self._steps.values()) > most:
+                self._steps.popitem(last=False)
 
     def clear(self) -> None:
         """Keep none."""
-        self._steps.clear()
+        with self._lock:
+            self._steps.clear()
 
 
 def with_room(kept: KeptSteps | None, make: Callable[[], Cache]) -> Cache:

@@ -4,7 +4,9 @@ What a GPU replays, the memory of a step as it was captured, is played by the st
 """
 
 import copy
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -229,3 +231,28 @@ def test_who_fails_or_is_not_done_leaves_nothing_behind(captures: Any) -> None:
         generate(broken, spec, ids, **how)
     assert len(kept) == 1
     assert len(copy.deepcopy(kept)) == 0
+
+
+class Small:
+    """A step whose size takes a while to say, as those of many layers do."""
+
+    captured, device = True, torch.device("cpu")
+
+    @property
+    def nbytes(self) -> int:
+        time.sleep(1e-4)
+        return 1
+
+
+def test_calls_in_several_threads_do_not_meet() -> None:
+    kept = KeptSteps()
+
+    def calls(first: int) -> None:
+        for i in range(first, first + 30):
+            kept.give(i, Small())
+            kept.take(Small, i)
+            kept.give(i, Small())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(calls, range(0, 400, 100)))
+    assert 0 < len(kept) <= kept_steps.MOST
