@@ -1,9 +1,11 @@
 """What becomes of a layer's residuals between its forward and its backward.
 
 A backward needs a layer's input x, the raw q, k and v, the attention output with its log-sum-exp,
-the middle residual, and gate and up; each is kept, sent to the host and brought back, or
-recomputed. Nothing runs the output projections (o, down) again: their results are not needed, or,
-where a norm follows them, share the fate of the middle residual.
+the middle residual, and gate and up, of every expert that a token passes; each is kept, sent to the
+host and brought back, or recomputed. Nothing runs the output projections (o, down) again: their
+results are not needed, or, where a norm or a gate follows them, share the fate of the middle
+residual. What is narrow is kept: latents, adapters' narrow products, the places of experts' rows.
+A part that autograd runs again (`halves.runs_again`) has none of these, but the half's input.
 """
 
 from dataclasses import dataclass
