@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from purelm import FastLanguageModel, SamplingParams
+from purelm import Engine, FastLanguageModel, Request, Sampling, SamplingParams
 from purelm.convert import engine_stats, fast_inference
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import pages, tree
@@ -132,18 +132,22 @@ def test_logprobs_are_the_models(loaded: Any) -> None:
     model, tokenizer = loaded
     params = SamplingParams(temperature=0.9, seed=0, max_tokens=3, logprobs=2)
     (out,) = model.fast_generate(TEXTS[1], params)
-    answer, ids = out.outputs[0], list(out.prompt_token_ids)
-    total = 0.0
-    for token, at in zip(answer.token_ids, answer.logprobs, strict=True):
-        want = model(torch.tensor([ids])).logits[0, -1].detach().double().log_softmax(-1)
-        top = want.topk(2).indices.tolist()
-        assert set(at) == {token, *top}
-        assert [at[i].rank for i in top] == [1, 2]
-        assert at[token].logprob == pytest.approx(float(want[token]), abs=1e-4)
-        assert at[token].decoded_token == tokenizer.decode([token])
-        total += float(want[token])
-        ids.append(token)
-    assert answer.cumulative_logprob == pytest.approx(total, abs=1e-3)
+    answer, ids = out.outputs[0], tuple(out.prompt_token_ids)
+    # The engine's own, which are held to the model's there.
+    sampling = Sampling(temperature=0.9)
+    request = Request(ids, 3, sampling=sampling, seed=0, logprobs=2)
+    (events,) = Engine(model, tokenizer).answers([request])
+    assert answer.token_ids == [event.token for event in events]
+    for event, at in zip(events, answer.logprobs, strict=True):
+        (first, best), (second, next_best) = event.logprobs.top
+        assert set(at) == {event.token, first, second}
+        assert [(at[i].rank, at[i].logprob) for i in (first, second)] == [
+            (1, best),
+            (2, next_best),
+        ]
+        assert at[event.token].logprob == event.logprobs.logprob
+        assert at[event.token].decoded_token == tokenizer.decode([event.token])
+    assert answer.cumulative_logprob == sum(event.logprobs.logprob for event in events)
 
 
 def test_a_training_step_changes_the_next_sample_and_nothing_is_copied(loaded: Any) -> None:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import assert_rows
 
 from purelm import Engine, FastLanguageModel, Request, Sampling
 from purelm.errors import ArgumentError, BusyError, InputError
+from purelm.nn import decoder
+from purelm.nn import tree as trees
 
 WARM = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
 
@@ -200,15 +203,24 @@ def test_closing_a_stream_cancels(model: Any) -> None:
 
 
 def test_logprobs_are_the_models(model: Any) -> None:
-    request = Request(prompt(3, 7), 3, eos_ids=(), logprobs=4)
-    events = list(Engine(model).stream(request))
+    vocab, exact_params = model.spec.vocab, trees.map_tensors(_double, model.params)
+    request = Request(prompt(3, 7), 3, eos_ids=(), logprobs=vocab)
     ids = list(request.prompt)
-    for event in events:
-        wanted = model(torch.tensor([ids])).logits[0, -1].detach().double().log_softmax(-1)
+    for event in Engine(model).stream(request):
         assert event.logprobs is not None and event.token is not None
-        assert event.logprobs.logprob == pytest.approx(float(wanted[event.token]), abs=1e-4)
-        assert [i for i, _ in event.logprobs.top] == wanted.topk(4).indices.tolist()
+        tokens = torch.tensor([ids])
+        eager = model(tokens).logits[:, -1].detach().log_softmax(-1)
+        with torch.no_grad():
+            exact = decoder.forward(exact_params, model.spec, tokens)[:, -1].log_softmax(-1)
+        found = dict(event.logprobs.top)
+        assert_rows(torch.tensor([[found[i] for i in range(vocab)]]), eager, exact)
+        assert event.logprobs.logprob == found[event.token]
+        assert list(found.values()) == sorted(found.values(), reverse=True)
         ids.append(event.token)
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 @pytest.mark.parametrize(
