@@ -1,7 +1,7 @@
 """The gated delta rule over the fastest backend that serves, its math as in `delta_rule_reference`.
 
-flash-linear-attention's Triton kernels where that is installed (the extra `fla`); else the
-plain-torch reference, which also serves fp32.
+flash-linear-attention's Triton kernels where that is installed (the extra `fla`) and has what is
+asked for; else our own (`delta_launch`), or the plain-torch reference, which also serves fp32.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import delta_check, delta_launch
 from . import delta_rule_reference as reference
+from .launch import on_gpu
+from .rms_norm import rms_norm
 
-Backend = Literal["fla", "reference"]
+Backend = Literal["fla", "triton", "reference"]
 # Beside the squares of a query's or a key's features, as in flash-linear-attention.
 EPS = 1e-6
 # The oldest release whose kernels have groups of values that share a key.
@@ -34,15 +37,21 @@ WIDEST = 256
 FORGOTTEN = -50.0
 
 
-def backend_for(q: Tensor, trains: bool = False) -> Backend:
-    """Which backend runs queries like q [b, s, g, n], and their gradients if it `trains`: of
-    device, dtype and shape, and of what is installed.
+def backend_for(q: Tensor, v: Tensor, trains: bool = False) -> Backend:
+    """Which backend runs queries q [b, s, g, n] and values v [b, s, h, p], and their gradients if
+    it `trains`: of device, dtype and shape, and of what is installed.
     """
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > WIDEST:
+    if q.dtype not in (torch.bfloat16, torch.float16) or not on_gpu(q, v):
         return "reference"
-    if torch._C._are_functorch_transforms_active() or _chunked() is None:
+    if torch._C._are_functorch_transforms_active():
         return "reference"
-    return "reference" if trains and not _differentiates(q.device) else "fla"
+    if q.is_cuda and q.shape[-1] <= WIDEST and _chunked() is not None:
+        if not trains or _differentiates(q.device):
+            return "fla"
+    if max(q.shape[-1], v.shape[-1]) > delta_launch.WIDEST:
+        return "reference"
+    share = v.shape[2] // q.shape[2]
+    return "triton" if delta_check.passes(q, v.shape[-1], share) else "reference"
 
 
 def delta_rule(
@@ -64,7 +73,8 @@ def delta_rule(
     """
     tensors = (q, k, v, beta, decay, before)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if q.shape[1] > 1 and backend_for(q, trains) == "fla":
+    backend = "reference" if q.shape[1] == 1 else backend_for(q, v, trains)
+    if backend == "fla":
         chunked = _chunked()
         assert chunked is not None
         if starts is not None:
@@ -74,6 +84,12 @@ def delta_rule(
             use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
         return y, last
+    # Our launches have no gradient of the state before.
+    if backend == "triton" and not (trains and before is not None and before.requires_grad):
+        n = q.shape[-1]
+        q, k = (_unit_launched(t, scale) for t, scale in ((q, n**-0.5), (k, 1.0)))
+        y, last = delta_launch.chunked(q, k, v, beta, decay, starts, before)
+        return y, None if before is None else last
     wide = torch.promote_types(v.dtype, torch.float32)
     q, k = (_unit(t.to(wide)) for t in (q, k))
     taken = q * q.shape[-1] ** -0.5, k, v.to(wide), beta, decay, starts
@@ -94,6 +110,13 @@ def rates(beta: Tensor, decay: Tensor, dt_bias: Tensor, a_log: Tensor) -> tuple[
 
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+
+
+def _unit_launched(x: Tensor, scale: float) -> Tensor:
+    """`scale` times x [b, s, g, n] made as long as 1, rounded once."""
+    n = x.shape[-1]
+    weight = torch.full((n,), scale * n**-0.5, dtype=torch.float32, device=x.device)
+    return rms_norm(x, weight, EPS / n, cast_first=False)
 
 
 @functools.cache
@@ -125,14 +148,7 @@ def _differentiates(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9 or importlib.util.find_spec("tilelang"):
         return True
     triton = importlib.metadata.version("triton")
-    if not WRONG[0] <= tuple(int(n) for n in re.findall(r"\d+", triton)[:3]) < WRONG[1]:
-        return True
-    warnings.warn(
-        f"flash-linear-attention has no gradients on this GPU with Triton {triton}: gated delta "
-        "nets train in plain torch, many times slower; install tilelang, or Triton 3.7.1 or newer",
-        stacklevel=2,
-    )
-    return False
+    return not WRONG[0] <= tuple(int(n) for n in re.findall(r"\d+", triton)[:3]) < WRONG[1]
 
 
 def _new_enough(version: str) -> bool:
@@ -143,6 +159,6 @@ def _new_enough(version: str) -> bool:
 def _say(what: str) -> None:
     warnings.warn(
         f"the installed flash-linear-attention {what}: gated delta nets run in plain torch, "
-        "many times slower; repair it (pip install 'purelm[fla]') or uninstall it",
+        "slower; repair it (pip install 'purelm[fla]') or uninstall it",
         stacklevel=2,
     )

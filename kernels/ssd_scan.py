@@ -22,13 +22,15 @@ from .launch import language as tl
 
 @jit
 def _times(p_decay, p_dt, p_starts, o_t, s, heads, CHUNK: tl.constexpr):
-    """Of a chunk's tokens o_t and one head: sums of decays, their total, dt, how many starts there
-    were up to each, and how many in all. Past the row's end nothing decays or is added.
+    """Of a chunk's tokens o_t and one head: sums of decays, their total, dt (1 without p_dt), how
+    many starts there were up to each, and how many in all. Past the row's end nothing decays.
     """
     m = o_t < s
     o = o_t.to(tl.int64) * heads
     b_decay = tl.load(p_decay + o, mask=m, other=0.0)
-    b_dt = tl.load(p_dt + o, mask=m, other=0.0)
+    b_dt = tl.where(m, 1.0, 0.0)
+    if p_dt is not None:
+        b_dt = tl.load(p_dt + o, mask=m, other=0.0)
     b_segment = tl.zeros([CHUNK], tl.int32)
     if p_starts is not None:
         b_segment = tl.cumsum(tl.load(p_starts + o_t, mask=m, other=0).to(tl.int32), 0)
@@ -48,6 +50,14 @@ def _pairs(b_sum, b_segment, CHUNK: tl.constexpr):
     o = tl.arange(0, CHUNK)
     m = (o[:, None] >= o[None, :]) & (b_segment[:, None] == b_segment[None, :])
     return tl.where(m, tl.exp(tl.where(m, b_sum[:, None] - b_sum[None, :], 0.0)), 0.0)
+
+
+@jit
+def _turned_pairs(b_sum, b_segment, CHUNK: tl.constexpr):
+    """The same as [j, i]."""
+    o = tl.arange(0, CHUNK)
+    m = (o[:, None] <= o[None, :]) & (b_segment[:, None] == b_segment[None, :])
+    return tl.where(m, tl.exp(tl.where(m, b_sum[None, :] - b_sum[:, None], 0.0)), 0.0)
 
 
 @jit
@@ -114,8 +124,10 @@ def _out_kernel(
     p_c += i_b * rows_c + i_h // SHARE * N
     if p_starts is not None:
         p_starts += i_b * s
-    at = i_b * s * heads + i_h
-    b_sum, _, b_dt, b_segment, _ = _times(p_decay + at, p_dt + at, p_starts, o_t, s, heads, CHUNK)
+    p_decay += i_b * s * heads + i_h
+    if p_dt is not None:
+        p_dt += i_b * s * heads + i_h
+    b_sum, _, b_dt, b_segment, _ = _times(p_decay, p_dt, p_starts, o_t, s, heads, CHUNK)
     b_cb = tl.zeros([CHUNK, CHUNK], tl.float32)
     b_y = tl.zeros([CHUNK, TILE_P], tl.float32)
     for i_n in range(0, N, TILE_N):
@@ -129,7 +141,8 @@ def _out_kernel(
     b_x = _tile(p_x + i_b * rows_x + i_h * P, o_t, o_p, step_x, s, P)
     b_w = (b_cb * _pairs(b_sum, b_segment, CHUNK) * b_dt[None, :]).to(b_x.dtype)
     b_y += tl.dot(b_w, b_x, input_precision=PRECISION)
-    b_y += b_x.to(tl.float32) * tl.load(p_d + i_h)
+    if p_d is not None:
+        b_y += b_x.to(tl.float32) * tl.load(p_d + i_h)
     m = (o_t < s)[:, None] & (o_p < P)[None, :]
     o = ((i_b * s + o_t)[:, None] * heads + i_h) * P + o_p[None, :]
     tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), mask=m)

@@ -23,6 +23,8 @@ from purelm.kernels import (
     clamped,
     cross_entropy_rows,
     decode_attention,
+    delta_launch,
+    delta_scan,
     flash,
     flash_launch,
     fp8_launch,
@@ -611,6 +613,48 @@ def ssd_cases(every: bool) -> Iterator[Case]:
             )
 
 
+def delta_cases(every: bool) -> Iterator[Case]:
+    """Qwen3-Next's heads, packed and not."""
+    heads, groups, d = 32, 16, 128
+    for packed, dtype in itertools.product((False, True), (F16, BF16) if every else (BF16,)):
+        starts, first = U8 if packed else None, F32 if packed else None
+        k, v = (torch.empty(1, 1, h, d, dtype=dtype) for h in (groups, heads))
+        configs, step, sizes = delta_launch.configs_for(d), (2048 * 8192, 8192), (2048, heads)
+        one, two, three, rates = (dtype,), (dtype,) * 2, (dtype,) * 3, (F32, F32, starts)
+        known, ends = (F32, starts), (F32, F32)
+        launches: list[tuple[str, Kernel, tuple[Any, ...], int, bool]] = [
+            ("solve", delta_scan._solve_kernel, (*one, *rates, *one), 1, False),
+            (
+                "states",
+                delta_scan._states_kernel,
+                (*two, *rates, *one, first, *two, F32),
+                2,
+                True,
+            ),
+            ("out", ssd_scan._out_kernel, (*three, F32, None, None, starts, *two), 3, False),
+            ("local", delta_scan._local_kernel, (*three, *known, *one), 2, False),
+            ("pulls", delta_scan._pulls_kernel, (*two, *two, *rates, *three), 2, True),
+            ("dq", delta_scan._dq_kernel, (*two, *two, *known, *two, F32), 2, True),
+            (
+                "dk",
+                delta_scan._dk_kernel,
+                (*three, *three, *rates, *two, F32, *two, *ends),
+                3,
+                True,
+            ),
+        ]
+        for name, kernel, tensors, strides, width in launches:
+            options = delta_launch._options(k, v, getattr(configs, name), width=width)
+            if name == "solve":
+                del options["P"], options["TILE_P"]
+            yield Case(
+                f"delta_{name} {heads}/{groups}x{d} {packed=} {dtype}",
+                kernel,
+                tensors + sizes + step * strides,
+                options,
+            )
+
+
 def state_step_cases(every: bool) -> Iterator[Case]:
     """Granite 4's and Falcon-H1's states, and Qwen3-Next's."""
     for (heads, groups, p, n), dtype in itertools.product(
@@ -720,6 +764,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from ssd_cases(every)
     yield from gated_norm_cases(every)
     yield from state_step_cases(every)
+    yield from delta_cases(every)
     yield from other_cases(every)
 
 

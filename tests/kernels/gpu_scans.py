@@ -30,6 +30,7 @@ if TINY:
 import torch  # noqa: E402
 
 from purelm.kernels import (  # noqa: E402
+    delta_check,
     delta_rule,
     gated_norm,
     launch,
@@ -82,8 +83,10 @@ def way(name: str) -> Iterator[None]:
     if name == "torch":
         for module, n in PATCHED[:-1]:
             setattr(module, n, lambda *_: False)
-    if name in ("torch", "ours"):
+    if name == "torch":
         delta_rule.backend_for = lambda *_: "reference"
+    if name == "ours":
+        delta_rule.backend_for = lambda *_: "triton"
     try:
         yield
     finally:
@@ -152,12 +155,16 @@ def check(name: str) -> None:
     torch, whose scans are fp32.
     """
     spec, p, dim = mixer_of(name)
+    if isinstance(spec, DeltaNetSpec):
+        kind = torch.bfloat16, spec.key_dim, spec.value_dim, spec.value_heads // spec.key_heads
+        off = delta_check.differences(DEVICE, *kind)
+        say(delta_check={name: f"{d:.1e}" for name, d in off.items()})
     s = 37 if TINY else 304
     x, dy = (drawn(2, s, dim, seed=i) for i in (2, 3))
     for starts in (None, starts_of(2, s, s // 3)):
         wide = tree.map(torch.Tensor.double, p)
         exact = forward_backward(spec, wide, x.double(), dy.double(), starts)
-        for how in ("torch", "best"):
+        for how in ("torch", "ours", "best"):
             with way(how):
                 found = forward_backward(spec, p, x, dy, starts)
                 state = recurrent.empty(spec, 2, x.dtype, DEVICE)

@@ -48,24 +48,21 @@ def test_their_gradients_are_taken(monkeypatch, major, version, tilelang):
     monkeypatch.setattr(delta_rule, "_chunked", lambda: print)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert delta_rule.backend_for(on_cuda(), trains=True) == "fla"
+        assert delta_rule.backend_for(*on_cuda(), trains=True) == "fla"
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.6.0", "3.7.0"])
 def test_wrong_gradients_are_not(monkeypatch, version):
-    """They would raise: plain torch trains, which is said once, and what needs none is theirs."""
+    """They would raise: our launches train, and what needs no gradients is theirs."""
     triton_on(monkeypatch, 9, version)
     monkeypatch.setattr(delta_rule, "_chunked", lambda: print)
-    with pytest.warns(UserWarning, match=f"Triton {version}.*tilelang"):
-        assert delta_rule.backend_for(on_cuda(), trains=True) == "reference"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert delta_rule.backend_for(on_cuda(), trains=True) == "reference"
-        assert delta_rule.backend_for(on_cuda()) == "fla"
+    monkeypatch.setattr(delta_rule.delta_check, "passes", lambda *_: True)
+    assert delta_rule.backend_for(*on_cuda(), trains=True) == "triton"
+    assert delta_rule.backend_for(*on_cuda()) == "fla"
 
 
 def on_cuda(dtype=torch.bfloat16, width=128):
-    """Enough of a tensor on a GPU for the choice."""
+    """Enough of queries and values on a GPU for the choice."""
 
     class Tensor:
         is_cuda = True
@@ -73,19 +70,25 @@ def on_cuda(dtype=torch.bfloat16, width=128):
         shape = (1, 64, 16, width)
 
     Tensor.dtype = dtype
-    return Tensor()
+    return Tensor(), Tensor()
 
 
 def test_backends(monkeypatch):
-    assert delta_rule.backend_for(torch.zeros(1, 4, 2, 8).bfloat16()) == "reference"
+    plain = torch.zeros(1, 4, 2, 8).bfloat16()
+    assert delta_rule.backend_for(plain, plain) == "reference"
+    passing = [True]
+    monkeypatch.setattr(delta_rule.delta_check, "passes", lambda *_: passing[0])
     monkeypatch.setattr(delta_rule, "_chunked", lambda: None)
-    assert delta_rule.backend_for(on_cuda()) == "reference"
+    assert delta_rule.backend_for(*on_cuda()) == "triton"
+    assert delta_rule.backend_for(*on_cuda(width=192)) == "reference"
+    passing[0] = False
+    assert delta_rule.backend_for(*on_cuda()) == "reference"
     monkeypatch.setattr(delta_rule, "_chunked", lambda: print)
-    assert delta_rule.backend_for(on_cuda()) == "fla"
-    assert delta_rule.backend_for(on_cuda(torch.float32)) == "reference"
-    assert delta_rule.backend_for(on_cuda(width=512)) == "reference"
+    assert delta_rule.backend_for(*on_cuda()) == "fla"
+    assert delta_rule.backend_for(*on_cuda(torch.float32)) == "reference"
+    assert delta_rule.backend_for(*on_cuda(width=512)) == "reference"
     seen = []
-    torch.func.grad(lambda x: seen.append(delta_rule.backend_for(on_cuda())) or x)(torch.ones(()))
+    torch.func.grad(lambda x: seen.append(delta_rule.backend_for(*on_cuda())) or x)(torch.ones(()))
     assert seen == ["reference"]
 
 

@@ -76,7 +76,7 @@ def whole(*inputs):
     return ssd.ssd(*inputs, None)[0]
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(**cases)
 def test_launch(interpreted, poisoned, small, rows, s, heads, p, n, share, dtype, seed):
     inputs, g = drawn(rows, s, *heads, p, n, dtype, seed)
@@ -92,12 +92,11 @@ def test_launch(interpreted, poisoned, small, rows, s, heads, p, n, share, dtype
         assert_rows(*(t.to(dtype).reshape(1, -1) for t in (mine, theirs)), truth.reshape(1, -1))
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_math_in_fp32(interpreted, poisoned, small, monkeypatch, documents):
+def test_math_in_fp32(interpreted, poisoned, small, monkeypatch):
     """fp32, which the launches are not chosen for, shows what rounding to 16 bits would hide."""
     monkeypatch.setattr(ssd, "backend_for", lambda x, b: "triton")
     inputs, g = drawn(1, 39, 4, 2, 20, 24, torch.float32, 1)
-    starts = torch.rand((1, 39), generator=g) < 0.1 if documents else None
+    starts = torch.rand((1, 39), generator=g) < 0.1
     dy = torch.randn(inputs[0].shape, generator=g)
     ours = run(whole, inputs, starts, dy)
     monkeypatch.undo()

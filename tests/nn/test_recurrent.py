@@ -18,7 +18,7 @@ TAKEN = {
     "mamba2": {"short_conv", "short_conv_step", "short_conv_backward"}
     | {"gated_norm", "gated_norm_backward", "ssd", "ssd_backward", "ssd_step"},
     "delta": {"short_conv", "short_conv_step", "short_conv_backward"}
-    | {"gated_norm", "gated_norm_backward", "delta_step"},
+    | {"gated_norm", "gated_norm_backward", "delta_rule", "delta_rule_backward", "delta_step"},
 }
 
 
@@ -67,7 +67,8 @@ def test_launches_are_the_mixer(kind: str, taken: set[str]) -> None:
     starts = torch.zeros(2, 8, dtype=torch.bool)
     starts[0, 3] = True
     ours = run(mixer, p, x, starts)
-    assert taken == TAKEN[kind]
+    # Queries and keys are made as long as 1 by the norm's, whose names are no matter of this.
+    assert {name for name in taken if not name.startswith("rms_norm")} == TAKEN[kind]
     taken.clear()
     with launch.interpreting(False):
         eager = run(mixer, p, x, starts)
