@@ -28,7 +28,12 @@ def criterion_hook(criterion: Callable[..., Any]) -> Callable[[torch.Tensor], to
     def stop(ids: torch.Tensor) -> torch.Tensor:
         verdict = criterion(ids, None)
         made = verdict if isinstance(verdict, torch.Tensor) else torch.tensor(bool(verdict))
-        return made.expand(ids.shape[0])
+        if made.numel() != 1 and made.shape != ids.shape[:1]:
+            raise ArgumentError(
+                f"a stopping criterion gave shape {list(made.shape)}, expected one value or "
+                f"{list(ids.shape[:1])}, one a row"
+            )
+        return made.reshape(-1).expand(ids.shape[0])
 
     return stop
 
@@ -43,8 +48,12 @@ def processed(
     processors: Sequence[Callable[..., Any]],
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def adjust(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shape = scores.shape
         for process in processors:
             scores = process(ids, scores)
+            found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores)
+            if found != list(shape):
+                raise ArgumentError(f"a logits processor gave {found}, expected {list(shape)}")
         return scores
 
     return adjust
@@ -85,10 +94,15 @@ def allowed_by(
         banned = torch.ones_like(scores, dtype=torch.bool)
         rows = len(ids) // prompts
         for i, row in enumerate(ids):
-            allowed = torch.as_tensor(choose(i // rows, row), dtype=torch.int64).to(ids.device)
+            allowed = torch.as_tensor(choose(i // rows, row), dtype=torch.int64)
             if allowed.numel() == 0:
                 raise ArgumentError("prefix_allowed_tokens_fn allows no token")
-            banned[i, allowed] = False
+            if int(allowed.min()) < 0 or int(allowed.max()) >= scores.shape[-1]:
+                raise ArgumentError(
+                    f"prefix_allowed_tokens_fn allows {allowed.tolist()!r:.100}, the model has "
+                    f"{scores.shape[-1]} tokens"
+                )
+            banned[i, allowed.to(ids.device)] = False
         return scores.masked_fill(banned, -torch.inf)
 
     return adjust

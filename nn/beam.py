@@ -4,6 +4,7 @@ At every step the continuations of all of a prompt's beams compete. The best tha
 as beams; of those among the first that end, the best by score over length**penalty are kept.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -48,10 +49,10 @@ class BeamSearch:
             raise ArgumentError(
                 f"num_return_sequences is {self.answers}, more than the num_beams of {self.beams}"
             )
-        if isinstance(self.length_penalty, bool) or not isinstance(
-            self.length_penalty, int | float
-        ):
-            raise ArgumentError(f"length_penalty is {self.length_penalty!r}, expected a number")
+        penalty = self.length_penalty
+        number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
+        if not number or not math.isfinite(penalty):
+            raise ArgumentError(f"length_penalty is {penalty!r}, expected a finite number")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ArgumentError(
                 f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'"

@@ -196,6 +196,7 @@ def raise_if_broken(broken: torch.Tensor) -> None:
     """InputError if any row of broken [b] bool had logits from which no token can be chosen."""
     if bool(broken.any()):
         raise InputError(
-            f"the model's logits for row {broken.tolist().index(True)} are not finite; its weights "
-            "or adapters hold NaN or infinite values, or its dtype is too narrow for it"
+            f"the model's logits for row {broken.tolist().index(True)} are not finite: its weights "
+            "or adapters hold NaN or infinite values, its dtype is too narrow for it, or the rules "
+            "of sampling leave no token"
         )

@@ -366,6 +366,22 @@ def test_what_is_no_whole_number(wrong: dict[str, Any], ours: CausalLM) -> None:
         generate(ours, **prompts(), **limit, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        ({"logits_processor": [lambda ids, scores: scores[:, :5]]}, "processor gave .*, 5., exp"),
+        ({"logits_processor": [lambda ids, scores: None]}, "processor gave .*NoneType"),
+        ({"stopping_criteria": [lambda ids, _: torch.ones(7)]}, "criterion gave shape .7."),
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [10**6]}, "allows .1000000., the model"),
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [-1]}, "allows .-1., the model"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan"),
+    ],
+)
+def test_hooks_that_give_what_cannot_be(hook: Any, says: str, ours: CausalLM) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        generate(ours, **prompts(), max_new_tokens=3, **hook)
+
+
 def test_streamer_waits_for_whole_characters(tokenizer: Tokenizer) -> None:
     vocab = tokenizer.get_vocab()
     streamer = Kept(tokenizer)
