@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from .json_file import MIB
 from .local_file import open_regular
 from .safetensors_file import MAX_TENSORS, FileStamp, TensorInfo, opened, read_at
@@ -124,6 +124,11 @@ def open_gguf(path: Path) -> GGUF:
         if name in fields:
             raise cursor.wrong(f"the field {name[:100]!r} occurs twice")
         fields[name] = cursor.value(cursor.unpack("I"))
+    if fields.get("split.count", 1) not in (0, 1):
+        raise cursor.wrong(
+            f"it is one of {fields['split.count']!r:.20} pieces of a model; put them together with "
+            "llama.cpp's `llama-gguf-split --merge`"
+        )
     entries: dict[str, tuple[list[int], int, int]] = {}
     for _ in range(count):
         name, dims = cursor.text(), cursor.unpack("I")
@@ -189,10 +194,18 @@ def _tensor(
     )
 
 
+def library() -> Any:
+    """The `gguf` package; raises ArgumentError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ArgumentError("GGUF files need an extra: pip install 'purelm[gguf]'") from None
+    return gguf
+
+
 def _kinds() -> dict[int, tuple[str, int, int]]:
     """ggml's number of a type -> its name, weights in a block, bytes of a block."""
-    import gguf
-
+    gguf = library()
     return {
         int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind])
         for kind in gguf.GGMLQuantizationType
@@ -260,9 +273,7 @@ def read_tensor(info: GGUFTensor) -> torch.Tensor:
 
     Raises CheckpointError when the file is not the one that was described.
     """
-    import gguf
-    from gguf.quants import dequantize
-
+    gguf = library()
     kind = gguf.GGMLQuantizationType[info.kind]
     out = torch.empty(info.shape, dtype=info.dtype)
     with opened(info) as file:
@@ -278,7 +289,7 @@ def read_tensor(info: GGUFTensor) -> torch.Tensor:
                 read_at(file, info, first * row_bytes, buffer.view(-1))
                 # Scales that are not finite show in what comes out.
                 with np.errstate(all="ignore"):
-                    part.copy_(torch.from_numpy(dequantize(buffer.numpy(), kind)))
+                    part.copy_(torch.from_numpy(gguf.quants.dequantize(buffer.numpy(), kind)))
     if info.offset_by:
         out = out - info.offset_by
     if info.heads:

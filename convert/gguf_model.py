@@ -1,5 +1,6 @@
 """What a GGUF file says about its model, in Hugging Face's words: config fields, tensor names."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -251,6 +252,12 @@ def _llama3(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     info = gguf.tensors.get(ROPE_FREQS)
     if info is None:
         return None
+    if math.prod(info.shape) > _MAX_FACTORS:
+        raise CheckpointError(
+            f"found shape {list(info.shape)}, expected a divisor for each pair of features",
+            tensor=info.name,
+            file=info.file,
+        )
     found = read_tensor(info).float().flatten()
     scaling: dict[str, Any] = {
         "factor": float(found.max()),

@@ -16,6 +16,7 @@ from ..nn.spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from . import gguf_layers, merge
 from .gguf_architectures import Architecture, divisors, main_rope
 from .gguf_fields import architecture_of
+from .gguf_file import library
 from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, VECTORS, to_ggml
 from .registry import Family
 
@@ -45,8 +46,7 @@ class Planned:
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape of its bytes."""
-        import gguf
-
+        gguf = library()
         block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
         return (*self.shape[:-1], self.shape[-1] // block * nbytes)
 
@@ -117,8 +117,7 @@ _OUTER = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 
 
 def _check_width(tensor: Planned, name: str) -> None:
-    import gguf
-
+    gguf = library()
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]][0]
     if tensor.shape[-1] % block:
         raise ArgumentError(

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, ConfigError, LoadError, SaveError
 from ..nn.spec import ModelSpec
 from . import atomic, merge
 from .gguf_fields import architecture_of, check_same, expressed, model_fields
-from .gguf_file import GGUFTensor, open_gguf
+from .gguf_file import GGUFTensor, library, open_gguf
 from .gguf_model import config_fields
 from .gguf_names import ROPE_TENSORS
 from .gguf_plan import METHODS, Planned, plan
@@ -127,8 +127,7 @@ def _write(
     spec: ModelSpec,
     tokenizer: Tokenizer,
 ) -> None:
-    import gguf
-
+    gguf = library()
     writer = gguf.GGUFWriter(path, fields["general.architecture"])
     for name, value in {**fields, "general.file_type": METHODS[method][2]}.items():
         if name != "general.architecture":
@@ -175,8 +174,7 @@ def _add(writer: Any, name: str, value: Any) -> None:
 
 def _stored(tensor: Planned) -> np.ndarray[Any, Any]:
     """The tensor's bytes, [..., bytes of a row]; raises SaveError for values too large for it."""
-    import gguf
-
+    gguf = library()
     kind = gguf.GGMLQuantizationType[tensor.kind]
     dense = tensor.make()
     # Blocks have scales in half precision.

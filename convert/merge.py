@@ -17,7 +17,7 @@ import torch
 from ..errors import ArgumentError, CheckpointError, SaveError
 from ..nn import stacks, tree
 from ..quant.nf4 import NF4
-from . import atomic, fused, hub, merge_4bit, shard_size
+from . import atomic, fused, hub, merge_4bit, named_adapters, shard_size
 from .adapter_write import save_adapter
 from .bnb_file import Entry, Packed, entries, read_dense
 from .config import Config
@@ -29,7 +29,7 @@ from .local_file import locate
 from .merge_tensor import Change, Parts, changed, check_changed, digest, is_whole
 from .safetensors_file import read_header
 from .shards import Checkpoint, open_checkpoint, read
-from .trained_base import belongs_to_it, dequantized
+from .trained_base import belong_to_it, dequantized
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -109,9 +109,8 @@ def _save(
     model: "CausalLM", folder: Path, tokenizer: Any, save_method: str, limit: int | None
 ) -> None:
     checkpoint = model.origin.checkpoint
-    config, shards = _planned(
-        model, save_method in _FOUR_BITS, save_method == _DEQUANTIZED or belongs_to_it(model)
-    )
+    onto_trained = save_method == _DEQUANTIZED or belong_to_it(model.acting)
+    config, shards = _planned(model, save_method in _FOUR_BITS, onto_trained)
     every = [tensor for shard in shards.values() for tensor in shard]
     if limit is not None:
         # What one weight in 4 bits consists of stays in one file.
@@ -143,7 +142,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 def tensors(model: "CausalLM") -> list[Tensor]:
     """What a merged 16-bit model consists of, under the names of its checkpoint."""
-    fields, shards = _planned(model, False, belongs_to_it(model))
+    fields, shards = _planned(model, False, belong_to_it(model.acting))
     tied = model.origin.family.spec(fields).tied
     names = model.origin.family.names
     # A head may be stored though it is the embedding.
@@ -161,7 +160,8 @@ def _planned(
     checkpoint, names = model.origin.checkpoint, model.origin.family.names
     params = dict(tree.items(stacks.one_by_one(model.params)))
     trained = params if model.train_all else dict(tree.items(stacks.one_by_one(model.trained)))
-    worn = stacks.one_by_one(stacks.separated(model.adapters))
+    acting = named_adapters.acting(model.acting)  # without dropout, in training too
+    worn = stacks.one_by_one(stacks.separated(acting))
     adapters = {f"{path}.weight": leaf for path, leaf in tree.items(worn)}
     fields = model.config.to_dict()
     fields.pop("quantization_config", None)

@@ -148,14 +148,9 @@ def apply(
             f"lora_dropout={config.lora_dropout} acts on the adapter alone, which "
             f"qat_scheme={qat_scheme!r} rounds as one with its weight; use lora_dropout=0"
         )
-    model.round_weights(qat_scheme)
     found = plan(config, model.spec, names)
     worn = model.peft_config.get(DEFAULT)
-    if worn is None:
-        model.wear(DEFAULT, _fresh(model, config, found, random_state))
-        model.set_adapter(DEFAULT)
-        model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
-    elif (plan(worn, model.spec, names), worn.lora_dropout, worn.use_dora) != (
+    if worn is not None and (plan(worn, model.spec, names), worn.lora_dropout, worn.use_dora) != (
         found,
         config.lora_dropout,
         config.use_dora,
@@ -165,6 +160,13 @@ def apply(
             "the model already wears adapters with other settings; load it again without them, "
             f"or give the settings they have: {worn.to_dict()}"
         )
+    # What can fail comes before the model changes.
+    fresh = _fresh(model, config, found, random_state) if worn is None else None
+    model.round_weights(qat_scheme)
+    if fresh is not None:
+        model.wear(DEFAULT, fresh)
+        model.set_adapter(DEFAULT)
+        model.origin = replace(model.origin, notes=(*model.origin.notes, *notes))
     model.residuals = residuals
     model.train()
     return model

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArgumentError
+
 if TYPE_CHECKING:
     from .bridge import CausalLM
     from .push import Pushed
@@ -19,19 +21,33 @@ class Saving:
         self: CausalLM,
         folder: str | Path,
         selected_adapters: Sequence[str] | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
         **ignored: Any,
     ) -> None:
         """Write the adapters (all, or those selected) in peft's format and folders, or without any
-        the whole model. Trainers' further keywords (state_dict, safe_serialization...) change
-        nothing.
+        the whole model, in files of `max_shard_size`. Trainers' further keywords (state_dict,
+        safe_serialization...) change nothing.
+
+        Raises ArgumentError for push_to_hub=True, which `push_to_hub` does, and for selected
+        adapters where there are none; else as `save_adapter` and `save_merged`.
         """
         from .adapter_write import save_adapter
         from .merge import save_merged
 
+        if push_to_hub:
+            raise ArgumentError(
+                "save_pretrained writes a folder only; send it with model.push_to_hub(repo_id)"
+            )
         if self._worn:
             save_adapter(self, folder, selected_adapters=selected_adapters)
+        elif selected_adapters is not None:
+            raise ArgumentError(
+                f"selected_adapters is {selected_adapters!r:.200}, and the model wears none; leave "
+                "it out to write the whole model"
+            )
         else:
-            save_merged(self, folder)
+            save_merged(self, folder, max_shard_size=max_shard_size)
 
     def save_pretrained_merged(  # type: ignore[misc]
         self: CausalLM,

@@ -1,6 +1,6 @@
 """The base that adapters of a quantized model were trained on, and the weights it was made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from .encoded import Encoded
 from .fused import Fused
 from .fused_read import Turned, is_packed, reader
 from .match import match
+from .named_adapters import Adapter
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -20,14 +21,11 @@ if TYPE_CHECKING:
 LOFTQ = "loftq"
 
 
-def belongs_to_it(model: "CausalLM") -> bool:
-    """Whether an adapter that the model wears makes up for what quantizing lost (LoftQ), so that
-    it is right beside the quantized weights only.
+def belong_to_it(adapters: Iterable[Adapter]) -> bool:
+    """Whether one of these makes up for what quantizing lost (LoftQ), so that it is right beside
+    the quantized weights only.
     """
-    return any(
-        one.config is not None and one.config.init_lora_weights == LOFTQ
-        for one in model.worn.values()
-    )
+    return any(one.config is not None and one.config.init_lora_weights == LOFTQ for one in adapters)
 
 
 def dequantized(

@@ -16,6 +16,7 @@ from ..nn.lora import LoRA
 from . import atomic, expert_adapters, merge, named_adapters
 from .adapter_write import write_adapter
 from .lora_config import PeftConfig
+from .trained_base import belong_to_it
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -57,6 +58,8 @@ def to_vllm(
     base, "merged_16bit" or "merged_4bit" (bitsandbytes' 4 bits), see `merge.save_merged`.
     selected_adapters: which of them, all by default. vLLM knows one rank and scale an adapter:
     where modules differ in them, the scales are multiplied into B, and A and B filled with zeros.
+    Beside adapters that began with LoftQ the base in 16 bits is what its quantized weights
+    dequantize to.
 
     Raises ArgumentError for adapters that vLLM does not take beside a base (DoRA, modules trained
     whole, biases, experts' stacked parameters, ranks over 512), which `merged=True` takes; else as
@@ -68,10 +71,13 @@ def to_vllm(
         )
     if merged and selected_adapters is not None:
         raise ArgumentError("merged=True merges the active adapters; leave selected_adapters out")
-    atomic.check_apart(folder, model.origin.folder)
+    for written in (Path(folder), Path(folder, BASE)):
+        atomic.check_apart(written, model.origin.folder)
     names = [] if merged else list(model.worn)
     if selected_adapters is not None:
         names = list(named_adapters.chosen(selected_adapters, names))
+    if save_method == "merged_16bit" and belong_to_it(model.worn[name] for name in names):
+        save_method = "merged_16bit_dequantized"
     place, kinds = Path(folder).resolve(), (f"{BASE}/*", f"{ADAPTERS}/*")
     with (
         nullcontext() if merged else model.disable_adapter(),

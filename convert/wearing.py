@@ -21,6 +21,7 @@ from . import adapter_fit, named_adapters
 from .adapter_check import MAGNITUDE
 from .lora_config import PeftConfig
 from .named_adapters import DEFAULT, Adapter
+from .trained_base import LOFTQ, belong_to_it
 from .trainee import Trainee
 
 if TYPE_CHECKING:
@@ -327,4 +328,7 @@ class Wearing(Trainee):
             self.spec,
             self.origin.family.names,
         )
-        self.wear(adapter_name, Adapter(made, config=replace(config, inference_mode=False)))
+        # A mix with a part of LoftQ's belongs beside the quantized weights, as that does.
+        start = LOFTQ if belong_to_it(worn) else config.init_lora_weights
+        config = replace(config, inference_mode=False, init_lora_weights=start)
+        self.wear(adapter_name, Adapter(made, config=config))

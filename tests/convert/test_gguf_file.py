@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,11 @@ def test_rope_scaling(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", fields_of(model.config), tensors)
     with pytest.raises(ConfigError, match="divisors"):
         purelm.load(tmp_path / "m.gguf", device="cpu")
+    # More than a head can have are refused before they are read.
+    tensors["rope_freqs.weight"] = np.ones(1 << 13, dtype=np.float32)
+    write(tmp_path / "m.gguf", fields_of(model.config), tensors)
+    with pytest.raises(CheckpointError, match=r"found shape \[8192\], expected a divisor"):
+        purelm.load(tmp_path / "m.gguf", device="cpu")
 
 
 def test_a_trained_model_and_its_tokenizer() -> None:
@@ -396,6 +402,12 @@ def test_the_header_is_read_once(small: Path, monkeypatch: pytest.MonkeyPatch) -
     assert opened == [small]
 
 
+def test_without_the_library(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ArgumentError, match=r"pip install 'purelm\[gguf\]'"):
+        purelm.load(small, device="cpu")
+
+
 def test_which_file(small: Path, tmp_path: Path) -> None:
     shutil.copy(small, tmp_path / "a.gguf")
     assert find(tmp_path) == tmp_path / "a.gguf"
@@ -518,6 +530,7 @@ def changed(**changes: Any) -> Callable[[Fields], Fields]:
 
 
 MODELS: dict[str, tuple[dict[str, Any], type[PurelmError], str]] = {
+    "a piece": ({"split__count": 2}, CheckpointError, "one of 2 pieces.*gguf-split --merge"),
     "architecture": ({"general__architecture": "mamba"}, ConfigError, "mamba"),
     "no heads": ({"llama__attention__head_count": None}, ConfigError, "head_count"),
     "heads as text": ({"llama__attention__head_count": "4"}, ConfigError, "head_count"),

@@ -91,6 +91,47 @@ def test_merged_beside_the_quantized_weights(tmp_path: Path) -> None:
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def same_files(one: Path, two: Path) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_base_is_chosen_by_the_adapters_that_are_merged(tmp_path: Path) -> None:
+    model = four(tmp_path)
+    model.add_adapter("lost", r=4, init_lora_weights="loftq")
+    model.add_adapter("plain", r=4)
+    model.set_adapter("plain")
+    model.save_pretrained_merged(tmp_path / "plain")  # nothing was trained: the original itself
+    assert same_files(tmp_path / "plain", tmp_path / "base")
+    model.set_adapter(["plain", "lost"])
+    model.save_pretrained_merged(tmp_path / "both")
+    assert not same_files(tmp_path / "both", tmp_path / "base")
+    served = model.to_vllm(tmp_path / "one", selected_adapters=["plain"])
+    assert same_files(served.base, tmp_path / "base")
+    served = model.to_vllm(tmp_path / "all")
+    with model.disable_adapter():
+        method = "merged_16bit_dequantized"
+        model.save_pretrained_merged(tmp_path / "dequantized", save_method=method)
+    assert same_files(served.base, tmp_path / "dequantized")
+
+
+def test_a_mix_belongs_where_its_parts_do(tmp_path: Path) -> None:
+    model = four(tmp_path)
+    model.add_adapter("lost", r=4, init_lora_weights="loftq")
+    model.add_weighted_adapter(["lost"], [0.5], "mix", "cat")
+    model.delete_adapter("lost")
+    model.set_adapter("mix")
+    want = model(bridged.ids()).logits.detach()
+    model.save_pretrained(tmp_path / "adapters")
+    again = four(tmp_path)
+    again.load_adapter(tmp_path / "adapters" / "mix", "again")
+    again.set_adapter("again")
+    for i, each in enumerate((model, again)):
+        each.save_pretrained_merged(tmp_path / f"merged{i}")
+        merged = bridged.bridge(tmp_path / f"merged{i}")
+        bridged.same_logits(merged(bridged.ids()).logits.detach(), want)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "granitemoe"])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_any_adapter_onto_the_dequantized_base(family: str, quantize: str, tmp_path: Path) -> None:

@@ -375,6 +375,17 @@ def test_right_sums_pass_the_check(dtype: torch.dtype) -> None:
             merge_tensor.check(done, merge_tensor.merged(done.clone(), inverse, "w"), inverse, "w")
 
 
+def test_what_save_pretrained_takes(tmp_path: Path) -> None:
+    model = bridged.bridge(base(tmp_path))
+    model.save_pretrained(tmp_path / "x", max_shard_size="20KB", safe_serialization=True)
+    assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 1
+    with pytest.raises(ArgumentError, match="selected_adapters is .* the model wears none"):
+        model.save_pretrained(tmp_path / "y", selected_adapters=["default"])
+    with pytest.raises(ArgumentError, match=r"model\.push_to_hub\(repo_id\)"):
+        model.save_pretrained(tmp_path / "y", push_to_hub=True)
+    assert not (tmp_path / "y").exists()
+
+
 def test_methods(tmp_path: Path) -> None:
     model = adapted(base(tmp_path))
     for method in ("torchao", "fp8"):

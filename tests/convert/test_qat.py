@@ -133,3 +133,8 @@ def test_what_cannot_be_rounded_says_why(folder: Path) -> None:
     with pytest.raises(KernelError, match="groups of 128"):
         fake.check(narrow.model.layers[0].mlp.up_proj.weight.shape, "int4", "up")
     assert model.qat_scheme is None and not model.adapters
+    # An error leaves the model as it was.
+    FastLanguageModel.get_peft_model(model, r=4)
+    with pytest.raises(ArgumentError, match="other settings"):
+        FastLanguageModel.get_peft_model(model, r=8, qat_scheme="int8")
+    assert model.qat_scheme is None

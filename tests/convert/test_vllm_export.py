@@ -192,6 +192,10 @@ def test_bad_input(model: CausalLM, tmp_path: Path) -> None:
             model.to_vllm(tmp_path / "served", **options)
     with pytest.raises(SaveError, match="loaded from"):
         model.to_vllm(tmp_path / "source")
+    # Nor is the folder of an earlier export for the base that it holds.
+    again = bridged.bridge(model.to_vllm(tmp_path / "earlier").base)
+    with pytest.raises(SaveError, match="earlier/base is what the model was loaded from"):
+        again.to_vllm(tmp_path / "earlier", merged=True)
     with pytest.raises(TypeError):
         model.to_vllm(tmp_path / "served", rank=3)
     assert not (tmp_path / "served").exists()
