@@ -2,71 +2,23 @@
 
 import asyncio
 import json
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
+from served import KEY, NAME, TALK, Site, load
 
-from purelm import Constraint, Engine, FastLanguageModel, Request, cli, serve
-from purelm.errors import ArgumentError, BusyError
+from purelm import cli, serve
+from purelm.errors import ArgumentError
 from purelm.serve_options import Options
-from purelm.serve_schemas import Schemas
 from purelm.serve_text import AnswerText
-
-KEY = "sesame"
-NAME = "tiny"
-TALK: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
 def loaded() -> Any:
-    return FastLanguageModel.from_pretrained(
-        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
-    )
-
-
-class Site:
-    """A server in a thread of its own, and clients of it."""
-
-    def __init__(self, loaded: Any, **options: Any) -> None:
-        self.options = Options(NAME, api_key=KEY, grace=1, **options)
-        self.app = serve.app(*loaded, self.options)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
-        self.server = serve.server(self.app, self.options)
-        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
-
-    def __enter__(self) -> "Site":
-        self.thread.start()
-        for _ in range(500):
-            if self.server.started:
-                return self
-            time.sleep(0.01)
-        raise AssertionError("the server does not start")
-
-    def __exit__(self, *_: Any) -> None:
-        self.server.should_exit = True
-        self.thread.join(20)
-        self.socket.close()
-        assert not self.thread.is_alive()
-        assert not self.app.state.worker._thread.is_alive()
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
-
-    def post(self, path: str, **arguments: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {KEY}", **arguments.pop("headers", {})}
-        return httpx.post(self.url + path, headers=headers, timeout=30, **arguments)
+    return load()
 
 
 @pytest.fixture(scope="module")
@@ -198,36 +150,6 @@ def test_logit_bias_and_penalties_reach_the_engine(client: openai.OpenAI, loaded
     assert out.choices[0].text == loaded[1].decode([token] * 3)
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"messages": []}, "messages"),
-    ({"messages": [{"content": "hello"}]}, "role"),
-    ({"messages": [{"role": "user", "content": "x " * 5000}]}, "more than"),
-    ({"temperature": 3}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"temperature": True}, "temperature"),
-    ({"top_p": -1}, "top_p"),
-    ({"n": 0}, "n is 0"),
-    ({"n": 1000}, "n is 1000"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 201}, "to 200"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": list("abcde")}, "at most 4"),
-    ({"logit_bias": {"dog": 1}}, "logit_bias"),
-    ({"logit_bias": {"1": 1000}}, "logit_bias"),
-    ({"top_logprobs": 2}, "logprobs: true"),
-    ({"stream": "yes"}, "stream"),
-    ({"stream_options": 3}, "stream_options"),
-    ({"tools": [{"type": "function"}]}, "tools is not supported"),
-    ({"response_format": {"type": "xml"}}, "response_format must be"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "with a schema"),
-    (
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "cat"}}}},
-        "the constraint cannot be read",
-    ),
-    ({"temprature": 1}, "unknown parameter: temprature"),
-]
-
-
 def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
     values = {"type": "integer", "minimum": 3, "maximum": 5}
     schema = {"type": "object", "properties": {"n": values}, "required": ["n"]}
@@ -240,238 +162,6 @@ def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
     texts.append("".join(c.choices[0].delta.content or "" for c in streamed))
     for text in texts:
         assert json.loads(text)["n"] in (3, 4, 5)
-
-
-# The time that this takes to compile has not been waited for.
-HOSTILE: Any = {"type": "object", "minProperties": 500}
-HOSTILE |= {"properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
-
-
-def test_a_schema_that_would_never_compile_harms_nobody(
-    loaded: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve, "Schemas", partial(Schemas, seconds=2.0))
-
-    def ask(schema: Any) -> httpx.Response:
-        wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-        body = {"model": NAME, "messages": TALK, "max_tokens": 20, "temperature": 0}
-        return site.post("/chat/completions", json={**body, "response_format": wanted})
-
-    with Site(loaded) as site, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ask, HOSTILE)
-        plain = site.post("/completions", json={"model": NAME, "prompt": "The", "max_tokens": 2})
-        assert plain.status_code == 200 and not waiting.done()
-        assert waiting.result().status_code == 400
-        assert "cannot be compiled in 2 s" in waiting.result().json()["error"]["message"]
-        # The next has a process again.
-        answer = ask({"type": "string", "pattern": "^ab{3}$"})
-        assert json.loads(answer.json()["choices"][0]["message"]["content"]) == "abbb"
-
-
-@pytest.mark.full
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds it")
-def test_the_memory_of_a_process_is_bounded() -> None:
-    lines = ("import purelm.serve_schemas as s", "s._bound_memory(2**26)", "bytearray({} * 2**26)")
-    for times, fits in ((0, True), (4, False)):
-        code = "; ".join(lines).format(times)
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert (found.returncode == 0) is fits and ("MemoryError" in found.stderr) is not fits
-
-
-def test_more_schemas_than_may_wait_are_told_to_come_again(loaded: Any) -> None:
-    request = Request((1,), 1, constraint=Constraint(json_object=True))
-
-    async def ask() -> list[Any]:
-        schemas = Schemas(Engine(*loaded), 2)
-        calls = [schemas.prepare([request]) for _ in range(3)]
-        try:
-            return await asyncio.gather(*calls, return_exceptions=True)
-        finally:
-            await schemas.close()
-
-    found = asyncio.run(ask())
-    assert found[:2] == [None, None] and isinstance(found[2], BusyError)
-
-
-@pytest.mark.parametrize(("wrong", "says"), BAD, ids=[s for _, s in BAD])
-def test_bad_requests(site: Site, wrong: dict[str, Any], says: str) -> None:
-    body = {"model": NAME, "messages": TALK, "max_tokens": 4, **wrong}
-    reply = site.post("/chat/completions", json=body)
-    assert reply.status_code == 400
-    error = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error" and says in error["message"]
-
-
-@pytest.mark.parametrize("prompt", [None, 3, [], [[]], "", ["a", 3], [10**9], [[1], "a"] * 20])
-def test_bad_prompts(site: Site, prompt: Any) -> None:
-    reply = site.post("/completions", json={"model": NAME, "prompt": prompt})
-    assert reply.status_code == 400 and reply.json()["error"]["message"]
-
-
-def test_bad_bodies(site: Site) -> None:
-    path, kind = "/chat/completions", {"Content-Type": "application/json"}
-    for content in (b"{", b"[1]", b"\xff", b"[" * 15000):
-        assert site.post(path, content=content, headers=kind).status_code == 400
-    half = "\ud800"  # of a pair: JSON can say it, and no text has it
-    said = {"role": "user", "content": half}
-    for strange in ({"messages": [said]}, {"stop": half}, {half: 1}, {"model": half}):
-        body: Any = {"model": NAME, "messages": TALK, "max_tokens": 4, **strange}
-        reply = site.post(path, content=json.dumps(body).encode(), headers=kind)
-        assert reply.status_code == 400 and "not JSON" in reply.json()["error"]["message"]
-    assert site.post(path, content=b" " * 20_001, headers=kind).status_code == 413
-    assert site.post(path, content=b"{}").status_code == 415
-    wrong = site.post(path, json={"model": "other", "messages": TALK})
-    assert wrong.status_code == 404 and wrong.json()["error"]["code"] == "model_not_found"
-    assert site.post("/nothing", json={}).json()["error"]["type"] == "invalid_request_error"
-
-
-def test_the_client_sees_typed_errors(site: Site, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(model=NAME, messages=TALK, temperature=9)
-    with site.client("wrong") as stranger:
-        for call in (stranger.models.list, lambda: stranger.models.retrieve(NAME)):
-            with pytest.raises(openai.AuthenticationError, match="API key"):
-                call()
-        with pytest.raises(openai.AuthenticationError):
-            stranger.chat.completions.create(model=NAME, messages=TALK)
-
-
-def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The site's engine, slowed down, so that answers are under way for a while."""
-    step = Engine.step
-
-    def slowly(engine: Any) -> Any:
-        time.sleep(0.02)
-        engines.append(engine)
-        return step(engine)
-
-    engines: list[Any] = []
-    monkeypatch.setattr(Engine, "step", slowly)
-    return engines
-
-
-LONG: Any = {"model": NAME, "prompt": "The", "max_tokens": 190, "temperature": 1.5, "seed": 1}
-# Nothing ends these answers but their length.
-LONG |= {"extra_body": {"min_tokens": 190}}
-
-
-def wait_for(happens: Any) -> None:
-    for _ in range(500):
-        if happens():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it does not happen")
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_goes_away_cancels(
-    site: Site, monkeypatch: pytest.MonkeyPatch, streamed: bool
-) -> None:
-    engines = slow(site, monkeypatch)
-    if streamed:
-        with site.client() as client:
-            stream = client.completions.create(**LONG, stream=True)
-            next(iter(stream))
-            stream.close()
-    else:
-        with (
-            httpx.Client(timeout=0.3, headers={"Authorization": f"Bearer {KEY}"}) as impatient,
-            pytest.raises(httpx.ReadTimeout),
-        ):
-            body = {k: v for k, v in LONG.items() if k != "extra_body"}
-            impatient.post(site.url + "/completions", json={**body, "min_tokens": 190})
-    steps = len(engines)
-    assert 0 < steps < 100
-    wait_for(lambda: not engines[0].busy)
-    # Long before the answer would have been whole.
-    assert len(engines) < 120
-
-
-def test_a_client_that_has_gone_before_its_stream_begins_cancels(
-    loaded: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cancelled: list[int] = []
-    monkeypatch.setattr(Engine, "cancel", lambda engine, request_id: cancelled.append(request_id))
-    app = serve.app(*loaded, Options(NAME))
-    body = json.dumps({"model": NAME, "prompt": "The", "max_tokens": 190, "stream": True}).encode()
-    sent = [{"type": "http.request", "body": body}]
-
-    async def receive() -> Any:
-        return sent.pop() if sent else {"type": "http.disconnect"}
-
-    async def send(_: Any) -> None: ...
-
-    async def ask() -> None:
-        scope: Any = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/completions",
-            "query_string": b"",
-        }
-        scope["headers"] = [(b"content-type", b"application/json")]
-        async with app.router.lifespan_context(app):
-            await app(scope, receive, send)
-
-    asyncio.run(ask())
-    assert cancelled == [0]
-
-
-def test_too_many_are_told_to_come_again(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Site(loaded, slots=1, max_queue=0) as site, site.client() as client:
-        engines = slow(site, monkeypatch)
-        stream = client.completions.create(**LONG, stream=True)
-        next(iter(stream))
-        with pytest.raises(openai.RateLimitError, match="come again"):
-            client.completions.create(model=NAME, prompt="The", max_tokens=2)
-        # Several choices are queued all or none.
-        with pytest.raises(openai.RateLimitError):
-            client.completions.create(model=NAME, prompt="The", max_tokens=2, n=2)
-        stream.close()
-        wait_for(lambda: not engines[0].busy)
-        assert client.completions.create(model=NAME, prompt="The", max_tokens=2).choices[0].text
-
-
-def test_stopping_ends_what_is_under_way(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Site(loaded) as site, site.client() as client:
-        slow(site, monkeypatch)
-        stream = client.completions.create(**{**LONG, "max_tokens": 190}, stream=True)
-        next(iter(stream))
-        site.server.should_exit = True
-        # In OpenAI's form, after the second of grace.
-        with pytest.raises(openai.APIError, match="stopping"):
-            list(stream)
-
-
-@pytest.mark.parametrize(
-    ("problem", "status", "says", "logged"),
-    [
-        (torch.OutOfMemoryError("of 80 GB"), 503, "no memory for this request", 0),
-        (KeyError("secret"), 500, "internal error", 1),
-    ],
-)
-def test_a_request_that_fails_in_the_engine(
-    site: Site,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    problem: Exception,
-    status: int,
-    says: str,
-    logged: int,
-) -> None:
-    def failing(engine: Engine) -> Any:
-        raise problem
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", failing)
-        reply = site.post("/completions", json={"model": NAME, "prompt": "The"})
-        error = reply.json()["error"]
-        assert (reply.status_code, error["type"]) == (status, "server_error")
-        assert says in error["message"] and "secret" not in error["message"]
-    # Who runs the server is told what a client is not.
-    told = [r for r in caplog.records if r.name == "purelm.serve"]
-    assert len(told) == logged and all("secret" in str(r.exc_info) for r in told)
-    assert site.post("/completions", json={"model": NAME, "prompt": "The"}).status_code == 200
 
 
 def test_many_at_once(site: Site) -> None:
@@ -533,8 +223,3 @@ def test_only_loopback_goes_without_a_key() -> None:
     assert Options(NAME).api_key is None and Options(NAME, host="::1").host == "::1"
     with pytest.raises(ArgumentError):
         Options(NAME, host="192.168.0.1")
-
-
-def test_error_bodies_are_json(site: Site) -> None:
-    reply = site.post("/chat/completions", json={"model": NAME})
-    assert json.loads(reply.text)["error"]["param"] == "messages"
