@@ -67,10 +67,11 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
             rounded=model.qat_scheme is not None,
             gradients=_gradients(layers, worn),
         )
-        fixed = max(_lasting(model), _allocated(device))
+        fixed = max(_lasting(model), _allocated(device)) + _casts(model)
         fixed += _WORKSPACE if device.type == "cuda" else 0
         budget = model.memory_budget
-        budget = fixed + _free(device) if budget is None else budget
+        if budget is None:  # what lasts and is not there yet is taken from what is free
+            budget = max(_there(model), _allocated(device)) + _free(device)
         found = plan(model.spec, shape, budget=budget, fixed=fixed)
         known = {p.policies for p in model.plans.values()}
         model.plans[batch, length, masked] = found
@@ -113,11 +114,30 @@ def advice(model: "CausalLM") -> str:
 
 def _lasting(model: "CausalLM") -> int:
     """Bytes that last for the whole run: params, and a gradient and two moments of what is trained
-    (fp32, as torch's AdamW has them).
+    (in its dtype, as torch's AdamW has them).
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(tree.nbytes(t) for t in _held(model)) - tree.nbytes(model.host_tables)
-    return held + 3 * 4 * trained
+    return _params(model) + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _there(model: "CausalLM") -> int:
+    """Bytes of these that are known to be there: not an optimizer's, which nobody here sees."""
+    return _params(model) + sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+def _params(model: "CausalLM") -> int:
+    return sum(tree.nbytes(t) for t in _held(model)) - tree.nbytes(model.host_tables)
+
+
+def _casts(model: "CausalLM") -> int:
+    """Bytes of what is trained as a step computes with it, from its forward to its backward."""
+    adapters, copies = tree.leaves(model.adapters), tree.tensors(model.trained)
+    scaled = [
+        t for one in adapters if one.scale != 1.0 or one.magnitude is not None for t in [one.b]
+    ]
+    others = [t for one in adapters for t in (one.a, one.b)] + copies
+    cast = {id(t): t for t in [*scaled, *(t for t in others if t.dtype != model.dtype)]}
+    count: int = sum(t.numel() for t in cast.values())
+    return count * model.dtype.itemsize
 
 
 def _held(model: "CausalLM") -> list[tree.Tree]:

@@ -33,6 +33,13 @@ class Policy:
     tile: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("x", "qkv", "out", "mid", "gate_up"):
+            fate, fates = getattr(self, name), ["keep", "offload"]
+            if name not in ("x", "mid"):
+                fates.append("recompute")
+            if fate not in fates:
+                expected = ", ".join(map(repr, fates))
+                raise ArgumentError(f"{name} is {fate!r}: expected one of {expected}")
         if self.tile is not None and (self.tile < 1 or self.gate_up != "recompute"):
             raise ArgumentError(
                 f"tile is {self.tile} with gate_up={self.gate_up!r}: expected at least one token, "

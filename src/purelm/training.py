@@ -140,22 +140,26 @@ def train_step(
     label_smoothing, z_loss: as in `nn.loss.next_token`.
     graphs: replay the step from these, of this model and optimizer, whose rows are packed; they
     were made with the loss's terms.
-    Raises TrainingError, with the parameters as they were, for a loss or gradient that is not
-    finite.
+    Raises TrainingError for a loss or gradient that is not finite. After this, as after any error
+    of a batch, the parameters are as they were, without gradients.
     """
     count = sum(row.learned for rows in window for row in rows)
     total: torch.Tensor | float = 0.0
-    for rows in window:
-        if graphs is not None:
-            total = total + graphs.loss(rows, count)
-            continue
-        batch = pack(rows) if packing else collate(rows, pad_id)
-        loss = model(
-            **batch, num_items_in_batch=count, smoothing=label_smoothing, z_loss=z_loss
-        ).loss
-        assert loss is not None
-        loss.backward()
-        total = total + loss.detach()
+    try:
+        for rows in window:
+            if graphs is not None:
+                total = total + graphs.loss(rows, count)
+                continue
+            batch = pack(rows) if packing else collate(rows, pad_id)
+            loss = model(
+                **batch, num_items_in_batch=count, smoothing=label_smoothing, z_loss=z_loss
+            ).loss
+            assert loss is not None
+            loss.backward()
+            total = total + loss.detach()
+    except BaseException:  # what some batches gave is not for the next step
+        optimizer.zero_grad()
+        raise
     tokens = sum(len(row.ids) for rows in window for row in rows)
     if graphs is not None:
         assert isinstance(total, torch.Tensor)

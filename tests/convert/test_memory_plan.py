@@ -8,6 +8,7 @@ import folders
 import pytest
 import torch
 from bridged import ids
+from live_bytes import LiveBytes
 
 from purelm import FastLanguageModel
 from purelm.convert import memory_plan
@@ -60,6 +61,44 @@ def test_gradients_are_those_of_every_other_choice(
     assert len(tight.plans) == 1 and not capsys.readouterr().err
     step(tight, ids(rows=1))
     assert len(tight.plans) == 2
+
+
+def test_what_a_step_allocates_is_planned(folder: Path) -> None:
+    """With adapters that outweigh all else, whose casts are there from forward to backward."""
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), dtype=torch.bfloat16, load_in_16bit=True, device_map="cpu"
+    )
+    model = FastLanguageModel.get_peft_model(model, r=512, use_gradient_checkpointing="auto")
+    batch = ids(rows=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with LiveBytes() as live:
+        model(batch, labels=batch).loss.backward()
+    (plan,) = model.plans.values()
+    there = sum(p.nbytes for p in model.parameters())
+    moments = 2 * sum(p.nbytes for p in trained)
+    assert live.most <= plan.peak - there - moments
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_free_memory_is_left_for_gradients_and_moments(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    """Of what is free before the first step the optimizer takes its part; of what is free after it
+    no more.
+    """
+    keeps = load(folder)
+    step(keeps, ids())
+    (whole,) = keeps.plans.values()
+    model = load(folder)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if later:
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+    there = sum(p.nbytes for p in model.parameters()) + later * sum(p.nbytes for p in trained)
+    monkeypatch.setattr(memory_plan, "_free", lambda device: whole.peak - there - 1)
+    model(ids(), labels=ids())
+    (plan,) = model.plans.values()
+    assert plan.budget == whole.peak - 1 and set(plan.policies) != {KEEP}
 
 
 def test_a_budget_below_the_least(folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import FastLanguageModel, training
-from purelm.errors import ArgumentError, TrainingError
+from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed_training import graphs_for
 from purelm.graphed_update import GraphedUpdate
 from purelm.rows import Row, collate
@@ -202,6 +202,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder: Path) -> None
         )
     for name, p in training.trained(model).items():
         assert torch.equal(p.nan_to_num(7.0), before[name].nan_to_num(7.0)) and p.grad is None
+
+
+def test_a_step_that_fails_leaves_no_gradients_to_the_next(folder: Path) -> None:
+    """Such as one whose later batch finds no memory: what the earlier ones gave goes with it."""
+    model = FastLanguageModel.get_peft_model(load(folder), r=4)
+    rows = drawn(4)
+    beyond = Row((10**6, 1), (1, 1))
+    with pytest.raises(InputError):
+        step_once(model, [rows, [beyond]])
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_a_model_with_nothing_to_train_is_refused(folder: Path) -> None:

@@ -205,6 +205,15 @@ def test_a_tile_that_cannot_be() -> None:
             Policy(**fates)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "fates", [{"x": "recompute"}, {"mid": "recompute"}, {"qkv": "kept"}, {"out": None}]
+)
+def test_a_fate_that_cannot_be(fates: Any) -> None:
+    ((name, fate),) = fates.items()
+    with pytest.raises(ArgumentError, match=f"{name} is {fate!r}: expected .*'offload'"):
+        Policy(**fates)
+
+
 def test_against_float64() -> None:
     """fp32 gradients of the fast path against float64 autograd on the same weights."""
     spec, base, adapters = build(KINDS[1], torch.float32, nf4=False)
