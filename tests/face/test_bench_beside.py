@@ -104,7 +104,13 @@ def test_a_peer_that_is_not_there_is_a_row_of_its_own(
     assert "| purelm | " in said and "exit status 1" in said
 
 
+@pytest.mark.parametrize(
+    ("beside", "names"),
+    [(["--beside", "unsloth", "hf"], ["unsloth", "hf"]), (["--beside=unsloth"], ["unsloth"])],
+)
 def test_decoding_beside(
+    beside: list[str],
+    names: list[str],
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,14 +118,15 @@ def test_decoding_beside(
 ) -> None:
     seen = []
 
-    def apart(module: str, arguments: list[str], peer: str, timeout: float) -> list[_beside.Row]:
-        seen.append((module, [*arguments], peer))
-        return [{"peer": peer, "batch": 1, "token_ms": 2.0 if peer == "purelm" else 8.0}
-                | ({"roofline": 0.4} if peer == "purelm" else {})]  # fmt: skip
+    def results(module: str, arguments: list[str], timeout: float) -> list[_beside.Row]:
+        seen.append((module, [*arguments]))
+        ours = arguments[-1] == "purelm"
+        row = {"peer": arguments[-1], "batch": 1, "token_ms": 2.0 if ours else 8.0}
+        return [row | ({"roofline": 0.4} if ours else {})]
 
-    monkeypatch.setattr(_beside, "apart", apart)
-    run = ["bench", "decode", "m", "1", "--new", "4", "--beside", "unsloth", "hf", "--rank", "2"]
+    monkeypatch.setattr(_beside, "results", results)
+    run = ["bench", "decode", "m", "1", "--new", "4", *beside, "--rank", "2"]
     assert cli.main([*run, "--output", str(tmp_path)]) == 0
-    kept = ["m", "1", "--new", "4", "--rank", "2", "--output", str(tmp_path)]
-    assert seen == [("decode", kept, peer) for peer in ("purelm", "unsloth", "hf")]
+    kept = ["m", "1", "--new", "4", "--rank", "2", "--output", str(tmp_path), "--peer"]
+    assert seen == [("decode", [*kept, peer]) for peer in ("purelm", *names)]
     assert "| unsloth | 1 | 8.0 | 0.1 |" in capsys.readouterr().out

@@ -213,7 +213,7 @@ def test_bench_load_tells_of_what_failed(
     broken.mkdir()
     (broken / "config.json").write_text((folder / "config.json").read_text())
     assert cli.main(["bench", "load", str(broken), "--who=purelm", "--repeats=1"]) == 1
-    assert "purelm failed: exit code 1: " in capsys.readouterr().out
+    assert "purelm failed: exit status 1: " in capsys.readouterr().out
     assert cli.main(["bench", "load", "some/name", "--who=purelm"]) == cli.FAILED
 
 

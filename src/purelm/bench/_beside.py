@@ -3,6 +3,7 @@ some changes others, and their memory must not add up."""
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,41 +11,57 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+PREFIX = "RESULT "
 TAIL = 400  # characters of a failed process's last words
 
 
-def apart(module: str, arguments: Sequence[str], peer: str, timeout: float) -> list[Row]:
-    """What `python -m purelm.bench.MODULE ARGUMENTS --peer PEER` prints after RESULT, a line each.
+class Failed(Exception):
+    """Why a process gave no figures."""
 
-    A process that fails or takes longer than `timeout` seconds gives one row, of `peer` and
-    `error`.
+
+def results(
+    module: str, arguments: Sequence[str], timeout: float, cwd: str | None = None
+) -> list[Row]:
+    """What `python -m purelm.bench.MODULE ARGUMENTS` prints after RESULT, a line each. Raises
+    Failed, also for one that takes longer than `timeout` seconds.
     """
-    command = [sys.executable, "-m", f"purelm.bench.{module}", *arguments, "--peer", peer]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            [sys.executable, "-m", f"purelm.bench.{module}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            # What is imported here is there, wherever it runs.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        )
     except subprocess.TimeoutExpired:
-        return [{"peer": peer, "error": f"took longer than {timeout:g} s"}]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines()
-             if line.startswith("RESULT ")]  # fmt: skip
+        raise Failed(f"took longer than {timeout:g} s") from None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(PREFIX)]
     if done.returncode or not lines:
-        last = (done.stderr or done.stdout).strip()[-TAIL:]
-        return [{"peer": peer, "error": f"exit status {done.returncode}: {last}"}]
-    return [json.loads(line) for line in lines]
+        last = " ".join((done.stderr or done.stdout).split())[-TAIL:]
+        raise Failed(f"exit status {done.returncode}: {last}")
+    return [json.loads(line.removeprefix(PREFIX)) for line in lines]
 
 
 def all_of(
     module: str, arguments: Sequence[str], ours: str, beside: Sequence[str], timeout: float
 ) -> list[Row]:
-    """The rows of `ours` and of each of `beside`, in turn, each shown when it is there.
+    """The rows of `ours` and of each of `beside`, in turn, each shown when it is there; of a
+    process that failed one row, of `peer` and `error`.
 
     arguments: of the program that was asked, in which `--beside` and the names are still.
     """
     kept = list(arguments)
-    start = kept.index("--beside")
-    del kept[start : start + 1 + len(beside)]
+    start = next(i for i, argument in enumerate(kept) if argument.split("=")[0] == "--beside")
+    names = len(beside) - ("=" in kept[start])
+    del kept[start : start + 1 + names]
     rows = []
     for peer in (ours, *beside):
-        found = apart(module, kept, peer, timeout)
+        try:
+            found = results(module, [*kept, "--peer", peer], timeout)
+        except Failed as problem:
+            found = [{"peer": peer, "error": str(problem)}]
         print("\n".join(json.dumps(row) for row in found), flush=True)
         rows += found
     return rows
@@ -57,7 +74,7 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     for row in rows:
         cells = [str(row.get(c, "")) for c in shown]
         if "error" in row:
-            cells = [cells[0], " ".join(row["error"].split())[-TAIL:].replace("|", "/")]
+            cells = [cells[0], row["error"].replace("|", "/")]
             cells += [""] * (len(shown) - 2)
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)

@@ -29,7 +29,9 @@ BYTES_PER_SECOND = 3e12
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement a batch, or those of each library, and print them."""
-    parser = argparse.ArgumentParser(prog="purelm bench decode", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="purelm bench decode", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("model")
     parser.add_argument("batch", type=int, nargs="+", help="one measurement for each")
     parser.add_argument("--prompt", type=int, default=128)

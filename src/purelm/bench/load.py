@@ -11,20 +11,17 @@ import argparse
 import contextlib
 import csv
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
 
 from ..convert import atomic
 from ..errors import ArgumentError
+from ._beside import Failed, Row, results
 
-Row = dict[str, Any]
 WHO = ("purelm", "hf", "unsloth")
 _NEEDS = {"hf": ("transformers", "bitsandbytes"), "unsloth": ("unsloth",)}
 _FIGURES = {
@@ -108,26 +105,12 @@ def _into_page_cache(folder: Path) -> int:
 
 def _apart(who: str, args: argparse.Namespace, cwd: str) -> Row:
     """One library's figures from a process of its own, or why it has none."""
-    model = str(Path(args.model).resolve())
-    command = [sys.executable, "-m", "purelm.bench._load_one", who, model]
+    options = ["--16bit"] if args.in_16bit else []
+    asked = [who, str(Path(args.model).resolve()), *options]
     try:
-        done = subprocess.run(
-            [*command, *(["--16bit"] if args.in_16bit else [])],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=args.timeout,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took longer than {args.timeout} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
-        return {"failed": f"exit code {done.returncode}: {said[-1][:300] if said else ''}"}
-    found: Row = json.loads(lines[-1].removeprefix("RESULT "))
-    return found
+        return results("_load_one", asked, args.timeout, cwd)[-1]
+    except Failed as problem:
+        return {"failed": str(problem)}
 
 
 def _median(found: Sequence[Row]) -> Row:

@@ -38,7 +38,9 @@ _CHECKPOINTING: dict[str, bool | str] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement, or one of each library, and print it."""
-    parser = argparse.ArgumentParser(prog="purelm bench train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="purelm bench train", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("model")
     parser.add_argument("batch", type=int)
     parser.add_argument("seq", type=int)
