@@ -20,6 +20,7 @@ from .adapter_fit import fitted_stored
 from .expert_parts import has_place, is_joined_by_peft, namesakes, put_together
 from .fused_adapters import Stored
 from .lora_config import PeftConfig
+from .named_adapters import Adapter
 from .names import Names
 from .safetensors_write import Entry
 from .trained_base import LOFTQ
@@ -48,32 +49,37 @@ def save_adapter(
         )
     origin = model.origin
     atomic.check_apart(folder, origin.folder)
-    stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
-    if origin.rope_scaling is not None:
-        stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)
-    metadata = {key: value for key, value in stored.items() if value is not None}
     saved = named_adapters.chosen(
         list(worn) if selected_adapters is None else selected_adapters, list(worn)
     )
     files, base = {}, model.base_params
     for name in saved:
         one = worn[name]
-        config = replace(
-            one.config or PeftConfig(),
-            base_model_name_or_path=origin.name,
-            revision=origin.revision,
-        )
-        header = metadata
-        if config.init_lora_weights == LOFTQ:
-            # peft would make such a start again where it loads one.
-            config = replace(config, init_lora_weights=True)
-            header = {**metadata, "start": LOFTQ}
+        config, header = described(model, one)
         adapters = named_adapters.acting([one], training=True)
         within = "" if name == named_adapters.DEFAULT else name
         files[within] = _files(
             adapters, model.spec, origin.family.names, one.trained, config, header, base
         )
     _write(folder, files, model.tokenizer if tokenizer is None else tokenizer)
+
+
+def described(model: "CausalLM", adapter: Adapter) -> tuple[PeftConfig, dict[str, str]]:
+    """The config for a file of `adapter`, and what its header says of the base it belongs to."""
+    origin = model.origin
+    stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
+    if origin.rope_scaling is not None:
+        stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)
+    config = replace(
+        adapter.config or PeftConfig(),
+        base_model_name_or_path=origin.name,
+        revision=origin.revision,
+    )
+    if config.init_lora_weights == LOFTQ:
+        # peft would make such a start again where it loads one.
+        config = replace(config, init_lora_weights=True)
+        stored["start"] = LOFTQ
+    return config, {key: value for key, value in stored.items() if value is not None}
 
 
 def write_adapter(

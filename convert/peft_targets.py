@@ -1,5 +1,6 @@
 """Which weights a `PeftConfig` means: peft's matching rules over a model's module names."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -196,9 +197,15 @@ def rank_and_scale(config: PeftConfig, *known: str) -> tuple[int, float]:
 def by_pattern(patterns: Mapping[str, Any], known: Iterable[str], default: Any) -> Any:
     """The value of the first pattern that matches an ending of one of the names, as in peft."""
     for pattern, value in patterns.items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in known):
+        if any(_ending(pattern).match(name) for name in known):
             return value
     return default
+
+
+# A file may have thousands, and every module meets them all: `re` itself keeps 512.
+@functools.lru_cache(maxsize=1 << 13)
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _shown(wanted: str | Iterable[str] | None) -> str:

@@ -14,8 +14,7 @@ from ..errors import ArgumentError
 from ..nn import tree
 from ..nn.lora import LoRA
 from . import atomic, expert_adapters, merge, named_adapters
-from .adapter_write import write_adapter
-from .lora_config import PeftConfig
+from .adapter_write import described, write_adapter
 from .trained_base import belong_to_it
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _write(model: "CausalLM", name: str, folder: Path) -> int:
     """Write an adapter as vLLM takes it; its rank. Raises ArgumentError where it takes none."""
     one, names = model.worn[name], model.origin.family.names
     adapters = named_adapters.acting([one], training=True)
-    config = replace(one.config or PeftConfig(), base_model_name_or_path=model.origin.name)
+    config, header = described(model, one)
     leaves: list[LoRA] = tree.leaves(adapters)
     _, whole = expert_adapters.taken_out(adapters, config, model.spec, names)
     rank = 0
@@ -120,7 +119,14 @@ def _write(model: "CausalLM", name: str, folder: Path) -> int:
     _require(all(leaf.magnitude is None for leaf in leaves), name, "magnitudes (DoRA)")
     _require(not whole, name, "factors of experts' stacked parameters")
     write_adapter(
-        folder, adapters, model.spec, names, config=config, change=even, by_parameter=False
+        folder,
+        adapters,
+        model.spec,
+        names,
+        config=config,
+        metadata=header,
+        change=even,
+        by_parameter=False,
     )
     return rank
 

@@ -109,6 +109,9 @@ def test_the_base_is_chosen_by_the_adapters_that_are_merged(tmp_path: Path) -> N
     served = model.to_vllm(tmp_path / "one", selected_adapters=["plain"])
     assert same_files(served.base, tmp_path / "base")
     served = model.to_vllm(tmp_path / "all")
+    again = four(tmp_path)
+    again.load_adapter(served.adapters["lost"], "again")
+    assert again.peft_config["again"].init_lora_weights == "loftq"
     with model.disable_adapter():
         method = "merged_16bit_dequantized"
         model.save_pretrained_merged(tmp_path / "dequantized", save_method=method)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import bridged
+import faults
 import folders
 import peft
 import pytest
@@ -503,6 +504,18 @@ def test_configs_that_cannot_be_followed(edit: str, written: tuple[CausalLM, Pat
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(AdapterError, match=message):
         read(written)
+
+
+def test_thousands_of_patterns_take_no_time(tmp_path: Path) -> None:
+    _, folder = hf("llama", {}, tmp_path)
+    model = adapted(folder, target_modules="all-linear")
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    patterns = {f"layers.{i}x.*a": 4 for i in range(2000)}
+    change = {"rank_pattern": patterns, "alpha_pattern": patterns}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with faults.bounded():
+        read((model, path.parent))
 
 
 def test_harmless_settings_are_read(written: tuple[CausalLM, Path]) -> None:
