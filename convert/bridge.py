@@ -189,7 +189,7 @@ class CausalLM(Saving, Wearing):
         total = None
         residuals = None
         if self.training:
-            masked = memory_plan.is_masked(layout)
+            masked = memory_plan.is_masked(self, layout)
             residuals = memory_plan.residuals_for(self, *input_ids.shape, masked=masked)
         with self._own_dtypes(), memory_plan.told(self, residuals):
             x = decoder.hidden(

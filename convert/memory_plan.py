@@ -11,6 +11,7 @@ import torch
 
 from ..kernels.attention import backend_for
 from ..nn import experts, tree
+from ..nn.attention import needs_mask
 from ..nn.layout import Layout
 from ..nn.plan import GIB, plan
 from ..nn.residuals import Policy, Residuals
@@ -29,10 +30,9 @@ _WORKSPACE = 64 * 2**20
 _STEP = 256
 
 
-def is_masked(layout: Layout) -> bool:
-    """Whether attention over it needs a mask, with which layers run through autograd."""
-    fused = layout.documents is not None and layout.positions.is_cuda
-    return layout.segments is not None and not fused
+def is_masked(model: "CausalLM", layout: Layout) -> bool:
+    """Whether some layer's attention over it needs a mask, with which it runs through autograd."""
+    return any(needs_mask(layout, model.dtype, a.chunk) for a in model.spec.attentions())
 
 
 def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = False) -> Residuals:

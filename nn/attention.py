@@ -165,6 +165,15 @@ def reach(keys: torch.Tensor, seen: Visible) -> int:
     return keys.shape[1]
 
 
+def needs_mask(layout: Layout, dtype: torch.dtype, chunk: int | None = None) -> bool:
+    """Whether `visible` is a mask for whole rows, without a cache before them."""
+    device = layout.positions.device
+    if chunk is not None and chunk < layout.positions.shape[1]:
+        return True
+    fits = layout.documents is not None and fused(device, dtype)
+    return layout.segments is not None and not fits
+
+
 def visible(
     queries: Layout,
     segments: torch.Tensor | None,
@@ -184,10 +193,10 @@ def visible(
     total = offset + s
     unlimited = window is None or window >= total
     chunked = chunk is not None and chunk < total
-    if segments is None and not chunked and (offset == 0 or (s == 1 and unlimited)):
+    if offset == 0 and not needs_mask(queries, dtype, chunk):
+        return None if segments is None else queries.documents
+    if segments is None and not chunked and s == 1 and unlimited:
         return None
-    if queries.documents is not None and not offset and not chunked and fused(device, dtype):
-        return queries.documents
     i = torch.arange(offset, total, device=device)[:, None]
     j = torch.arange(total, device=device)[None, :]
     seen = j <= i

@@ -1,6 +1,7 @@
 """`use_gradient_checkpointing="auto"`: planned at each shape, heeding the budget, as exact."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_free_memory_is_left_for_gradients_and_moments(
     model(ids(), labels=ids())
     (plan,) = model.plans.values()
     assert plan.budget == whole.peak - 1 and set(plan.policies) != {KEEP}
+
+
+def test_rows_longer_than_a_chunk_are_planned_with_their_mask(folder: Path) -> None:
+    """Llama 4's: attention under the mask of chunks runs again, whole rows or not."""
+    model = load(folder)
+    layers = model.spec.layers
+    for chunk, masked in ((23, False), (8, True)):
+        own = [replace(one, attention=replace(one.attention, chunk=chunk)) for one in layers]
+        model.spec = replace(model.spec, layers=tuple(own))
+        model.plans.clear()
+        step(model, ids())
+        (plan,) = model.plans.values()
+        assert ("for a mask" in str(plan)) == masked
 
 
 def test_a_budget_below_the_least(folder: Path) -> None:

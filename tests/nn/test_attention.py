@@ -10,7 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from purelm.kernels.attention import attention
 from purelm.nn import alibi, decoder, layout, mixer, rope
-from purelm.nn.attention import visible
+from purelm.nn.attention import needs_mask, visible
 from purelm.nn.cache import empty
 from purelm.nn.decode import decode, prefill
 from purelm.nn.params import init
@@ -129,3 +129,24 @@ def test_padding_in_front_is_documents(monkeypatch):
     assert layout.from_mask(torch.tensor([[1, 1, 0]])).documents is None
     monkeypatch.setattr("purelm.nn.attention.fused", lambda *_: True)
     assert visible(padded, padded.segments, 0, torch.float32, None) is padded.documents
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 6])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_needs_a_mask_gets_one(monkeypatch, chunk, window, dtype):
+    """What plans of memory ask is what a pass does, where a kernel takes documents in 16 bits."""
+    monkeypatch.setattr("purelm.nn.attention.fused", lambda _, dtype: dtype == torch.bfloat16)
+    rows = {
+        "full": layout.dense(2, 6, device="cpu"),
+        "packed": layout.from_cu_seqlens(torch.tensor([0, 2, 6]), 6, 4),
+        "front": layout.from_mask(torch.tensor([[0, 0, 1, 1, 1, 1]])),
+        "gap": layout.from_mask(torch.tensor([[1, 1, 0, 1, 1, 1]])),
+    }
+    masked = set()
+    for name, own in rows.items():
+        seen = visible(own, own.segments, 0, dtype, window, chunk)
+        assert isinstance(seen, torch.Tensor) == needs_mask(own, dtype, chunk)
+        masked |= {name} if isinstance(seen, torch.Tensor) else set()
+    some = {"gap"} if dtype == torch.bfloat16 else {"gap", "front", "packed"}
+    assert masked == (set(rows) if chunk == 3 else some)
