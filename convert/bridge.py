@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError
-from ..nn import decoder, loss, qat, tree
+from ..nn import decoder, loss, pinned, qat, tree
 from ..nn.kept_steps import KeptSteps
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
@@ -114,8 +114,7 @@ class CausalLM(Saving, Wearing):
                 "load without it"
             )
         for table in tables:
-            pinned = table.is_cuda and torch.cuda.is_available()
-            host = torch.empty(table.shape, dtype=table.dtype, pin_memory=pinned)
+            host = (pinned.like if table.is_cuda else torch.empty_like)(table.detach())
             table.data = host.copy_(table.detach())
         self.host_tables = tuple(tables)
 

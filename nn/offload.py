@@ -7,11 +7,11 @@ import torch
 from torch.utils import _pytree
 
 from ..errors import ArgumentError
-from . import tree
+from . import pinned, tree
 
 
 class _OnHost(NamedTuple):
-    """A pinned copy of a device tensor; what else a tree holds stays as it is."""
+    """A copy of a device tensor on the host; what else a tree holds stays as it is."""
 
     copy: torch.Tensor
 
@@ -123,7 +123,7 @@ class Offload:
         # Some attention backends keep a seed on the CPU.
         if not isinstance(leaf, torch.Tensor) or not leaf.is_cuda:
             return leaf
-        host = torch.empty_like(leaf, device="cpu", pin_memory=True)
+        host = pinned.like(leaf)
         with torch.cuda.stream(self._out):
             host.copy_(leaf, non_blocking=True)
         return _OnHost(host)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from purelm.errors import ArgumentError
-from purelm.nn import lora, loss, params, rope, tree
+from purelm.nn import lora, loss, params, pinned, rope, tree
 from purelm.nn.fast_layer import Layer
 from purelm.nn.offload import Offload
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy
@@ -83,6 +83,23 @@ def test_the_fast_path_has_first_derivatives_only() -> None:
     grads = torch.autograd.grad(value, trained, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         (grads[0].sum() + trained[0].sum()).backward()
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_and_said_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = torch.empty_like
+
+    def empty_like(t: torch.Tensor, *, pin_memory: bool = False, **how: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(t, **how)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    turned = torch.randn(3, 5, dtype=torch.bfloat16).T
+    with pytest.warns(RuntimeWarning, match="no 30 bytes of host memory could be pinned"):
+        host = pinned.like(turned)
+    assert (host.shape, host.stride(), host.dtype) == (turned.shape, turned.stride(), turned.dtype)
 
 
 @pytest.mark.gpu
