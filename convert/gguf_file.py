@@ -41,6 +41,8 @@ _SCALARS = {
 }
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+# A head has not more pairs of features.
+_MAX_DIVISORS = 1 << 12
 # Weights that are dequantized at a time.
 _CHUNK = 1 << 24
 
@@ -295,3 +297,17 @@ def read_tensor(info: GGUFTensor) -> torch.Tensor:
     if info.heads:
         out = out.view(info.heads, -1, 2, *info.shape[1:]).transpose(1, 2).reshape(info.shape)
     return out
+
+
+def read_divisors(info: GGUFTensor) -> torch.Tensor:
+    """A scaled rotation's divisors, fp32 [d / 2], which stand in a file as a tensor.
+
+    Raises CheckpointError, before anything is read, for what is no vector of so few.
+    """
+    if len(info.shape) != 1 or info.shape[0] > _MAX_DIVISORS:
+        raise CheckpointError(
+            f"found shape {list(info.shape)}, expected a divisor for each pair of features",
+            tensor=info.name,
+            file=info.file,
+        )
+    return read_tensor(info).float()

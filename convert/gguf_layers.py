@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..nn.spec import MLPSpec, ModelSpec, MoESpec, RopeSpec
-from .gguf_file import GGUF, read_tensor
+from .gguf_file import GGUF, read_divisors
 
 PATTERN, SHARED = "attention.sliding_window_pattern", "attention.shared_kv_layers"
 INPUTS = "embedding_length_per_layer_input"
@@ -79,15 +79,17 @@ def config_fields(
     """
     depth = _whole(own, "block_count", gguf)
     slides = own.get(PATTERN)
-    fits = isinstance(slides, list) and len(slides) == depth
+    fits = isinstance(slides, list) and 0 < len(slides) == depth
     if not isinstance(slides, list) or not fits or not all(type(x) is bool for x in slides):
         raise ConfigError(f"{PATTERN} is {slides!r:.60}, expected {depth} booleans", file=gguf.file)
     shared = _whole(own, SHARED, gguf, 0)
     heads = _by_kind(own, _KV_HEADS, slides, gguf)
     inner = own.get(_INNER)
     widths: list[Any] = inner if isinstance(inner, list) else [inner] * depth
-    if not all(type(width) is int for width in widths):
-        raise ConfigError(f"{_INNER} is {inner!r:.120}, expected whole numbers", file=gguf.file)
+    if len(widths) != depth or not all(type(width) is int for width in widths):
+        raise ConfigError(
+            f"{_INNER} is {inner!r:.120}, expected {depth} whole numbers", file=gguf.file
+        )
     first = depth - shared
     doubled = 0 < shared < depth and len(widths) == depth and widths[-1] == 2 * widths[0]
     if widths != [widths[0]] * first + [widths[0] * (1 + doubled)] * (depth - first):
@@ -135,7 +137,7 @@ def _proportion(gguf: GGUF, width: int) -> dict[str, Any]:
     info = gguf.tensors.get("rope_freqs.weight")
     if info is None:
         return {"rope_type": "default"}
-    found = read_tensor(info).float().flatten()
+    found = read_divisors(info)
     turned = int((found < STILL / 2).sum())
     factor = float(found[0]) if turned else 0.0
     want = divisors(RopeSpec(width, 1.0, "proportional", factor, turned=turned))

@@ -1,6 +1,5 @@
 """What a GGUF file says about its model, in Hugging Face's words: config fields, tensor names."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from .gguf_architectures import (
     divisors,
     of_file,
 )
-from .gguf_file import GGUF, GGUFTensor, read_tensor
+from .gguf_file import GGUF, GGUFTensor, read_divisors
 from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ROPE_TENSORS, VECTORS, to_hf
 from .registry import FAMILIES
 from .shards import Checkpoint
@@ -48,8 +47,6 @@ _KNOWN = {
     "rope.scaling.type",
     "vocab_size",
 }
-# A head has not more pairs of features.
-_MAX_FACTORS = 1 << 12
 # Experts that a stack may have; a file can announce any number.
 _MAX_EXPERTS = 1 << 12
 
@@ -232,11 +229,11 @@ def _longrope(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any]:
     found = {}
     for name, tensor in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT)):
         info = gguf.tensors.get(tensor)
-        if info is None or len(info.shape) != 1 or info.shape[0] > _MAX_FACTORS:
+        if info is None:
             raise CheckpointError(
                 "LongRoPE needs a vector of divisors here", tensor=tensor, file=gguf.file
             )
-        found[name] = read_tensor(info).tolist()
+        found[name] = read_divisors(info).tolist()
     return {
         "rope_type": "longrope",
         "attention_factor": _number(own, "rope.scaling.attn_factor", gguf, 1.0),
@@ -252,13 +249,7 @@ def _llama3(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     info = gguf.tensors.get(ROPE_FREQS)
     if info is None:
         return None
-    if math.prod(info.shape) > _MAX_FACTORS:
-        raise CheckpointError(
-            f"found shape {list(info.shape)}, expected a divisor for each pair of features",
-            tensor=info.name,
-            file=info.file,
-        )
-    found = read_tensor(info).float().flatten()
+    found = read_divisors(info)
     scaling: dict[str, Any] = {
         "factor": float(found.max()),
         "low_freq_factor": 1.0,

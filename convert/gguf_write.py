@@ -47,7 +47,8 @@ def save_gguf(
     The files are called NAME.METHOD.gguf after the model, and appear all or not at all; others in
     the folder stay. Methods: `METHODS`; biases and norms are always F32, and the embedding and the
     head are Q8_0 where the other matrices have fewer bits. Adapters are added in fp32 to the
-    weights of the files that the model was loaded from, and rounded once. Where llama.cpp
+    weights of the files that the model was loaded from (with LoftQ to what the quantized ones
+    dequantize to), and rounded once. Where llama.cpp
     has no windows for a family, the context that the file announces ends with the window.
 
     Returns the paths. Raises ArgumentError for other methods (K-quants need llama.cpp's own
