@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,6 +34,34 @@ class Graphs:
         self.model, self._say, self._said = model, say, False
         self.step = GraphedStep(model, label_smoothing=label_smoothing, z_loss=z_loss)
         self.update = GraphedUpdate(optimizer, max_grad_norm)
+
+    def check(
+        self,
+        model: CausalLM,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        *,
+        packing: bool,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> None:
+        """Raise ArgumentError for a step that is not the one that these replay."""
+        if model is not self.model or optimizer is not self.update.optimizer:
+            raise ArgumentError("graphs are of another model or optimizer; make new ones for this")
+        asked = {
+            "max_grad_norm": max_grad_norm or math.inf,
+            "packing": packing,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+        }
+        smoothing, z = self.step.terms["smoothing"], self.step.terms["z_loss"]
+        captured = dict(zip(asked, (self.update.limit, True, smoothing, z), strict=True))
+        for name, value in asked.items():
+            if value != captured[name]:
+                raise ArgumentError(
+                    f"{name} is {value}, and the graphs replay steps with {captured[name]}: make "
+                    "graphs with what the steps are to have"
+                )
 
     def loss(self, rows: Sequence[Row], count: int) -> torch.Tensor:
         """The summed loss of a packed batch over `count`, whose gradients are added to `.grad`.

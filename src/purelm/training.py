@@ -138,11 +138,14 @@ def train_step(
 
     packing: the rows of a batch run as one packed row instead of a padded batch; see `packs`.
     label_smoothing, z_loss: as in `nn.loss.next_token`.
-    graphs: replay the step from these, of this model and optimizer, whose rows are packed; they
-    were made with the loss's terms.
+    graphs: replay the step from these, of this model and optimizer, whose rows are packed, made
+    with the same terms and clipping; raises ArgumentError where any of it differs.
     Raises TrainingError for a loss or gradient that is not finite. After this, as after any error
     of a batch, the parameters are as they were, without gradients.
     """
+    if graphs is not None:
+        terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        graphs.check(model, optimizer, max_grad_norm, packing=packing, **terms)
     count = sum(row.learned for rows in window for row in rows)
     total: torch.Tensor | float = 0.0
     try:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import FastLanguageModel, training
+from purelm import FastLanguageModel, graphed, training
 from purelm.errors import ArgumentError, InputError, TrainingError
-from purelm.graphed_training import graphs_for
+from purelm.graphed_training import Graphs, graphs_for
 from purelm.graphed_update import GraphedUpdate
 from purelm.rows import Row, collate
 
@@ -266,6 +266,30 @@ def test_the_update_that_is_captured_is_the_step_s_own(folder: Path) -> None:
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
+def test_a_step_is_not_replayed_from_graphs_of_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made with one loss, clipping, model or optimizer, and asked for another."""
+    monkeypatch.setattr(graphed, "uncapturable", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = load(folder)
+    optimizer = training.adamw(model, 0.0)
+    graphs = Graphs(model, optimizer, 1.0, label_smoothing=0.1)
+    asked: dict[str, Any] = {"max_grad_norm": 1.0, "packing": True, "label_smoothing": 0.1}
+    same = {"step": 0, "rate": 0.1, "pad_id": 0, "graphs": graphs}
+    for name, value in (
+        ("max_grad_norm", 0.0),
+        ("packing", False),
+        ("label_smoothing", 0.0),
+        ("z_loss", 1e-4),
+    ):
+        with pytest.raises(ArgumentError, match=f"{name} is .* replay"):
+            training.train_step(model, optimizer, [drawn(2)], **same, **{**asked, name: value})
+    with pytest.raises(ArgumentError, match="another model or optimizer"):
+        training.train_step(model, training.adamw(model, 0.0), [drawn(2)], **same, **asked)
+    graphs.check(model, optimizer, **asked, z_loss=0.0)
 
 
 def test_graphs_that_cannot_be(folder: Path) -> None:
