@@ -70,6 +70,10 @@ def push(
     if token is False and not dry_run:
         raise ArgumentError("token=False sends no token, and writing to the hub needs one")
     check_token(token)
+    if temporary_location is not None and not Path(temporary_location).is_dir():
+        raise ArgumentError(
+            f"temporary_location is {temporary_location!r:.200}, expected a folder that is there"
+        )
     message = commit_message or f"Upload {kind} made with purelm"
     if not dry_run:
         # A wrong token shows before the work of saving.

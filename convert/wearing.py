@@ -108,6 +108,7 @@ class Wearing(Trainee):
 
         start: what adapters began with that act by their change since (`nn.lora.relative`).
         """
+        self._check_rank(adapters)
         for name in list(self._worn):
             self._take_off(name)
         self._activate(())
@@ -121,8 +122,7 @@ class Wearing(Trainee):
         Raises ArgumentError for a name that is taken or cannot be one, and with `fast_inference`
         for a rank over `max_lora_rank`.
         """
-        if (fast := getattr(self, "fast_inference", None)) is not None:
-            fast.check_rank(adapter.adapters)
+        self._check_rank(adapter.adapters)
         within = "" if named_adapters.check_name(name, list(self._worn)) == DEFAULT else name
         made: dict[str, LoRA] = {}
         shared: dict[int, nn.Parameter] = {}
@@ -148,6 +148,10 @@ class Wearing(Trainee):
         self._worn[name] = Adapter(
             tree.from_items(made), copies, tree.from_items(start), adapter.config
         )
+
+    def _check_rank(self, adapters: tree.Tree) -> None:
+        if (fast := getattr(self, "fast_inference", None)) is not None:
+            fast.check_rank(adapters)
 
     def _take_off(self, name: str) -> None:
         one = self._worn.pop(name)

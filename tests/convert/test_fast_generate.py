@@ -11,7 +11,7 @@ import torch
 from purelm import Engine, FastLanguageModel, Request, Sampling, SamplingParams
 from purelm.convert import engine_stats, fast_inference
 from purelm.errors import ArgumentError, InputError
-from purelm.nn import pages, tree
+from purelm.nn import lora, pages, tree
 from purelm.nn.generate import generate
 from purelm.nn.pages import PAGE
 
@@ -252,6 +252,11 @@ def test_ranks_over_the_largest_are_refused() -> None:
         model.add_adapter("wide", r=4, rank_pattern={"q_proj": 16})
     assert not model.worn
     FastLanguageModel.get_peft_model(model, r=8)
+    # Those that are worn stay on where others cannot take their place.
+    wide = lora.init(model.spec, rank=9, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ArgumentError, match="rank 9"):
+        model.set_adapters(wide)
+    assert model.active_adapters == ["default"]
 
 
 def test_without_fast_inference_it_says_so() -> None:
