@@ -48,8 +48,8 @@ def save_gguf(
     the folder stay. Methods: `METHODS`; biases and norms are always F32, and the embedding and the
     head are Q8_0 where the other matrices have fewer bits. Adapters are added in fp32 to the
     weights of the files that the model was loaded from (with LoftQ to what the quantized ones
-    dequantize to), and rounded once. Where llama.cpp
-    has no windows for a family, the context that the file announces ends with the window.
+    dequantize to), and rounded once. Where llama.cpp has no windows for a family, the context that
+    the file announces ends with the window.
 
     Returns the paths. Raises ArgumentError for other methods (K-quants need llama.cpp's own
     `llama-quantize`, which takes an f16 or bf16 file) and without a tokenizer, ConfigError for a
