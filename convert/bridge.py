@@ -139,6 +139,7 @@ class CausalLM(Saving, Wearing):
         if qat_scheme is not None:
             qat.wrap(self.params, self.spec, qat_scheme)
         self.qat_scheme = qat_scheme
+        self.plans.clear()  # layers whose weights are rounded run again
 
     # Running.
 

@@ -115,6 +115,15 @@ def test_rows_longer_than_a_chunk_are_planned_with_their_mask(folder: Path) -> N
         assert ("for a mask" in str(plan)) == masked
 
 
+def test_weights_that_are_rounded_from_now_on_are_planned_anew(folder: Path) -> None:
+    model = load(folder)
+    for scheme, rounded in ((None, False), ("int8", True), (None, False)):
+        model.round_weights(scheme)
+        step(model, ids())
+        (plan,) = model.plans.values()
+        assert ("rounded in training" in str(plan)) == rounded
+
+
 def test_a_budget_below_the_least(folder: Path) -> None:
     model = load(folder, budget=1000)
     with pytest.raises(ArgumentError, match="2 x 23 tokens: the least possible is"):
