@@ -17,7 +17,10 @@ def forgotten():
 
 @pytest.fixture
 def fresh():
-    """As in a process that has not looked for flash-linear-attention yet."""
+    """As in a process that has not looked for flash-linear-attention yet, before and after.
+
+    transformers takes what is imported: its models, other tests' oracles, would run it on a CPU.
+    """
     forgotten()
     yield
     forgotten()
@@ -127,7 +130,7 @@ def test_broken_says_so_once(monkeypatch, fresh, tmp_path, version, rule, said):
 
 @pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
 @pytest.mark.parametrize("documents", [False, True])
-def test_their_rule_is_ours(monkeypatch, documents):
+def test_their_rule_is_ours(monkeypatch, fresh, documents):
     """Of flash-linear-attention's own recurrence in plain torch, by the names of its chunks."""
     naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
     g = torch.Generator().manual_seed(0)
