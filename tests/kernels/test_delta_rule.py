@@ -130,7 +130,7 @@ def test_broken_says_so_once(monkeypatch, fresh, tmp_path, version, rule, said):
 
 @pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
 @pytest.mark.parametrize("documents", [False, True])
-def test_their_rule_is_ours(monkeypatch, fresh, documents):
+def test_their_rule_is_ours(fresh, monkeypatch, documents):
     """Of flash-linear-attention's own recurrence in plain torch, by the names of its chunks."""
     naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
     g = torch.Generator().manual_seed(0)
