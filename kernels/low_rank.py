@@ -9,6 +9,8 @@ memory that y takes; a library's product for it is made for arithmetic, and slow
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,24 @@ from .launch import language as tl
 
 ROWS, COLUMNS, WARPS = 64, 256, 8
 MOST_RANK = 256
+NARROW_RANK = 128  # of GPUs whose shared memory does not hold the tiles of more
 FLOATS = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def most_rank(device: torch.device) -> int:
+    """The largest rank that the launch takes on `device`."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return NARROW_RANK
+    return MOST_RANK
 
 
 def add_low_rank(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
     """y [m, n] + low [m, r] b [r, n], in the memory of y, which is returned; one dtype for all.
 
-    The sum is fp32 and rounded once. On a GPU the launch takes 16 bits, r up to 256 and unit
-    strides in the rows of y; what it does not take is torch's addmm. Raises KernelError.
+    The sum is fp32 and rounded once. On a GPU the launch takes 16 bits, r up to 256 (128
+    before Hopper) and unit strides in the rows of y; what it does not take is torch's addmm. Raises
+    KernelError.
     """
     m, n = y.shape if y.dim() == 2 else (0, 0)
     if low.dim() != 2 or y.dim() != 2 or (low.shape[0], b.shape) != (m, (low.shape[1], n)):
@@ -35,7 +47,7 @@ def add_low_rank(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
         )
     if not y.dtype == low.dtype == b.dtype:
         raise KernelError(f"dtypes {y.dtype}, {low.dtype}, {b.dtype}: expected one")
-    takes = y.dtype in FLOATS and y.stride(1) == 1 and 0 < low.shape[1] <= MOST_RANK
+    takes = y.dtype in FLOATS and y.stride(1) == 1 and 0 < low.shape[1] <= most_rank(y.device)
     if takes and on_gpu(y, low, b):
         ops.add_low_rank(y, low, b)
         return y

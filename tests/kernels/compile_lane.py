@@ -222,8 +222,9 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
             )
 
 
-def low_rank_cases(every: bool) -> Iterator[Case]:
-    for rank, dtype in itertools.product((16, 48, 256), (F16, BF16) if every else (BF16,)):
+def low_rank_cases(every: bool, arch: int) -> Iterator[Case]:
+    most = low_rank.MOST_RANK if arch >= 90 else low_rank.NARROW_RANK
+    for rank, dtype in itertools.product((16, 48, most), (F16, BF16) if every else (BF16,)):
         yield Case(
             f"add_low_rank {rank} {dtype}",
             low_rank._add_kernel,
@@ -750,7 +751,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     if arch >= 89:
         yield from fp8_cases(every)
     yield from flash_cases(every, arch)
-    yield from low_rank_cases(every)
+    yield from low_rank_cases(every, arch)
     yield from weighted_rows_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)

@@ -35,6 +35,7 @@ SPILLS = {
     "ssd_dx": 200,
     "ssd_dbc": 256,
     "gated_norm 1x3072": 8,
+    "nf4_quantize block=4096 torch.float16": 16,
     # Likewise that of the delta rule, and its states, which stay in registers from chunk to chunk.
     "delta_states": 256,
     "delta_pulls": 256,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from oracles import assert_rows
 
 from purelm.errors import KernelError
+from purelm.kernels import low_rank
 from purelm.kernels.low_rank import add_low_rank
 
 pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
@@ -42,3 +43,15 @@ def test_bad_input():
             add_low_rank(*bad)
     with pytest.raises(KernelError, match="dtypes"):
         add_low_rank(y, low.half(), b)
+
+
+@pytest.mark.parametrize(("major", "most"), [(8, 128), (9, 256), (10, 256)])
+def test_older_gpus_launch_for_fewer_inputs(
+    monkeypatch: pytest.MonkeyPatch, major: int, most: int
+) -> None:
+    """Whose shared memory the tiles of more would not fit into, as the compile lane shows."""
+    low_rank.most_rank.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert low_rank.most_rank(torch.device("cuda", 0)) == most
+    low_rank.most_rank.cache_clear()
+    assert low_rank.most_rank(torch.device("cpu")) == low_rank.MOST_RANK
