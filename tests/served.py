@@ -8,19 +8,12 @@ from typing import Any
 import httpx
 import openai
 
-from purelm import FastLanguageModel, serve
+from purelm import serve
 from purelm.serve_options import Options
 
 KEY = "sesame"
 NAME = "tiny"
 TALK: Any = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-def load() -> Any:
-    """The model that is served, and its tokenizer."""
-    return FastLanguageModel.from_pretrained(
-        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
-    )
 
 
 class Site:

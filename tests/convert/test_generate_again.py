@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import embedded_model
 import pytest
 import torch
 
@@ -28,9 +29,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_training_in_between(captures: list[Any]) -> None:
-    model, _ = FastLanguageModel.from_pretrained(
-        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
-    )
+    model, _ = embedded_model.load()
     model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False).eval()
 
     def answer(**how: Any) -> tuple[list[Any], int]:

@@ -52,19 +52,25 @@ def test_a_merged_model_has_its_logits(family: str, fields: dict[str, Any], tmp_
     bridged.same_logits(decoder.forward(params, spec, bridged.ids()), want, limit=5e-6 * offset)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("family", "fields"), gguf_models.MODELS)
-def test_llama_cpp_has_the_same_logits(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def llama_cpp_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What llama.cpp makes of one row of ids [1, s]: [s, v]."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = gguf_models.model_of(tmp_path, family, **fields)
-    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
     wide = llama_cpp.GGML_TYPE_F32
     theirs = llama_cpp.Llama(
         str(path), n_ctx=64, logits_all=True, type_k=wide, type_v=wide, verbose=False, n_threads=1
     )
-    ids = bridged.ids(rows=1, length=23)
     theirs.eval(ids[0].tolist())
-    found = torch.from_numpy(theirs.scores[: ids.shape[1]].copy())
+    return torch.from_numpy(theirs.scores[: ids.shape[1]].copy())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "fields"), gguf_models.MODELS)
+def test_llama_cpp_has_the_same_logits(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model = gguf_models.model_of(tmp_path, family, **fields)
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    ids = bridged.ids(rows=1, length=23)
+    found = llama_cpp_logits(path, ids)
     want = model(ids).logits.detach()[0]
     off = float((found - want).abs().max() / want.abs().max())
     # llama.cpp looks its GELU up in a table of half precision, layer after layer.
@@ -110,16 +116,11 @@ def test_longrope(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("original", [16, 512])
 def test_llama_cpp_has_the_same_longrope(original: int, tmp_path: Path) -> None:
     """It takes the long divisors where its context is longer than the original one."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("llama_cpp")
     model = gguf_models.model_of(
         tmp_path, "phi3", original_max_position_embeddings=original, **longrope(original, 2048, 8)
     )
     (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
-    wide = llama_cpp.GGML_TYPE_F32
-    theirs = llama_cpp.Llama(
-        str(path), n_ctx=64, logits_all=True, type_k=wide, type_v=wide, verbose=False, n_threads=1
-    )
     ids = bridged.ids(rows=1, length=23)
-    theirs.eval(ids[0].tolist())
-    found = torch.from_numpy(theirs.scores[: ids.shape[1]].copy())
+    found = llama_cpp_logits(path, ids)
     bridged.same_logits(found, model(ids).logits.detach()[0])

@@ -1,9 +1,11 @@
 """A random tiny checkpoint with a tokenizer and a chat template, and rows to train it on."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import embedded_model
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
@@ -99,3 +101,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [conversation(f"Where is {town}?", f"{town} is in the north.") for town in TOWNS]
     rows += [conversation("Who are you?", "A model."), conversation("And?", "No more.")]
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    """The carried model and its tokenizer."""
+    return embedded_model.load()
+
+
+@pytest.fixture(scope="module")
+def site(loaded: Any) -> Iterator[Any]:
+    """A server of the carried model."""
+    from served import Site  # its clients are imported where one is wanted
+
+    with Site(loaded, max_tokens=200, max_body=20_000) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def client(site: Any) -> Iterator[Any]:
+    """A client of that server."""
+    with site.client() as client:
+        yield client

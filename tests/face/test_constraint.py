@@ -12,7 +12,7 @@ from assets import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from purelm import Constraint, Engine, FastLanguageModel, Request, Sampling, Tokenizer
+from purelm import Constraint, Engine, Request, Sampling, Tokenizer
 from purelm.convert import sampling_params
 from purelm.convert.grammar import SPACES, Follower, Grammar
 from purelm.errors import ArgumentError
@@ -24,13 +24,6 @@ SCHEMA = {
     "required": ["animal", "tame"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return FastLanguageModel.from_pretrained(
-        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
-    )
 
 
 def answers(loaded: Any, prompt: str, **keywords: Any) -> list[str]:

@@ -8,19 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_rows
 
-from purelm import Engine, FastLanguageModel, Request, Sampling
+from purelm import Engine, Request, Sampling
 from purelm.errors import ArgumentError, BusyError, InputError
 from purelm.nn import decoder
 from purelm.nn import tree as trees
 
 WARM = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return FastLanguageModel.from_pretrained(
-        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
-    )
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import embedded_model
 import pytest
 import torch
 from hybrids import MIXERS, small
@@ -330,9 +331,7 @@ def test_too_little_memory_for_a_request() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    made, _ = FastLanguageModel.from_pretrained(
-        "purelm/tiny", max_seq_length=None, load_in_4bit=False, dtype="float32", device_map="cpu"
-    )
+    made, _ = embedded_model.load()
     return FastLanguageModel.get_peft_model(made, r=4, modules_to_save=["lm_head"])
 
 

@@ -2,35 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import torch
-from served import KEY, NAME, TALK, Site, load
+from served import KEY, NAME, TALK, Site
 
 from purelm import cli, serve
 from purelm.errors import ArgumentError
 from purelm.serve_options import Options
 from purelm.serve_text import AnswerText
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load()
-
-
-@pytest.fixture(scope="module")
-def site(loaded: Any) -> Iterator[Site]:
-    with Site(loaded, max_tokens=200, max_body=20_000) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def client(site: Site) -> Iterator[openai.OpenAI]:
-    with site.client() as client:
-        yield client
 
 
 def expected(loaded: Any, new: int) -> str:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,30 +13,12 @@ import httpx
 import openai
 import pytest
 import torch
-from served import KEY, NAME, TALK, Site, load
+from served import KEY, NAME, TALK, Site
 
 from purelm import Constraint, Engine, Request, serve
 from purelm.errors import BusyError
 from purelm.serve_options import Options
 from purelm.serve_schemas import Schemas
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load()
-
-
-@pytest.fixture(scope="module")
-def site(loaded: Any) -> Iterator[Site]:
-    with Site(loaded, max_tokens=200, max_body=20_000) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def client(site: Site) -> Iterator[openai.OpenAI]:
-    with site.client() as client:
-        yield client
-
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),

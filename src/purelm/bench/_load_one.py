@@ -1,6 +1,6 @@
 """One library loads a model in this process: `python -m purelm.bench._load_one WHO MODEL`.
 
-Prints one line, `RESULT {json}`. Unsloth is a black box: its public function is called.
+Prints one line, `RESULT {json}`.
 """
 
 import argparse
@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from . import _peers
 from ._wait import finished
 
 GIB = 2**30
@@ -89,41 +91,18 @@ def _purelm() -> Callable[[str, bool], Any]:
 
 def _hf() -> Callable[[str, bool], Any]:
     import bitsandbytes  # noqa: F401
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: F401
 
     def load(model: str, in_16bit: bool) -> Any:
-        four = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_use_double_quant=True,
-        )
         AutoTokenizer.from_pretrained(model)
-        return AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=torch.bfloat16,
-            device_map={"": 0} if torch.cuda.is_available() else "cpu",
-            quantization_config=None if in_16bit else four,
-        )
+        return _peers.load("hf", model, in_16bit=in_16bit)
 
     return load
 
 
 def _unsloth() -> Callable[[str, bool], Any]:
-    # A black box, of which no types are looked at.
-    from importlib import import_module
-
-    library = import_module("unsloth").FastLanguageModel
-    import torch
-
-    def load(model: str, in_16bit: bool) -> Any:
-        made, _ = library.from_pretrained(
-            model, dtype=torch.bfloat16, load_in_4bit=not in_16bit, local_files_only=True
-        )
-        return made
-
-    return load
+    import_module("unsloth")
+    return lambda model, in_16bit: _peers.load("unsloth", model, in_16bit=in_16bit)
 
 
 LIBRARIES: dict[str, Callable[[], Callable[[str, bool], Any]]] = {

@@ -21,9 +21,13 @@ def bring(peer: str) -> None:
         import_module(name)
 
 
-def load(peer: str, folder: str, length: int) -> Any:
-    """The 4-bit double-quantized NF4 model of `folder` in bf16 on the GPU, before adapters."""
-    return _unsloth_base(folder, length) if peer.startswith("unsloth") else _hf(peer, folder)
+def load(peer: str, folder: str, length: int | None = None, *, in_16bit: bool = False) -> Any:
+    """The model of `folder` in bf16, in 4-bit double-quantized NF4 unless in_16bit, before
+    adapters; length: the longest row, where it matters.
+    """
+    if peer.startswith("unsloth"):
+        return _unsloth_base(folder, length, in_16bit)
+    return _hf(peer, folder, in_16bit)
 
 
 def adapted(peer: str, model: Any, rank: int, length: int) -> Any:
@@ -39,7 +43,7 @@ def for_generation(peer: str, model: Any) -> Any:
     return model.eval()
 
 
-def _hf(peer: str, folder: str) -> Any:
+def _hf(peer: str, folder: str, in_16bit: bool) -> Any:
     import torch
 
     hf = import_module("transformers")
@@ -53,22 +57,23 @@ def _hf(peer: str, folder: str) -> Any:
     )
     return hf.AutoModelForCausalLM.from_pretrained(
         folder,
-        quantization_config=four_bits,
+        quantization_config=None if in_16bit else four_bits,
         dtype=torch.bfloat16,
         attn_implementation="sdpa",
-        device_map={"": 0},
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
     )
 
 
-def _unsloth_base(folder: str, length: int) -> Any:
+def _unsloth_base(folder: str, length: int | None, in_16bit: bool) -> Any:
     import torch
 
+    longest = {} if length is None else {"max_seq_length": length}
     model, _ = import_module("unsloth").FastLanguageModel.from_pretrained(
         folder,
-        max_seq_length=length,
         dtype=torch.bfloat16,
-        load_in_4bit=True,
+        load_in_4bit=not in_16bit,
         local_files_only=True,
+        **longest,
     )
     return model
 
