@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError
+from ..kernels import fp8
 from ..nn import pages, tree
 from ..nn.lora import LoRA
 from ..nn.pages import PAGE
@@ -98,7 +99,7 @@ def check_cache(float8_kv_cache: bool, device: torch.device) -> torch.dtype | No
     check_flags(float8_kv_cache=float8_kv_cache)
     if not float8_kv_cache:
         return None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if fp8.lacks(device):
         raise ArgumentError(
             "float8_kv_cache=True needs a GPU with e4m3 (compute capability 8.9 or above); this "
             f"one has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"

@@ -43,9 +43,14 @@ def takes(shape: Sequence[int]) -> bool:
     return len(shape) == 2 and all(n > 0 and n % MULTIPLE == 0 for n in shape)
 
 
+def lacks(device: torch.device) -> bool:
+    """Whether `device` is a GPU without e4m3 (compute capability below 8.9)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+
+
 def check_device(device: torch.device) -> None:
-    """Raise KernelError on a GPU that has no e4m3 products (compute capability below 8.9)."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    """Raise KernelError on a GPU that has no e4m3 products."""
+    if lacks(device):
         major, minor = torch.cuda.get_device_capability(device)
         raise KernelError(
             f"fp8 products on {device}, of compute capability {major}.{minor}: they need 8.9 (Ada, "

@@ -1,16 +1,14 @@
 """Measurements of several libraries one after the other, each in a process of its own, as importing
 some changes others, and their memory must not add up."""
 
-import csv
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from ._table import Row
+
 PREFIX = "RESULT "
 TAIL = 400  # characters of a failed process's last words
 
@@ -65,27 +63,3 @@ def all_of(
         print("\n".join(json.dumps(row) for row in found), flush=True)
         rows += found
     return rows
-
-
-def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Markdown: the columns that some row has, a row's error in place of its figures."""
-    shown = [c for c in columns if any(c in row for row in rows)]
-    out = ["| " + " | ".join(shown) + " |", "| " + " | ".join("---" for _ in shown) + " |"]
-    for row in rows:
-        cells = [str(row.get(c, "")) for c in shown]
-        if "error" in row:
-            cells = [cells[0], row["error"].replace("|", "/")]
-            cells += [""] * (len(shown) - 2)
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out)
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """All figures of all rows; what is no single value as JSON."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for row in rows:
-            values = (row.get(name, "") for name in names)
-            writer.writerow([json.dumps(v) if isinstance(v, (list, dict)) else v for v in values])

@@ -15,7 +15,7 @@ from ._kernel_check import close, same
 
 def rounding(shape: Shape, device: torch.device) -> Iterator[Case]:
     """None on a GPU that has no e4m3."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if fp8.lacks(device):
         return
     yield from _weights(shape, device)
     yield from _activations(shape, device)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from . import _peers
-from ._beside import all_of, table, write_csv
+from ._beside import all_of
+from ._table import table, write_csv
 from ._wait import finished
 
 GIB = 2**30
@@ -67,7 +68,6 @@ def _beside(argv: list[str], args: argparse.Namespace) -> int:
         if row.get("batch") in floor:
             row["roofline"] = round(floor[row["batch"]] / row["token_ms"], 3)
     print(table(rows, COLUMNS))
-    args.output.mkdir(parents=True, exist_ok=True)
     write_csv(args.output / "decode.csv", rows)
     return int(any("error" in row for row in rows))
 

@@ -8,7 +8,6 @@ kernels.svg is the roofline.
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,9 @@ from ._kernel_cases import KERNELS
 from ._kernel_peers import PEERS, installed
 from ._kernel_time import Ceilings, Timing, ceilings, copies_for, timed
 from ._roofline import Point, picture
+from ._table import Row, versions, write_csv
 from ._wait import finished
 
-Row = dict[str, Any]
 OURS = "purelm"
 PACKAGES = ("triton", "bitsandbytes", "liger-kernel", "cut-cross-entropy", "unsloth")
 
@@ -193,29 +191,23 @@ def _write(
     again: dict[str, float],
 ) -> None:
     """kernels.csv and kernels.svg in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": str(torch.__version__)}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     common = {
         "first s": "",
         "first again s": "",
         "copy GB/s": round(ceiling.copy / 1e9, 1),
         "product TFLOP/s": round(ceiling.gemm / 1e12, 2),
-        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
+        "versions": f"torch={torch.__version__} {versions(PACKAGES)}".strip(),
     }
     fields = ["kernel", "model", "size", "who", "us", "GB/s", "TFLOP/s", "of ceiling", "bound"]
     fields += ["extra MiB", "how", "path", "refused", "machine", *common]
-    with atomic.file(folder / "kernels.csv") as new, new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            some = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
-            if row["who"] == OURS and row["family"] in first:
-                some["first s"] = round(first[row["family"]], 2)
-                some["first again s"] = round(again[row["family"]], 2)
-            writer.writerow(common | some)
+    kept = []
+    for row in rows:
+        some = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+        if row["who"] == OURS and row["family"] in first:
+            some["first s"] = round(first[row["family"]], 2)
+            some["first again s"] = round(again[row["family"]], 2)
+        kept.append(common | some)
+    write_csv(folder / "kernels.csv", kept, fields)
     points = [
         Point(
             row["family"],

@@ -8,19 +8,17 @@ versions.
 """
 
 import argparse
-import contextlib
-import csv
 import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
-from ..convert import atomic
 from ..errors import ArgumentError
-from ._beside import Failed, Row, results
+from ._beside import Failed, results
+from ._table import Row, versions, write_csv
 
 WHO = ("purelm", "hf", "unsloth")
 _NEEDS = {"hf": ("transformers", "bitsandbytes"), "unsloth": ("unsloth",)}
@@ -133,18 +131,10 @@ def _print(rows: Sequence[Row]) -> None:
 
 
 def _write(folder: Path, rows: Sequence[Row]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = []
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions.append(f"{name}={metadata.version(name)}")
     fields = ["who", "model", "precision", *(name for name in _FIGURES if name in rows[0])]
     fields += ["import_torch_s", "parameters", "read_gb", "repeats", "device", "versions"]
-    with atomic.file(folder / "load.csv") as new, new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(row | {"versions": " ".join(versions)})
+    installed = {"versions": versions(_PACKAGES)}
+    write_csv(folder / "load.csv", [row | installed for row in rows], fields)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..convert import atomic
 from . import _peers
 from ._bars import stacked
-from ._beside import all_of, table, write_csv
+from ._beside import all_of
 from ._breakdown import breakdown, operations
+from ._table import table, write_csv
 from ._wait import finished
 
 GIB = 2**30
@@ -235,7 +237,6 @@ def _beside(argv: list[str], args: argparse.Namespace) -> int:
         if tflop and "step_ms" in row:
             row["model_tflops"] = round(tflop / row["step_ms"] * 1e3, 1)
     print(table(rows, COLUMNS))
-    args.output.mkdir(parents=True, exist_ok=True)
     write_csv(args.output / "train.csv", rows)
     parts = {
         f"{row['peer']} {row['step_ms']:.0f} ms": row["breakdown_ms"]
@@ -244,7 +245,8 @@ def _beside(argv: list[str], args: argparse.Namespace) -> int:
     }
     if parts:
         title = f"{rows[0]['model']}, {args.batch} x {args.seq}, {rows[0]['device']}: one step"
-        (args.output / "train.svg").write_text(stacked(parts, title, "ms"))
+        with atomic.file(args.output / "train.svg") as new:
+            new.write_text(stacked(parts, title, "ms"))
     return int(any("error" in row for row in rows))
 
 
