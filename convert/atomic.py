@@ -16,14 +16,13 @@ import ctypes
 import errno
 import fnmatch
 import os
-import re
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import SaveError
+from .leftovers import beside, clear, flush, is_leftover, locked, recover, unfinished
 from .safetensors_write import entry, entry_bytes, write_safetensors
 
 __all__ = [
@@ -42,15 +41,6 @@ __all__ = [
 MODEL_FILES = ("model*.safetensors", "model*.safetensors.index.json")
 ADAPTER_FILES = ("adapter_model*.safetensors", "adapter_model*.safetensors.index.json")
 
-# `new` becomes the target, or holds the old content after the exchange; `old` is the target put
-# aside where the file system cannot exchange.
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.purelm-(?P<kind>new|old)-[0-9a-f]{16}")
-
-
-def is_leftover(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is named like something that an interrupted save left behind."""
-    return _LEFTOVER.fullmatch(Path(path).name) is not None
-
 
 def check_apart(folder: str | os.PathLike[str], source: Path) -> None:
     """Raise SaveError where `folder` is `source`, from which the model to save was loaded."""
@@ -60,25 +50,35 @@ def check_apart(folder: str | os.PathLike[str], source: Path) -> None:
 
 @contextlib.contextmanager
 def folder(
-    target: str | os.PathLike[str], *, need_bytes: int = 0, replaces: Sequence[str] = ()
+    target: str | os.PathLike[str],
+    *,
+    need_bytes: int = 0,
+    replaces: Sequence[str] = (),
+    take_up: bool = False,
 ) -> Iterator[Path]:
     """A new, empty folder to write into, which takes the place of `target` when the block ends.
 
     Files of an existing `target` whose names the block does not write are kept, unless they match
     one of the patterns `replaces`. `need_bytes` free bytes are made sure of first. When the block
     raises, `target` stays as it was and the exception passes through; an OSError (a full disk, no
-    permission) becomes a SaveError.
+    permission) becomes a SaveError. take_up: the folder may be what a save that was killed left
+    with a `leftovers.JOURNAL` in it, of which the block makes what it can, and which it removes.
     """
-    place = _prepare(target, need_bytes)
+    place = _place(target)
     if place.exists() and not place.is_dir():
         raise SaveError(f"{place} is a file; give a folder, or another name")
     if place.exists() and Path(os.path.realpath(os.curdir)).is_relative_to(place):
         # The folder is replaced by another, which would take the ground from under the program.
         raise SaveError(f"{place} is or holds the working directory; give a folder inside it")
-    new = _beside(place, "new")
-    with _save_errors(place, lambda: shutil.rmtree(new, ignore_errors=True)):
-        new.mkdir()
-        with _locked(new):
+    with contextlib.ExitStack() as held:
+        new = held.enter_context(unfinished(place)) if take_up else None
+        there = 0 if new is None else sum(path.stat().st_size for path in new.iterdir())
+        _prepare(place, max(0, need_bytes - there))
+        new = new or beside(place, "new")
+        with _save_errors(place, lambda: shutil.rmtree(new, ignore_errors=True)):
+            if not new.exists():
+                new.mkdir()
+                held.enter_context(locked(new))
             yield new
             if place.exists():
                 _keep_others(place, new, replaces)
@@ -97,59 +97,32 @@ def file(path: str | os.PathLike[str], *, need_bytes: int = 0) -> Iterator[Path]
 
     Failures are as in `folder`.
     """
-    place = _prepare(path, need_bytes)
+    place = _place(path)
     if place.is_dir():
         raise SaveError(f"{place} is a folder; give the name of a file")
-    new = _beside(place, "new")
+    _prepare(place, need_bytes)
+    new = beside(place, "new")
     with _save_errors(place, lambda: new.unlink(missing_ok=True)):
         new.touch()
-        with _locked(new):
+        with locked(new):
             yield new
-            _flush(new)
+            flush(new)
             os.replace(new, place)
-        _flush(place.parent)
+        flush(place.parent)
 
 
-def recover(target: str | os.PathLike[str]) -> None:
-    """Undo what an interrupted save of `target` left beside it.
-
-    A target that was put aside goes back to its place if nothing took it; everything else that a
-    crash left is deleted. What a running process is still writing is let be.
-    """
-    place = Path(os.path.realpath(target))
-    for path, kind in _leftovers(place):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(path):
-            if kind == "old" and not place.exists():
-                os.rename(path, place)
-                _flush(place.parent)
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _leftovers(place: Path) -> list[tuple[Path, str]]:
-    try:
-        names = sorted(os.listdir(place.parent))
-    except OSError:
-        return []
-    found = []
-    for name in names:
-        match = _LEFTOVER.fullmatch(name)
-        if match and match["name"] == place.name:
-            found.append((place.parent / name, match["kind"]))
-    # The old one first: whether it goes back must not depend on a new one.
-    return sorted(found, key=lambda leftover: leftover[1] != "old")
-
-
-def _prepare(target: str | os.PathLike[str], need_bytes: int) -> Path:
+def _place(target: str | os.PathLike[str]) -> Path:
     # A link to a folder stays a link: what it points to is replaced.
     place = Path(os.path.realpath(target))
     if is_leftover(place):
         raise SaveError(f"{place.name} is a name for unfinished saves; give another")
+    return place
+
+
+def _prepare(place: Path, need_bytes: int) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        recover(place)
+        clear(place)
         free = shutil.disk_usage(place.parent).free
     except OSError as problem:
         raise SaveError(f"{place} cannot be written: {problem}") from problem
@@ -158,11 +131,6 @@ def _prepare(target: str | os.PathLike[str], need_bytes: int) -> Path:
             f"{place} needs {need_bytes:,} bytes, {free:,} are free on its disk; make room or save "
             "elsewhere"
         )
-    return place
-
-
-def _beside(place: Path, kind: str) -> Path:
-    return place.parent / f".{place.name}.purelm-{kind}-{secrets.token_hex(8)}"
 
 
 @contextlib.contextmanager
@@ -178,30 +146,6 @@ def _save_errors(place: Path, clean: Callable[[], object]) -> Iterator[None]:
                 f"{place} could not be written: {what}; what was there before is untouched"
             ) from problem
         raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` against `recover`; raises BlockingIOError if another process does."""
-    if sys.platform == "win32":
-        # No such lock there: what another process has open cannot be deleted either.
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError as problem:
-            # Some network file systems have no locks; saving there goes on without.
-            if problem.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _keep_others(place: Path, new: Path, replaces: Sequence[str]) -> None:
@@ -240,21 +184,8 @@ def _flush_tree(new: Path) -> None:
     for root, _, names in os.walk(new, topdown=False):
         for name in names:
             if not Path(root, name).is_symlink():
-                _flush(Path(root, name))
-        _flush(Path(root))
-
-
-def _flush(path: Path) -> None:
-    if sys.platform == "win32":
-        if path.is_dir():
-            return
-        descriptor = os.open(path, os.O_RDWR | os.O_BINARY)
-    else:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                flush(Path(root, name))
+        flush(Path(root))
 
 
 def _swap_in(new: Path, place: Path) -> Path | None:
@@ -265,7 +196,7 @@ def _swap_in(new: Path, place: Path) -> Path | None:
     elif _exchange(new, place):
         aside = new
     else:
-        old = _beside(place, "old")
+        old = beside(place, "old")
         os.rename(place, old)
         try:
             os.rename(new, place)
@@ -273,7 +204,7 @@ def _swap_in(new: Path, place: Path) -> Path | None:
             os.rename(old, place)
             raise
         aside = old
-    _flush(place.parent)
+    flush(place.parent)
     return aside
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError, SaveError
 from ..nn.spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
-from . import gguf_layers, merge
+from . import gguf_layers, merge_plan
 from .gguf_architectures import Architecture, divisors, main_rope
 from .gguf_fields import architecture_of
 from .gguf_file import library
@@ -57,7 +57,7 @@ class Planned:
 
 
 def plan(
-    tensors: Sequence[merge.Tensor], method: str, spec: ModelSpec, family: Family
+    tensors: Sequence[merge_plan.Tensor], method: str, spec: ModelSpec, family: Family
 ) -> list[Planned]:
     """What a file of the model's `tensors` holds, in its order.
 
@@ -68,7 +68,7 @@ def plan(
     architecture = architecture_of(family.model_type)
     first = next(spec.attentions())
     made: list[Planned] = []
-    experts: dict[str, list[merge.Tensor]] = {}
+    experts: dict[str, list[merge_plan.Tensor]] = {}
     for tensor in tensors:
         theirs = to_ggml(tensor.name, architecture, family.names)
         for index, name in enumerate(theirs):
@@ -126,11 +126,11 @@ def _check_width(tensor: Planned, name: str) -> None:
         )
 
 
-def _stacker(experts: list[merge.Tensor]) -> Callable[[], torch.Tensor]:
+def _stacker(experts: list[merge_plan.Tensor]) -> Callable[[], torch.Tensor]:
     """The matrices of all experts, in the order of their numbers."""
 
     def make() -> torch.Tensor:
-        def number(tensor: merge.Tensor) -> int:
+        def number(tensor: merge_plan.Tensor) -> int:
             return int(re.findall(r"\.experts\.(\d+)\.", tensor.name)[0])
 
         return torch.stack([_dense(tensor) for tensor in sorted(experts, key=number)])
@@ -148,16 +148,16 @@ def _slicer(make: Callable[[], torch.Tensor], index: int, count: int) -> Callabl
     return one
 
 
-def _dense(tensor: merge.Tensor) -> torch.Tensor:
+def _dense(tensor: merge_plan.Tensor) -> torch.Tensor:
     """The tensor with its change, fp32; raises SaveError for values that are not finite."""
-    made = merge.dense(tensor, torch.float32)
+    made = merge_plan.dense(tensor, torch.float32)
     if not bool(made.isfinite().all()):
         raise SaveError(f"{tensor.name} has values that are not finite")
     return made
 
 
 def _maker(
-    tensor: merge.Tensor, architecture: Architecture, name: str, attention: AttentionSpec
+    tensor: merge_plan.Tensor, architecture: Architecture, name: str, attention: AttentionSpec
 ) -> Callable[[], torch.Tensor]:
     """What makes the tensor as llama.cpp wants it."""
     heads = 0

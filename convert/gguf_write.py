@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ArgumentError, ConfigError, LoadError, SaveError
 from ..nn.spec import ModelSpec
-from . import atomic, merge
+from . import atomic, merge_plan
 from .gguf_fields import architecture_of, check_same, expressed, model_fields
 from .gguf_file import GGUFTensor, library, open_gguf
 from .gguf_model import config_fields
@@ -64,7 +64,7 @@ def save_gguf(
         tokenizer = Tokenizer.from_transformers(tokenizer)
     atomic.check_apart(folder, model.origin.folder)
     with torch.no_grad():
-        tensors, family = merge.tensors(model), model.origin.family
+        tensors, family = merge_plan.tensors(model), model.origin.family
         plans = {method: plan(tensors, method, model.spec, family) for method in methods}
         spec, fields = _model_fields(model, tensors)
         fields |= tokenizer_fields(tokenizer, model.spec.vocab)
@@ -109,7 +109,7 @@ def _stem(name: str) -> str:
 
 
 def _model_fields(
-    model: "CausalLM", tensors: Sequence[merge.Tensor]
+    model: "CausalLM", tensors: Sequence[merge_plan.Tensor]
 ) -> tuple[ModelSpec, dict[str, Any]]:
     """The spec that the file will stand for, and its fields."""
     family = model.origin.family

@@ -6,8 +6,6 @@ written is read again and checked before it takes its place.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError, CheckpointError, SaveError
-from ..nn import stacks, tree
-from ..quant.nf4 import NF4
-from . import atomic, fused, hub, merge_4bit, named_adapters, shard_size
+from . import atomic, hub, merge_journal, shard_size
 from .adapter_write import save_adapter
-from .bnb_file import Entry, Packed, entries, read_dense
+from .bnb_file import entries
 from .config import Config
-from .fused import Fused
-from .fused_read import Turned
 from .gguf_file import GGUFTensor
 from .json_file import read_json
 from .local_file import locate
-from .merge_tensor import Change, Parts, changed, check_changed, digest, is_whole
+from .merge_plan import Tensor, dense, nbytes, planned, stored
+from .merge_tensor import check_changed, digest, is_whole
 from .safetensors_file import read_header
-from .shards import Checkpoint, open_checkpoint, read
-from .trained_base import belong_to_it, dequantized
+from .shards import open_checkpoint, read
+from .trained_base import belong_to_it
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -40,18 +35,6 @@ _FOUR_BITS = ("merged_4bit", "merged_4bit_forced")
 _DEQUANTIZED = "merged_16bit_dequantized"
 # A whole model must not lie beside an adapter, which its readers would apply once more.
 _REPLACES = (*atomic.MODEL_FILES, *atomic.ADAPTER_FILES, "adapter_config.json")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor to write: stored as `info`, if that is given, with what changes, or by `make`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    info: Entry | Turned | None
-    change: Change
-    make: Callable[[], torch.Tensor] | None = None
 
 
 def save_merged(
@@ -76,8 +59,10 @@ def save_merged(
     alone. max_shard_size: of the files, in bytes or as "5GB" (default: each tensor in the file that
     it was in).
 
-    Afterwards every written tensor is read again: its bytes must be those meant, and each merged
-    weight must be what float64 makes of base and adapter, within rounding.
+    Every written tensor is read again: its bytes must be those meant, and each merged weight must
+    be what float64 makes of base and adapter, within rounding. A merge that was killed is taken up
+    by the next one into the same folder: files that it wrote and checked, of the same base and the
+    same adapters, are not made again.
 
     Raises SaveError when the source files changed or vanished, for values that are not finite in
     the stored dtype, and when the check or the disk fails; NotImplementedError for other methods.
@@ -110,19 +95,26 @@ def _save(
 ) -> None:
     checkpoint = model.origin.checkpoint
     onto_trained = save_method == _DEQUANTIZED or belong_to_it(model.acting)
-    config, shards = _planned(model, save_method in _FOUR_BITS, onto_trained)
+    config, shards = planned(model, save_method in _FOUR_BITS, onto_trained)
     every = [tensor for shard in shards.values() for tensor in shard]
     if limit is not None:
         # What one weight in 4 bits consists of stays in one file.
         modules = [list(t) for _, t in groupby(every, lambda t: t.name.partition(".weight")[0])]
-        files = shard_size.split(modules, lambda module: sum(map(_nbytes, module)), limit)
+        files = shard_size.split(modules, lambda module: sum(map(nbytes, module)), limit)
         shards = {name: list(chain.from_iterable(found)) for name, found in files.items()}
-    size = sum(map(_nbytes, every))
-    with atomic.folder(folder, need_bytes=size, replaces=_REPLACES) as new:
-        meant: dict[str, bytes] = {}
+    size = sum(map(nbytes, every))
+    headers = {name: _header(tensors) for name, tensors in shards.items()}
+    fields, known = json.dumps(config, sort_keys=True), dict[int, bytes]()
+    plan = {
+        name: merge_journal.made_of(tensors, (fields, sorted(headers[name].items())), known)
+        for name, tensors in shards.items()
+    }
+    with atomic.folder(folder, need_bytes=size, replaces=_REPLACES, take_up=True) as new:
+        done = merge_journal.taken_up(new, plan)
         for name, tensors in shards.items():
-            entries = [(t.name, t.dtype, t.shape, _maker(t, meant)) for t in tensors]
-            atomic.write_safetensors(new / name, entries, _header(tensors))
+            if name not in done:
+                done[name] = _write(new / name, tensors, headers[name])
+                merge_journal.note(new, plan, done)
         if list(shards) != [shard_size.SINGLE]:
             _write_index(checkpoint.folder / _INDEX, new / _INDEX, shards, size)
         _write_json(new / "config.json", config)
@@ -133,133 +125,28 @@ def _save(
             tokenizer.save_pretrained(new)
         else:
             _copy_tokenizer(model.origin.folder, new)
-        _verify(model, new, every, meant)
+        _check_whole(model, new, {tensor.name for tensor in every})
+        merge_journal.close(new)
 
 
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
-
-
-def tensors(model: "CausalLM") -> list[Tensor]:
-    """What a merged 16-bit model consists of, under the names of its checkpoint."""
-    fields, shards = _planned(model, False, belong_to_it(model.acting))
-    tied = model.origin.family.spec(fields).tied
-    names = model.origin.family.names
-    # A head may be stored though it is the embedding.
-    every = (t for shard in shards.values() for t in shard)
-    return [t for t in every if not (tied and names.is_called(t.name, "head.weight"))]
-
-
-def _planned(
-    model: "CausalLM", four_bits: bool, onto_trained: bool
-) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
-    """The fields of config.json, and the tensors of each file to write.
-
-    onto_trained: in 16 bits adapters are added to what quantized weights dequantize to.
-    """
-    checkpoint, names = model.origin.checkpoint, model.origin.family.names
-    params = dict(tree.items(stacks.one_by_one(model.params)))
-    trained = params if model.train_all else dict(tree.items(stacks.one_by_one(model.trained)))
-    acting = named_adapters.acting(model.acting)  # without dropout, in training too
-    worn = stacks.one_by_one(stacks.separated(acting))
-    adapters = {f"{path}.weight": leaf for path, leaf in tree.items(worn)}
-    fields = model.config.to_dict()
-    fields.pop("quantization_config", None)
-    if four_bits:
-        fields["quantization_config"] = merge_4bit.quantization_config(model)
-    head = names.to_hf("head.weight")
-    apart = model.spec.tied and "head.weight" in trained
-    if apart:
-        fields["tie_word_embeddings"] = False
-
-    def change(path: str, info: Entry) -> Change:
-        if path == "head.weight" and path not in params:
-            path = "embed.weight"  # a tied head that is stored nevertheless
-        leaf = params.get(path)
-        if path in trained or (leaf is not None and tuple(leaf.shape) != info.shape):
-            if not isinstance(leaf, torch.Tensor):
-                raise SaveError(f"{info.name} was changed and is quantized, found {leaf!r}")
-            return leaf
-        return adapters.get(path)
-
-    files = _files(checkpoint)
-    shards: dict[str, list[Tensor]] = {name: [] for name in files.values()}
-    for info in entries(checkpoint):
-        add = shards[files[info.name]].append
-        turned, whole = names.is_transposed(info.name), _whole(info, model, params)
-        if whole is not None:
-            leaves = [params[path] for path in whole.paths]
-            if four_bits and any(isinstance(leaf, NF4) for leaf in leaves):
-                for part in merge_4bit.of_fused(whole, leaves, adapters, info):
-                    add(_made(*part))
-                continue
-            # In 4 bits it is [out, in] in any case.
-            stored = Turned(info) if turned and isinstance(info, Packed) else info
-            base = dequantized(stored, leaves, whole, turned) if onto_trained else stored
-            changes = tuple(trained.get(path, adapters.get(path)) for path in whole.paths)
-            kept = all(one is None for one in changes)
-            put = None if kept else Parts(whole, changes, turned)
-            add(Tensor(info.name, info.dtype, stored.shape, base, put))
-            continue
-        try:
-            path = names.to_ours(info.name, params)
-        except KeyError:
-            path = ""
-        leaf = params.get(path)
-        if four_bits and isinstance(leaf, NF4):
-            for part in merge_4bit.parts(info.name, leaf, adapters.get(path)):
-                add(_made(*part))
-            continue
-        made = change(path, info) if path else None
-        shape = tuple(made.shape) if isinstance(made, torch.Tensor) else info.shape
-        # Weights of a GGUF file differ in dtype, and were trained against in the model's.
-        dtype = model.dtype if isinstance(info, GGUFTensor) else info.dtype
-        base = info
-        if onto_trained and leaf is not None:
-            base = dequantized(info, [leaf], None, False)
-        add(Tensor(info.name, dtype, shape, base, made))
-    if apart and not any(names.is_called(name, "head.weight") for name in checkpoint.tensors):
-        weight = params["head.weight"]
-        dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype
-        last = list(shards)[-1]
-        shards[last].append(Tensor(head, dtype, tuple(weight.shape), None, weight))
-    return fields, shards
-
-
-def _whole(info: Entry, model: "CausalLM", params: Mapping[str, Any]) -> Fused | None:
-    """How a stored tensor consists of params; None where it is one of them, as it is."""
-    names = model.origin.family.names
-    if (found := fused.stored(info.name, names, model.spec, params)) is not None:
-        return found
-    if not names.is_transposed(info.name):
-        return None
-    path = names.to_ours(info.name)
-    rows, *row = params[path].shape
-    return Fused(info.name, (path,), (rows,), tuple(row))
-
-
-def _made(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
-) -> Tensor:
-    return Tensor(name, dtype, shape, None, None, make)
-
-
-def _files(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor name -> plain name of the file that it is written into."""
-    if not checkpoint.placed:  # of a GGUF file
-        return dict.fromkeys(checkpoint.tensors, shard_size.SINGLE)
-    return dict(sorted(checkpoint.placed.items(), key=lambda item: item[1]))
-
-
-def dense(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is stored with its change, on the CPU; SaveError for values that are not finite."""
-    if tensor.info is None or is_whole(tensor.change):
-        return changed(torch.empty(tensor.shape, dtype=dtype), tensor.change, tensor.name)
-    return changed(_stored(tensor.info).to(tensor.dtype).to(dtype), tensor.change, tensor.name)
-
-
-def _stored(info: Entry | Turned) -> torch.Tensor:
-    return read_dense(info.whole).mT.contiguous() if isinstance(info, Turned) else read_dense(info)
+def _write(file: Path, tensors: list[Tensor], header: dict[str, str]) -> dict[str, bytes]:
+    """Write one file and read it again; returns the fingerprint of each tensor."""
+    meant: dict[str, bytes] = {}
+    entries = [(t.name, t.dtype, t.shape, _maker(t, meant)) for t in tensors]
+    atomic.write_safetensors(file, entries, header)
+    try:
+        written, _ = read_header(file)
+        for tensor in tensors:
+            found = read(written[tensor.name])
+            if digest(found) != meant[tensor.name]:
+                raise SaveError(f"{tensor.name} reads back with other bytes than were written")
+            if tensor.change is not None and not is_whole(tensor.change):
+                assert tensor.info is not None
+                base = stored(tensor.info).to(tensor.dtype)
+                check_changed(base, found, tensor.change, tensor.name)
+    except (CheckpointError, KeyError) as problem:
+        raise SaveError(f"what was written cannot be read: {problem}") from problem
+    return meant
 
 
 def _maker(tensor: Tensor, meant: dict[str, bytes]) -> Any:
@@ -306,20 +193,12 @@ def _copy_tokenizer(source: Path, new: Path) -> None:
             shutil.copyfile(locate(source / templates, path.name), new / templates / path.name)
 
 
-def _verify(model: "CausalLM", new: Path, every: list[Tensor], meant: dict[str, bytes]) -> None:
-    """Raise SaveError unless the files in `new` hold what was meant, and that is right."""
+def _check_whole(model: "CausalLM", new: Path, every: set[str]) -> None:
+    """Raise SaveError unless the files in `new` are a checkpoint of the model."""
     try:
         written = open_checkpoint(new)
-        if written.tensors.keys() != meant.keys():
+        if written.tensors.keys() != every:
             raise SaveError(f"{new.name} does not hold the tensors that were written")
-        for tensor in every:
-            found = read(written.tensors[tensor.name])
-            if digest(found) != meant[tensor.name]:
-                raise SaveError(f"{tensor.name} reads back with other bytes than were written")
-            if tensor.change is not None and not is_whole(tensor.change):
-                assert tensor.info is not None
-                base = _stored(tensor.info).to(tensor.dtype)
-                check_changed(base, found, tensor.change, tensor.name)
         entries(written)
         # What will be loaded: the same spec, but for a head that is apart now.
         spec = model.origin.family.spec(Config.from_folder(new).fields, new / "config.json")
