@@ -17,7 +17,7 @@ from ..errors import AdapterError, ArgumentError, CheckpointError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import expert_adapters, expert_parts, fused, fused_adapters, rope_override
+from . import base_mark, expert_adapters, expert_parts, fused, fused_adapters, rope_override
 from .adapter_check import PREFIX, check_complete, check_pair
 from .adapter_config import CONFIG, parse, read_config
 from .adapter_fit import fitted, name_targets
@@ -167,12 +167,13 @@ class Trained:
 
     rope_scaling: what the base was loaded with, and stored_as: what its weights were kept in
     ("nf4", "int8"..., "16bit"), None where purelm did not write it down. vocab: the rows of the
-    embedding or head that came with the adapter, 0 without.
+    embedding or head that came with the adapter, 0 without. base: the mark of its weights.
     """
 
     rope_scaling: dict[str, Any] | None
     stored_as: str | None
     vocab: int
+    base: str | None
 
 
 def read_trained(folder: Path, names: Names) -> Trained:
@@ -189,6 +190,7 @@ def read_trained(folder: Path, names: Names) -> Trained:
         None if text is None else rope_override.from_text(text, file),
         stored.metadata.get("purelm.stored_as"),
         max((row[0] for row in rows if row), default=0),
+        stored.metadata.get(f"purelm.{base_mark.KEY}"),
     )
 
 

@@ -6,23 +6,26 @@ from typing import TYPE_CHECKING
 
 from ..errors import AdapterError
 from ..nn import tree
-from . import adapter_file
+from . import adapter_file, base_mark
 from .named_adapters import Adapter
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
 
 
-def load(model: "CausalLM", folder: Path) -> Adapter:
+def load(model: "CausalLM", folder: Path, *, check_base: bool = True) -> Adapter:
     """The adapter in `folder` as a value, on the model's device.
 
-    Raises AdapterError for one of another model, or trained with another rope_scaling.
+    Raises AdapterError for one of another model, or trained with another rope_scaling, or, with
+    check_base, on other weights laid out as the model's.
     """
     names = model.origin.family.names
     adapters, trained, config = adapter_file.read_adapter(
         folder, model.spec, names, params=model.base_params
     )
     told = adapter_file.read_trained(folder, names)
+    if check_base:
+        base_mark.check(told.base, model.origin.checkpoint, folder)
     scaling = told.rope_scaling
     if scaling is not None and scaling != model.origin.rope_scaling:
         raise AdapterError(

@@ -12,7 +12,7 @@ from ..errors import SaveError
 from ..nn import stacks, tree
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
-from . import atomic, expert_adapters, fused_adapters, named_adapters, rope_override
+from . import atomic, base_mark, expert_adapters, fused_adapters, named_adapters, rope_override
 from .adapter_check import MAGNITUDE, PREFIX
 from .adapter_config import CONFIG
 from .adapter_file import RANKS, STEM
@@ -67,7 +67,11 @@ def save_adapter(
 def described(model: "CausalLM", adapter: Adapter) -> tuple[PeftConfig, dict[str, str]]:
     """The config for a file of `adapter`, and what its header says of the base it belongs to."""
     origin = model.origin
-    stored = {"stored_as": origin.quantize or "16bit", "base_revision": origin.revision}
+    stored = {
+        "stored_as": origin.quantize or "16bit",
+        "base_revision": origin.revision,
+        base_mark.KEY: base_mark.mark(origin.checkpoint),
+    }
     if origin.rope_scaling is not None:
         stored["rope_scaling"] = rope_override.to_text(origin.rope_scaling)
     config = replace(

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ArgumentError, ConfigError
 from ..nn import tree
-from . import adapter_config, adapter_file, adapter_start, peft_config, rope_override
+from . import adapter_config, adapter_file, adapter_start, base_mark, peft_config, rope_override
 from .adapter_load import warn_of_precision
 from .arguments import (
     DEFAULT_4BIT,
@@ -258,7 +258,8 @@ class FastLanguageModel:
         tokenizer.padding_side = "left"
         tokenizer.model_max_length = max(max_seq_length or 0, spec.max_positions)
         model.tokenizer = tokenizer
-        if adapter is not None:
+        if told is not None:
+            base_mark.check(told.base, loaded.checkpoint, source.folder)
             adapters, trained, settings = adapter_file.read_adapter(
                 source.folder, spec, loaded.family.names, params=params
             )

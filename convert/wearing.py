@@ -251,9 +251,11 @@ class Wearing(Trainee):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        check_base: bool = True,
     ) -> None:
         """Put an adapter from a folder or hub repository beside the others; `set_adapter` makes it
-        act. is_trainable: train it from now on all the same, where it acts.
+        act. is_trainable: train it from now on all the same, where it acts. check_base: refuse one
+        that says it was trained on other weights, laid out as the model's.
 
         Raises AdapterError for one that is not of this model, SourceError where there is none.
         """
@@ -270,7 +272,7 @@ class Wearing(Trainee):
             local_files_only=local_files_only,
         )
         model: CausalLM = self  # type: ignore[assignment]
-        self.wear(adapter_name, load(model, source.folder))
+        self.wear(adapter_name, load(model, source.folder, check_base=check_base))
         worn = self._worn[adapter_name]
         for tensor in tree.tensors((worn.adapters, worn.trained)):
             tensor.requires_grad_(is_trainable)
