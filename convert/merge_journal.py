@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
 from ..errors import CheckpointError
 from .json_file import read_json
 from .leftovers import JOURNAL, flush
@@ -27,6 +26,8 @@ from .safetensors_file import read, read_header
 Done = dict[str, tuple[str, dict[str, bytes]]]
 
 _MAX_BYTES = 256 << 20
+# Raised when a merge makes other bytes of the same things.
+_VERSION = 1
 
 
 def made_of(tensors: Sequence[Tensor], settings: Any, known: dict[int, bytes]) -> str:
@@ -36,7 +37,7 @@ def made_of(tensors: Sequence[Tensor], settings: Any, known: dict[int, bytes]) -
     bytes. settings: what else decides. known: fingerprints of what several files are made of, by
     id, for as long as that lives.
     """
-    whole = hashlib.blake2b(repr((__version__, settings)).encode(), digest_size=16)
+    whole = hashlib.blake2b(repr((_VERSION, settings)).encode(), digest_size=16)
     for tensor in tensors:
         whole.update(repr((tensor.name, tensor.dtype, tensor.shape)).encode())
         for part in (tensor.info, tensor.change, *tensor.made_from):
