@@ -83,6 +83,11 @@ def test_attention_with_fewer_heads_of_keys_is_counted_whole() -> None:
     assert operations(step) == 7 * product
 
 
+def test_a_product_added_in_place_is_counted() -> None:
+    y, x, w = torch.zeros(2, 5), torch.ones(2, 3), torch.ones(3, 5)
+    assert operations(lambda: y.addmm_(x, w)) == 2 * 2 * 3 * 5
+
+
 def test_a_figure_that_fails_costs_no_other() -> None:
     result: dict[str, Any] = {"tok_s": 3}
     train._note(result, "more", lambda: [].pop())
