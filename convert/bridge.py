@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError
-from ..nn import decoder, loss, pinned, qat, tree
+from ..nn import decoder, loss, pinned, qat, tree, watch
 from ..nn.kept_steps import KeptSteps
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
@@ -82,6 +82,9 @@ class CausalLM(Saving, Wearing):
         # Under "auto": the plan of every shape of batch that was met, in order.
         self.plans: dict[tuple[int, int, bool], Plan] = {}
         self.train_all = train_all
+        # Whether a pass, forward and backward, stops at the first layer and tensor that is not
+        # finite, with a TrainingError that names it; each layer then waits for the device.
+        self.debug = False
         self.host_tables: tuple[torch.Tensor, ...] = ()
         # Tokens that the MLP runs on at a time while training (`residuals.Policy`).
         self.tile: int | None = None
@@ -183,6 +186,9 @@ class CausalLM(Saving, Wearing):
             labels = labels.to(self.device)
         input_ids = input_ids.to(self.device)
         params = self.computed_params()
+        if self.debug:  # of layers the decoder checks what is trained
+            pairs = params.items()
+            params = {k: p if k == "layers" else watch.of_trained(p, k) for k, p in pairs}
         count = num_items_in_batch
         if isinstance(count, torch.Tensor):
             count = count.to(self.device)
@@ -200,6 +206,7 @@ class CausalLM(Saving, Wearing):
                 adapters=self.adapters,
                 residuals=residuals,
                 seed=self._next_seed(),
+                debug=self.debug,
             )
             if labels is not None:
                 total = loss.next_token(
@@ -212,6 +219,8 @@ class CausalLM(Saving, Wearing):
                     label_smoothing=smoothing,
                     z_loss=z_loss,
                 )
+                if self.debug:
+                    total = watch.checked(total, "the loss")
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             with self._own_dtypes():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..quant.linear import linear as base_linear
 from . import cache as kv
-from . import host_table, layer_inputs, recurrent, rope, tree
+from . import host_table, layer_inputs, recurrent, rope, tree, watch
 from .attention import Heads, Visible, visible
 from .cache import Buffers, Cache
 from .experts import moe
@@ -73,15 +73,18 @@ def hidden(
     adapters: tree.Tree = None,
     residuals: Residuals | None = None,
     seed: int | None = None,
+    debug: bool = False,
 ) -> torch.Tensor:
     """tokens [b, s] -> final normalised hidden states [b, s, e], ready for the head.
 
     layout: positions and segments (default: full rows from position 0). residuals: what becomes of
     each layer's residuals until its backward, one policy or one a layer; None leaves it to
     autograd, which keeps all. seed: drives the adapters' dropout; None leaves dropout out.
+    debug: what is not finite first, now or in backward, raises TrainingError that names it
+    (`watch`), for which each layer waits.
     """
     layout = layout or dense(*tokens.shape, device=tokens.device)
-    out, _ = _run(params, spec, tokens, layout, adapters, None, residuals, seed)
+    out, _ = _run(params, spec, tokens, layout, adapters, None, residuals, seed, debug)
     return out
 
 
@@ -132,8 +135,13 @@ def _run(
     cache: Cache | None,
     residuals: Residuals | None,
     seed: int | None,
+    debug: bool = False,
 ) -> tuple[torch.Tensor, Cache | None]:
+    if debug:
+        watch.check_weights(params, adapters)
     x = placed(params, spec, tokens, layout.positions)
+    if debug:
+        x = watch.checked(x, "what is made of the embeddings")
     start, segments = 0, layout.segments
     if cache is not None:
         start = cache.length
@@ -156,6 +164,8 @@ def _run(
     ):
         layer_seed = seed_after(seed, 7 * i)
         own = tree.get(adapters, "layers", i)
+        if debug:
+            p, own = (watch.of_trained(one, f"layers.{i}") for one in (p, own))
         args = (x, p, own, tables[layer_spec.rope])
         how: Any = {"spec": layer_spec, "seed": layer_seed}
         if cache is not None:
@@ -174,7 +184,12 @@ def _run(
             x = ended_again(x, p, own, further[i], layer_spec, layer_seed)
         else:
             x = remat(partial(layer, **how, tile=policy.tile))(*args, *view)
-    return norm(x, params.get("norm"), spec.norm), cache
+        if debug:
+            told: Any = {"index": i, "spec": layer_spec, "seed": layer_seed}
+            watch.check_layer(*args, *view[:3], **told)
+            x = watch.checked(x, f"layers.{i}: its output")
+    out = norm(x, params.get("norm"), spec.norm)
+    return (watch.checked(out, "the final hidden states") if debug else out), cache
 
 
 def covers(p: tree.Tree) -> bool:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 # Rows whose fp32 copies are made at a time.
 CHUNK = 1 << 11
+# What stands for a magnitude of 0 where its gradient comes of what its row made: too small to show
+# in sums, and a power of two, so that dividing by it again rounds nothing (float16 has none so
+# small: there the gradient is 0).
+NOTHING = 2.0**-64
 
 
 def lengths(weight: Any, adapter: "LoRA") -> torch.Tensor:
@@ -30,8 +34,8 @@ def lengths(weight: Any, adapter: "LoRA") -> torch.Tensor:
 def factor(weight: Any, adapter: "LoRA") -> torch.Tensor:
     """What each row of w + delta is multiplied by, [out] in fp32; 0 for rows of zeros."""
     assert adapter.magnitude is not None
-    tiny = torch.finfo(torch.float32).tiny
-    return adapter.magnitude.float() / lengths(weight, adapter).clamp(min=tiny)
+    length = lengths(weight, adapter)
+    return torch.where(length > 0, adapter.magnitude.float() / length, 0.0)
 
 
 def adapted(
@@ -61,9 +65,15 @@ def folded(weight: Any, adapter: "LoRA", dtype: torch.dtype) -> "LoRA":
     """The adapter as `linear.products` takes it: its magnitude what each row of the weight is
     multiplied by, in `dtype`, and b with its scale multiplied by that already.
     """
-    rows = factor(weight, adapter).to(dtype)
+    rows = factor(weight, replace(adapter, magnitude=never_0(adapter))).to(dtype)
     b = adapter.b * adapter.scale * rows.to(adapter.b.dtype)[:, None]
     return replace(adapter, b=b, scale=1.0, magnitude=rows)
+
+
+def never_0(adapter: "LoRA") -> torch.Tensor:
+    """The magnitudes as `folded` takes them, by which the gradient of `pull_rows` is divided."""
+    assert adapter.magnitude is not None
+    return torch.where(adapter.magnitude == 0, NOTHING, adapter.magnitude)
 
 
 def scaled_rows(weight: torch.Tensor, adapter: "LoRA | None") -> torch.Tensor:
@@ -77,7 +87,6 @@ def pull_rows(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: Any,
-    bias: torch.Tensor | None,
     adapter: "LoRA",
     db: torch.Tensor,
     made: torch.Tensor | None,
@@ -85,8 +94,8 @@ def pull_rows(
     """The gradient of the magnitudes times these, [out] in fp32 or wider: for each output the sum
     of dy [t, out] times what the adapted weight made of x [t, in].
 
-    made: that, with the bias; where it is not there, the same comes of dy^T x and the weight, a
-    product more. db: the gradient of the folded b.
+    made: that, without a bias, in which little would be lost; where it is not there, the same comes
+    of dy^T x and the weight, a product more. db: the gradient of the folded b.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     if made is None:
@@ -95,6 +104,5 @@ def pull_rows(
         return total + (db.to(wide) * adapter.b).sum(-1)
     total = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
     for part, y in zip(torch.split(dy, CHUNK), torch.split(made, CHUNK), strict=True):
-        y = y.to(wide) if bias is None else y.to(wide) - bias.to(wide)
-        total += (y * part).sum(0)
+        total += (y.to(wide) * part).sum(0)
     return total

@@ -237,8 +237,7 @@ def _of_trained(bound: Bound, found: Found) -> list[torch.Tensor]:
         b = b if scale == 1.0 else b * scale
         if leaf.magnitude is not None and used is not leaf:
             b = b * used.magnitude[:, None].to(b.dtype)
-            # Of a magnitude of 0, what the row would have made is not known.
-            rest = [torch.where(leaf.magnitude == 0, 0, rest[0] / leaf.magnitude)]
+            rest = [rest[0] / dora.never_0(leaf)]
         out += [a, b, *rest]
     # Autograd checks dtypes against what is trained; adapters have one dtype, nearly always.
     trained = [t for leaf in bound.leaves.values() for t in _pytree.tree_leaves(leaf)]

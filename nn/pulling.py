@@ -81,9 +81,10 @@ class Puller:
             assert grads.a is not None and grads.b is not None
             self.found[self.names[i]] = grads.a, grads.b
             if adapter.magnitude is not None:
-                p, y = self.projections[i], None if made is None else _flat(made[i])
+                p = self.projections[i]
+                y = None if made is None or p.get("bias") is not None else _flat(made[i])
                 pair = _flat(self.dys[i]), _flat(x)
-                rows = dora.pull_rows(*pair, p["weight"], p.get("bias"), adapter, grads.b, y)
+                rows = dora.pull_rows(*pair, p["weight"], adapter, grads.b, y)
                 self.found[self.names[i]] = grads.a, grads.b, rows
 
 

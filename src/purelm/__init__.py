@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .nn.decoder import forward as forward
     from .nn.sampling import Sampling as Sampling
     from .nn.spec import ModelSpec as ModelSpec
+    from .rows import Row as Row
+    from .training import train_step as train_step
 
 _HOME = {
     "FastLanguageModel": "convert.pretrained",
@@ -31,6 +33,8 @@ _HOME = {
     "SamplingParams": "convert.sampling_params",
     "ModelSpec": "nn.spec",
     "forward": "nn.decoder",
+    "Row": "rows",
+    "train_step": "training",
 }
 
 __all__ = [
@@ -39,12 +43,14 @@ __all__ = [
     "FastLanguageModel",
     "ModelSpec",
     "Request",
+    "Row",
     "Sampling",
     "SamplingParams",
     "Tokenizer",
     "__version__",
     "forward",
     "load",
+    "train_step",
 ]
 
 

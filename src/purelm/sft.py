@@ -193,6 +193,7 @@ def _step(job: Job, step: int, rate: float, graphs: Graphs | None) -> training.S
             label_smoothing=job.options.label_smoothing,
             z_loss=job.options.z_loss,
             graphs=graphs,
+            debug=True,
         )
     except torch.OutOfMemoryError as problem:
         longest = max(len(row.ids) for some in window for row in some)

@@ -7,9 +7,9 @@ step, and from nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -83,12 +83,12 @@ def batches(plan: Plan, step: int) -> list[list[int]]:
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:
-    """The rate of step `step`, counted from 0."""
+    """The rate of step `step`, counted from 0; past the last step what it ends with."""
     if step < schedule.warmup:
         return schedule.peak * (step + 1) / schedule.warmup
     if schedule.kind == "constant":
         return schedule.peak
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    done = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))
     if schedule.kind == "linear":
         return schedule.peak * (1 - done)
     return schedule.peak * 0.5 * (1 + math.cos(math.pi * done))
@@ -133,52 +133,78 @@ def train_step(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     graphs: Graphs | None = None,
+    debug: bool = False,
 ) -> StepResult:
     """One update from all batches of `window`, each token of it weighing the same.
 
     packing: the rows of a batch run as one packed row instead of a padded batch; see `packs`.
     label_smoothing, z_loss: as in `nn.loss.next_token`.
-    graphs: replay the step from these, of this model and optimizer, whose rows are packed, made
-    with the same terms and clipping; raises ArgumentError where any of it differs.
+    graphs: replay the step from these, of this model and optimizer, made with the same packing,
+    terms and clipping; raises ArgumentError where any of it differs.
+    debug: a step that is not finite is run once more, for the error to name the first layer and
+    tensor that are not (`nn.watch`); others cost nothing.
     Raises TrainingError for a loss or gradient that is not finite. After this, as after any error
-    of a batch, the parameters are as they were, without gradients.
+    of a batch, the parameters and the dropout are as they were, without gradients.
     """
+    if not 0 <= rate < math.inf:
+        raise ArgumentError(f"the rate is {rate}, expected 0 or more")
+    terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     if graphs is not None:
-        terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         graphs.check(model, optimizer, max_grad_norm, packing=packing, **terms)
     count = sum(row.learned for rows in window for row in rows)
-    total: torch.Tensor | float = 0.0
-    try:
-        for rows in window:
-            if graphs is not None:
-                total = total + graphs.loss(rows, count)
-                continue
-            batch = pack(rows) if packing else collate(rows, pad_id)
-            loss = model(
-                **batch, num_items_in_batch=count, smoothing=label_smoothing, z_loss=z_loss
-            ).loss
-            assert loss is not None
-            loss.backward()
-            total = total + loss.detach()
-    except BaseException:  # what some batches gave is not for the next step
-        optimizer.zero_grad()
-        raise
     tokens = sum(len(row.ids) for rows in window for row in rows)
-    if graphs is not None:
-        assert isinstance(total, torch.Tensor)
-        return _checked(StepResult(*graphs.update(total, rate), tokens), step, rate)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm else math.inf)
+    given = {"num_items_in_batch": count, "smoothing": label_smoothing, "z_loss": z_loss}
+
+    def batch(rows: Sequence[Row]) -> dict[str, Any]:
+        return {**(pack(rows) if packing else collate(rows, pad_id)), **given}
+
+    began = model.dropout_step
     try:
-        result = _checked(StepResult(float(total), float(norm), tokens), step, rate)
-    except TrainingError:
+        if graphs is not None:
+            total = torch.stack([graphs.loss(rows, count) for rows in window]).sum()
+            return _checked(StepResult(*graphs.update(total, rate), tokens), step, rate)
+        losses = [_backward(model, batch(rows)) for rows in window]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm else math.inf)
+        result = StepResult(float(torch.stack(losses).sum()), float(norm), tokens)
+        result = _checked(result, step, rate)
+    except BaseException as problem:  # what some batches gave is not for the next step
         optimizer.zero_grad()
-        raise
+        model.dropout_step = began
+        if not debug or not isinstance(problem, TrainingError):
+            raise
+        place = _first_bad(model, (batch(rows) for rows in window))
+        optimizer.zero_grad()
+        raise TrainingError(f"{problem}; {place}") from None
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
     return result
+
+
+def _backward(model: CausalLM, batch: dict[str, Any]) -> torch.Tensor:
+    """The loss of a batch, whose gradients are added to the parameters'."""
+    loss: torch.Tensor | None = model(**batch).loss
+    assert loss is not None
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _first_bad(model: CausalLM, batches: Iterable[dict[str, Any]]) -> str:
+    """What is not finite first when these are run again; the model is left as it was."""
+    before = model.debug, model.dropout_step
+    model.debug = True
+    try:
+        for batch in batches:
+            _backward(model, batch)
+    except TrainingError as found:
+        return f"run again, {found}"
+    except torch.OutOfMemoryError:
+        return "run again, memory ran out"
+    finally:
+        model.debug, model.dropout_step = before
+    return "run again, each batch alone is finite"
 
 
 def _checked(result: StepResult, step: int, rate: float) -> StepResult:
