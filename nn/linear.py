@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
+from ..kernels.dropout import dropped
 from ..kernels.fp8 import Rows
 from ..kernels.launch import apply
 from ..kernels.low_rank import add_low_rank
@@ -100,13 +101,7 @@ def _reference(
 def _drop(x: torch.Tensor, adapter: LoRA, seed: int | None, index: int) -> torch.Tensor:
     if seed is None or adapter.dropout == 0.0:
         return x
-    return x * _dropout_mask(x, adapter.dropout, seed + index)
-
-
-def _dropout_mask(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    generator = torch.Generator(x.device).manual_seed(seed)
-    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return kept.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+    return dropped(x, adapter.dropout, seed + index)
 
 
 def scaled_b(adapter: LoRA, dtype: torch.dtype) -> torch.Tensor:

@@ -25,6 +25,7 @@ from purelm.kernels import (
     decode_attention,
     delta_launch,
     delta_scan,
+    dropout,
     flash,
     flash_launch,
     fp8_launch,
@@ -260,6 +261,16 @@ def weighted_rows_cases(every: bool) -> Iterator[Case]:
                 "COLUMNS": weighted_rows.DOT_COLUMNS,
                 "num_warps": weighted_rows.WARPS,
             },
+        )
+
+
+def dropout_cases(every: bool) -> Iterator[Case]:
+    for dtype, base in itertools.product((F32, F16, BF16) if every else (BF16,), (None, I64)):
+        yield Case(
+            f"dropped {dtype} {base=}",
+            dropout._dropped_kernel,
+            (dtype, base, dtype, 16384 * 4096, 3407 * 1_000_003, 1 << 20, 1.1),
+            {"ON_DEVICE": base is not None, "BLOCK": dropout.BLOCK, "num_warps": dropout.WARPS},
         )
 
 
@@ -753,6 +764,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
     yield from flash_cases(every, arch)
     yield from low_rank_cases(every, arch)
     yield from weighted_rows_cases(every)
+    yield from dropout_cases(every)
     yield from nf4_cases(every)
     yield from nf4_matvec_cases(every)
     yield from grouped_cases(every, arch)
