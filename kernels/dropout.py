@@ -1,7 +1,8 @@
-"""Dropout whose mask follows from a seed and the places of features alone (Philox 4x32-10, Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the same on every device, drawn again in
-a backward rather than kept, and, as part of the seed may lie on the device, anew in every replay of
-a captured step.
+"""Dropout whose mask follows from a seed and the places of features alone: the same on every
+device, drawn again in a backward rather than kept, and, as part of the seed may lie on the device,
+anew in every replay of a captured step.
+
+The draws are Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 """
 
 # Kernels are written in Triton's language: they have no Python types.
@@ -25,7 +26,7 @@ _KEYS, _ROUNDS, _LOW = (0x9E3779B9, 0xBB67AE85), (0xD2511F53, 0xCD9E8D57), 0xFFF
 
 
 class Ahead(int):
-    """A seed that is this far ahead of an int64 [] on a device, which may change between replays."""
+    """A seed so far ahead of an int64 [] on a device, which may change between replays."""
 
     base: Tensor
 
