@@ -109,7 +109,7 @@ def _high(factor: int, x: Tensor) -> Tensor:
 
 
 def _threshold(p: float) -> int:
-    return round(p * 2**BITS)
+    return round(p * (1 << BITS))
 
 
 def _scale(p: float) -> float:
