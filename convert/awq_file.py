@@ -1,4 +1,4 @@
-"""Weights in AWQ's "gemm" format (AutoAWQ), read by dequantizing.
+"""Weights in AWQ's "gemm" format (AutoAWQ, AutoRound), read by dequantizing.
 
 A weight [out, in] lies in `qweight` int32 [in, out / 8], eight 4-bit fields along the outputs, of
 which field i is output ORDER[i] of its eight. Groups of inputs have a scale and a zero point for
@@ -17,14 +17,17 @@ from .encoded import SCALES, Format, Found, encoded, expect, siblings, unpacked,
 from .safetensors_file import TensorInfo
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# AutoRound's name of the layout.
+_ROUND = "auto_round:auto_awq"
 _PLACE = [ORDER.index(output) for output in range(8)]
 
 
 def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
-    if stored.get("quant_method") != "awq":
+    of_round = stored.get("packing_format") == _ROUND
+    if stored.get("quant_method") != ("auto-round" if of_round else "awq"):
         return False
     bits = stored.get("bits", stored.get("w_bit", 4))
-    layout = stored.get("version", stored.get("format", "gemm"))
+    layout = "gemm" if of_round else stored.get("version", stored.get("format", "gemm"))
     four = type(bits) is int and bits == 4
     if not four or str(layout).lower() != "gemm" or stored.get("zero_point", True) is not True:
         raise ConfigError(

@@ -133,9 +133,20 @@ def wrong(info: TensorInfo, message: str) -> CheckpointError:
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 words [n, m] -> their unsigned fields, lowest first: uint8 [n, 32 / bits, m]."""
-    fields = 32 // bits
-    out = torch.empty(len(words), fields, words.shape[1], dtype=torch.uint8, device=words.device)
+    """int32 words [n, m] -> their unsigned fields, lowest bit first: uint8 [n / w, 32 w / bits, m].
+
+    Fields of a width that does not divide 32 run on from word to word, 32 of them in w = `bits` of
+    those, of which n is a multiple; otherwise w is 1.
+    """
+    per = 1 if 32 % bits == 0 else bits
+    grouped = words.view(-1, per, words.shape[1])
+    fields = 32 * per // bits
+    out = torch.empty(len(grouped), fields, words.shape[1], dtype=torch.uint8, device=words.device)
     for i in range(fields):
-        out[:, i] = (words >> (bits * i)) & (2**bits - 1)
+        word, bit = divmod(bits * i, 32)
+        field = grouped[:, word] >> bit
+        if bit + bits > 32:
+            # The shift brought copies of the sign where the next word's bits belong.
+            field = (field & (2 ** (32 - bit) - 1)) | (grouped[:, word + 1] << (32 - bit))
+        out[:, i] = field & (2**bits - 1)
     return out

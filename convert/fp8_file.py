@@ -1,8 +1,11 @@
-"""Weights stored as fp8 (e4m3) with scales, as Qwen3-FP8 and DeepSeek are, dequantized or kept.
+"""Weights stored as fp8 (e4m3) with scales, as their publishers write them, dequantized or kept.
 
-A weight `w` [out, in] has beside it `w_scale_inv` (one scale for each 128x128 block, transformers'
-`FineGrainedFP8Config`) or `w_scale` (one for each row, or one alone, compressed-tensors'
-"float-quantized"). Either multiplies the stored values.
+A weight `w` [out, in] has one scale beside it, `w_scale_inv` or `w_scale`: one number for each
+block ([ceil(out / 128), ceil(in / 128)]), for each row, or for all. It multiplies the stored
+values, whatever its name says. Who writes what: transformers' fine-grained fp8 (DeepSeek, Qwen)
+blocks, or one number (Ministral); compressed-tensors' "float-quantized" rows, blocks or one number;
+FBGEMM rows; AutoFP8 and NVIDIA's ModelOpt one number. Scales of inputs and of the cache belong to
+computing in fp8 and are left.
 """
 
 from collections.abc import Mapping
@@ -18,8 +21,12 @@ from .encoded import SCALES, Encoded, Format, Found, encoded, wrong
 from .safetensors_file import TensorInfo
 
 BLOCK = 128
-# Scales of inputs, which are not quantized here.
-_INPUTS = (".input_scale", ".input_activation_scale")
+# Scales of inputs, outputs and the cache.
+BESIDE = tuple(
+    ".input_scale .input_activation_scale .activation_scale .output_scale .k_scale .v_scale "
+    ".q_scale .input_scale_ub".split()
+)
+_SCALES = (*SCALES, torch.float8_e8m0fnu)
 
 
 def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
@@ -37,10 +44,19 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
                 file=file,
             )
         return True
+    if method == "modelopt" and stored.get("quant_algo") != "FP8":
+        raise ConfigError(
+            f"ModelOpt's weights are {stored.get('quant_algo')!r:.40}, read is 'FP8'; load the "
+            "16-bit original",
+            file=file,
+        )
+    if method in ("fbgemm_fp8", "modelopt"):
+        return True
     return method == "compressed-tensors" and stored.get("format") == "float-quantized"
 
 
-def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
+def find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
+    """The fp8 weights among `tensors`, and what belongs to them beside."""
     made: list[Encoded] = []
     for name, info in tensors.items():
         if info.dtype != torch.float8_e4m3fn:
@@ -54,10 +70,8 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
             )
         scale, (rows, columns) = found[0], info.shape
         blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
-        allowed = (
-            [blocks] if scale.name.endswith("_inv") else [(rows, 1), (rows,), (1,), (), (1, 1)]
-        )
-        if scale.shape not in allowed or scale.dtype not in SCALES:
+        allowed = [blocks, (rows, 1), (rows,), (1,), (), (1, 1)]
+        if scale.shape not in allowed or scale.dtype not in _SCALES:
             raise wrong(
                 scale,
                 f"found scales {scale.dtype} {list(scale.shape)} of a weight {list(info.shape)}, "
@@ -67,7 +81,7 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
             encoded(name, info.shape, torch.bfloat16, [info, scale], dequantize,
                     kept_as=("fp8", "fp8_block"), leaf=partial(_leaf, scale_info=scale))
         )  # fmt: skip
-    return made, {name for name in tensors if name.endswith(_INPUTS)}
+    return made, {name for name in tensors if name.endswith(BESIDE)}
 
 
 def _leaf(
@@ -79,8 +93,8 @@ def _leaf(
     is not finite.
     """
     rows, scale = codes.shape[0], scale.float()
-    blocks = scale_info.name.endswith("_inv")
-    scale = scale if blocks else scale.reshape(-1).expand(rows).contiguous()
+    if not _of_blocks(codes, scale):
+        scale = scale.reshape(-1).expand(rows).contiguous()
     finite = scale.isfinite().all() and not codes.to(torch.bfloat16).isnan().any()
     if not bool(finite):
         raise wrong(
@@ -90,16 +104,21 @@ def _leaf(
     return Fp8(codes, scale, dtype)
 
 
+def _of_blocks(codes: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether the scales are of blocks."""
+    rows, columns = codes.shape
+    return scale.shape == (-(-rows // BLOCK), -(-columns // BLOCK))
+
+
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """codes [out, in] e4m3 times scales [out / 128, in / 128], [out, 1] or one -> fp32."""
+    """codes [out, in] e4m3 times scales [out / 128, in / 128], [out, 1], [out] or one -> fp32."""
     out, scale = codes.float(), scale.float()
-    rows, columns = out.shape
-    if scale.shape == (-(-rows // BLOCK), -(-columns // BLOCK)) and scale.numel() > 1:
+    if _of_blocks(codes, scale):
         for index, row in enumerate(scale):
-            wide = row.repeat_interleave(BLOCK)[:columns]
+            wide = row.repeat_interleave(BLOCK)[: out.shape[1]]
             out[index * BLOCK : (index + 1) * BLOCK] *= wide
         return out
     return out.mul_(scale.view(-1, 1))
 
 
-FP8 = Format("fp8", ("_scale_inv", "_scale"), _is_of, _find)
+FP8 = Format("fp8", ("_scale_inv", "_scale"), _is_of, find)

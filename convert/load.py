@@ -67,7 +67,7 @@ def load(
     (LLM.int8), "fp8" in e4m3 with a scale a row, "fp8_block" with one a block of 128 x 128; of a
     checkpoint that bitsandbytes stored in 4 bits "nf4" keeps those that are, as they are, and None
     dequantizes them; "int8" keeps what it stored in 8 bits, "fp8" and "fp8_block" what is stored in
-    fp8. Weights in another quantized format (GPTQ, AWQ, MXFP4, those for others) are dequantized
+    fp8. Weights in another quantized format (stored_formats.py, those for others) are dequantized
     first. compute: "fp8" for products of 4-bit and fp8 weights in fp8
     (quant/fp8_product.py). dtype: of the other
     tensors and of what quantized weights dequantize to (default: as stored; bfloat16 where that

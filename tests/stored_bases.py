@@ -160,6 +160,33 @@ def fp8_row() -> Stored:
 
 
 @_form
+def compressed_packed() -> Stored:
+    def parts(name: str, w: torch.Tensor) -> Tensors:
+        (rows, columns), module = w.shape, name.removesuffix("weight")
+        return {
+            module + "weight_packed": _words(rows, columns // 8),
+            module + "weight_scale": torch.rand(rows, 2, generator=_drawn()).half() / 100,
+            module + "weight_zero_point": _words(rows // 8, 2),
+            module + "weight_g_idx": (torch.arange(columns) // (columns // 2)).int(),
+            module + "weight_shape": torch.tensor(w.shape),
+        }
+
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return _projections(parts, {**quantization, "config_groups": groups})
+
+
+@_form
+def compressed_int8() -> Stored:
+    def parts(name: str, w: torch.Tensor) -> Tensors:
+        scale = w.abs().amax(1, keepdim=True) / 127
+        return {name: (w / scale).round().to(torch.int8), name + "_scale": scale}
+
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    return _projections(parts, quantization)
+
+
+@_form
 def mxfp4() -> Stored:
     import tiny
 

@@ -9,7 +9,7 @@ import bridged
 import pytest
 import tiny
 import torch
-from fp8_folders import FINE, ROWS, SIZES, Q, Tensors, scales, spread, stored
+from fp8_folders import FINE, PUBLISHERS, ROWS, SIZES, Q, Tensors, scales, spread, stored
 from safetensors.torch import load_file
 
 import purelm
@@ -19,7 +19,7 @@ from purelm.nn import decoder, lora, tree
 from purelm.quant.nf4 import NF4
 
 
-@pytest.mark.parametrize("kind", ["block", "row", "tensor"])
+@pytest.mark.parametrize("kind", PUBLISHERS)
 def test_logits_and_four_bits(kind: str, tmp_path: Path) -> None:
     model = stored(tmp_path, kind)
     spec, params = purelm.load(tmp_path, device="cpu", dtype=torch.float32)
@@ -103,7 +103,8 @@ def test_scales_that_do_not_fit(
     [
         ({**FINE, "weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
         ({**FINE, "fmt": "e5m2"}, "'e5m2', expected 'e4m3'"),
-        ({**ROWS, "format": "pack-quantized"}, "stored quantized"),
+        ({**ROWS, "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'; read are"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'NVFP4', read is 'FP8'"),
         (None, "no quantization_config"),
     ],
 )

@@ -9,6 +9,7 @@ import bridged
 import pytest
 import tiny
 import torch
+from packed_fields import packed
 from safetensors.torch import load_file, save_file
 
 import purelm
@@ -25,15 +26,6 @@ from purelm.quant.int8 import Int8
 Tensors = dict[str, torch.Tensor]
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def packed(fields: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned fields [n, m] -> int32 [n * bits / 32, m], lowest first; written bit by bit."""
-    per = 32 // bits
-    words = torch.zeros(len(fields) // per, fields.shape[1], dtype=torch.int64)
-    for i in range(per):
-        words += fields[i::per].long() << (bits * i)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def gptq(w: torch.Tensor, bits: int, group: int, layout: str, shuffled: bool) -> Any:
@@ -82,6 +74,11 @@ def awq(w: torch.Tensor, group: int) -> Any:
     return parts, want.T
 
 
+def without(made: Any, name: str) -> Any:
+    parts, want = made
+    return {n: t for n, t in parts.items() if n != name}, want
+
+
 CASES: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Any]]] = {
     "gptq4": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True},
               lambda w: gptq(w, 4, 32, "gptq", False)),
@@ -90,28 +87,50 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Any]]] = {
     "gptq8 v2": ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"},
                  lambda w: gptq(w, 8, 16, "gptq_v2", True)),
     "gptq2": ({"quant_method": "gptq", "bits": 2}, lambda w: gptq(w, 2, w.shape[1], "gptq", False)),
+    "gptq3 act-order": ({"quant_method": "gptq", "bits": 3, "desc_act": True},
+                        lambda w: gptq(w, 3, 16, "gptq", True)),
+    "gptq by module": ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 8}}},
+                       lambda w: gptq(w, 8 if len(w) == 96 else 4, 32, "gptq", False)),
+    "autoround gptq": ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True,
+                        "packing_format": "auto_round:auto_gptq"},
+                       lambda w: without(gptq(w, 4, 32, "gptq", False), "g_idx")),
+    "autoround awq": ({"quant_method": "auto-round", "bits": 4, "group_size": 32,
+                       "packing_format": "auto_round:auto_awq"}, lambda w: awq(w, 32)),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
             lambda w: awq(w, 16)),
 }  # fmt: skip
 
 
 def stored(
-    folder: Path, case: str, change: Callable[[Tensors], Any] | None = None, sharded: bool = False
+    folder: Path,
+    case: str,
+    change: Callable[[Tensors], Any] | None = None,
+    sharded: bool = False,
+    family: str = "qwen2",
 ) -> Any:
     """A folder in that format, and transformers' model with the weights that it stands for."""
     config, make = CASES[case]
-    model = tiny.hf_model("qwen2", **SIZES)
+    model = tiny.hf_model(family, **(SIZES if family == "qwen2" else {}))
     tensors, state = {}, model.state_dict()
     tiny.save(model, folder)
-    for name, w in load_file(folder / "model.safetensors").items():
+    plain = load_file(folder / "model.safetensors")
+    for name, w in plain.items():
         if "_proj.weight" in name:
             parts, want = make(w)
             module = name.removesuffix(".weight")
             tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-            state[name] = want.float()
+            state[name] = want.float().contiguous()
         else:
             tensors[name] = w
-    model.load_state_dict(state)
+    if family == "qwen2":
+        model.load_state_dict(state)
+    else:
+        # A mixture's file has a name for each expert, the model one for all.
+        (folder / "meant").mkdir()
+        tiny.save(model, folder / "meant")
+        save_file(
+            {n: state.get(n, t) for n, t in plain.items()}, folder / "meant/model.safetensors"
+        )
     if change is not None:
         change(tensors)
     fields = json.loads((folder / "config.json").read_text())
@@ -142,6 +161,16 @@ def test_logits_and_four_bits(case: str, tmp_path: Path) -> None:
     ours = four["layers"][1]["mlp"]["up"]["weight"]
     theirs = nf4.quantize(model.state_dict()["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(ours.packed, theirs.packed)
+
+
+@pytest.mark.parametrize("case", ["gptq8 v2", "awq"])
+def test_experts_of_a_mixture(case: str, tmp_path: Path) -> None:
+    stored(tmp_path, case, family="qwen3_moe")
+    _, params = purelm.load(tmp_path, device="cpu", dtype=torch.float32)
+    _, meant = purelm.load(tmp_path / "meant", device="cpu", dtype=torch.float32)
+    found, want = dict(tree.items(params)), dict(tree.items(meant))
+    assert any("experts" in name for name in want)
+    assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("case", ["gptq4 act-order", "awq"])
@@ -189,7 +218,12 @@ def test_parts_that_do_not_fit(
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"quant_method": "gptq", "bits": 3}, ConfigError, "3 bits"),
+        ({"quant_method": "gptq", "bits": 5}, ConfigError, "5 bits"),
+        ({"quant_method": "gptq", "bits": 3}, CheckpointError, "of which some lack"),
+        ({"quant_method": "gptq", "bits": 8}, CheckpointError, "qzeros"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": "128"}, ConfigError, "group_size"),
+        ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, ConfigError, "marlin"),
+        ({"quant_method": "auto-round", "bits": 4}, ConfigError, "auto-round"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, ConfigError, "marlin"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, ConfigError, "gemv"),
         ({"quant_method": "hqq"}, ConfigError, "hqq"),
