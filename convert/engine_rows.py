@@ -279,7 +279,7 @@ class EngineRows:
         if replay is not None:
             return replay()
         if key in self._replays:
-            replay = _captured(step, own.token.device)
+            replay = capture(step, own.token.device)
             if replay is None:
                 self._graphs = False
                 self._replays.clear()
@@ -289,27 +289,6 @@ class EngineRows:
         elif self._graphs and decode.waits_for(params, spec, adapters) is None:
             self._replays[key] = None
         return step()
-
-
-def _captured(
-    step: Callable[[], torch.Tensor], device: torch.device
-) -> Callable[[], torch.Tensor] | None:
-    """`step` as a graph, whose result stands at one place."""
-    result = torch.empty(0)
-
-    def kept() -> None:
-        nonlocal result
-        result = step()
-
-    replay = capture(kept, device)
-    if replay is None:
-        return None
-
-    def run() -> torch.Tensor:
-        replay()
-        return result
-
-    return run
 
 
 def _power_of_two(n: int) -> int:

@@ -1,11 +1,20 @@
-"""A step of work on a GPU, captured once and replayed without the host."""
+"""Work on a GPU, captured once and replayed without the host."""
 
+import functools
 import logging
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
 _logger = logging.getLogger("purelm.graph")
+
+# Of a process, one capture at a time: what torch asks.
+_capturing = threading.Lock()
+
+T = TypeVar("T")
 
 
 def replayable(device: torch.device) -> bool:
@@ -13,36 +22,65 @@ def replayable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
-    """A function that does on `device` what `step` does, as one CUDA graph; None, with a warning in
-    the log, where it cannot be captured, such as where `step` asks the device for a value.
+@dataclass(frozen=True, slots=True)
+class Graph(Generic[T]):
+    """A captured step; a call replays it and gives `result`.
 
-    `step` must have run before (kernels compile, constants are copied) and change nothing but
-    tensors that live longer than it. Nothing runs while it is captured.
+    result: what the step returned when it was captured, whose tensors each replay overwrites.
+    Replays of two graphs must follow one another, as they do on one stream: what libraries work in
+    is theirs together.
+    """
+
+    result: T
+    device: torch.device
+    _graph: torch.cuda.CUDAGraph
+
+    def __call__(self) -> T:
+        with torch.cuda.device(self.device):  # a graph runs on the current device's stream
+            self._graph.replay()
+        return self.result
+
+
+def capture(step: Callable[[], T], device: torch.device, *, pool: Any = None) -> Graph[T] | None:
+    """`step` on `device` as one CUDA graph; None, with a warning in the log, where it cannot be
+    captured, such as where `step` asks the device for a value.
+
+    Nothing is computed yet: `step` runs, and its kernels are noted with the addresses they read and
+    write. So it must have run before (kernels compile, constants are copied), and what it reads and
+    changes must live as long as the graph, which keeps none of it: new inputs are copied into the
+    tensors that it was captured with. What `step` makes on the way lies in `pool`, which is given
+    out by torch.cuda.graph_pool_handle() and shared by graphs that need nothing of one another but
+    what is still held when the next is captured; None: in memory of its own. Draws of the device's
+    default generator go on from replay to replay; another generator cannot be captured. `step` may
+    run autograd's backward, of a forward in `step` or on `capture_stream`: a backward runs where
+    its forward ran.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     here = torch.cuda.current_stream(device)
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):  # makes `device` the current one too
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            step()
-        except RuntimeError as problem:
-            _abandon(graph)
-            _logger.warning("a step runs without a CUDA graph, more slowly: %s", problem)
-            return None
-        except BaseException:
-            _abandon(graph)
-            raise
-        graph.capture_end()
-    here.wait_stream(stream)
+    with _capturing:
+        stream = capture_stream(here.device_index)
+        stream.wait_stream(here)
+        torch.cuda.empty_cache()  # none of it can be given back while a capture is under way
+        with torch.cuda.stream(stream):  # makes `device` the current one too
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                result = step()
+            except RuntimeError as problem:
+                _abandon(graph)
+                _logger.warning("a step runs without a CUDA graph, more slowly: %s", problem)
+                return None
+            except BaseException:
+                _abandon(graph)
+                raise
+            graph.capture_end()
+        here.wait_stream(stream)
+    return Graph(result, device, graph)
 
-    def replay() -> None:
-        with torch.cuda.device(device):  # a graph runs on the current device's stream
-            graph.replay()
 
-    return replay
+@functools.cache
+def capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream of a device's captures: libraries set aside memory for each that they see."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

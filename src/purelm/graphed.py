@@ -4,6 +4,7 @@ kernels leave the GPU waiting for Python.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from .convert.bridge import CausalLM
 from .errors import ArgumentError
 from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
+from .nn.graph import capture
 from .nn.layout import Layout
 from .nn.residuals import Residuals, per_layer
 
@@ -26,14 +28,13 @@ _Key = tuple[int, int, bool, int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph with the tensors that it reads and writes."""
+    """A step, replayed from a graph where it could be captured, and the tensors that it reads."""
 
-    graph: torch.cuda.CUDAGraph
+    step: Callable[[], torch.Tensor]
     ids: torch.Tensor
     labels: torch.Tensor
     cu_seqlens: torch.Tensor | None
     count: torch.Tensor | None
-    loss: torch.Tensor
 
 
 def uncapturable(model: CausalLM) -> str | None:
@@ -67,7 +68,8 @@ class GraphedStep:
     itself (cuDNN's attention backward does not always). Packed rows are filled up to one of a few
     shapes (`buckets`). Gradients are added to the parameters' `.grad`, so an optimizer, clipping
     and `zero_grad` work as ever. The latest shapes keep their graphs; all share one pool of memory,
-    as large as the largest step, for as long as this object lives.
+    as large as the largest step, for as long as this object lives. A step that fails to be captured
+    runs eagerly, with a warning in the log.
 
     Raises ArgumentError for a model that is not on a GPU, has dropout or trains whole weights, or
     sends residuals to the host: none of these can be replayed.
@@ -132,9 +134,7 @@ class GraphedStep:
             found.cu_seqlens.copy_(cu_seqlens)
         if found.count is not None and num_items_in_batch is not None:
             found.count.copy_(num_items_in_batch)
-        with torch.cuda.device(self.model.device):  # a graph runs on the current device's stream
-            found.graph.replay()
-        return found.loss.clone()
+        return found.step().clone()
 
     def _live(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -193,18 +193,15 @@ class GraphedStep:
             )
             return value.detach(), torch.autograd.grad(value, list(fresh.values()))
 
-        # Kernels are compiled and libraries set up before, on a stream of its own as captures need.
-        with memory_plan.told(self.model, policies), torch.cuda.device(device):
-            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                run()
-            torch.cuda.current_stream(device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):
-                value, grads = run()
-                torch._foreach_add_(self._grads, list(grads))
-        return _Captured(graph, ids, targets, ends, held, value)
+        def step() -> torch.Tensor:
+            value, grads = run()
+            torch._foreach_add_(self._grads, list(grads))
+            return value
+
+        with memory_plan.told(self.model, policies):
+            run()  # compiles kernels; no gradient counts yet
+            graph = capture(step, device, pool=self._pool)
+        return _Captured(graph or step, ids, targets, ends, held)
 
 
 def value_of(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+
+from .nn.graph import capture, replayable
 
 
 class GraphedUpdate:
@@ -23,8 +26,7 @@ class GraphedUpdate:
         self._loss, self._rate = (torch.zeros((), device=device) for _ in range(2))
         for group in groups:
             group["lr"], group["capturable"] = self._rate, True
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._norm = torch.zeros((), device=device)
+        self._replay: Callable[[], torch.Tensor] | None = None
         self._calls = 0
 
     def __call__(self, loss: torch.Tensor, rate: float) -> tuple[float, float]:
@@ -32,24 +34,15 @@ class GraphedUpdate:
         self._loss.copy_(loss)
         self._rate.fill_(rate)
         self._calls += 1
-        if self._calls == 1 or not self._loss.is_cuda:
-            self._norm = self._run()
-        else:
-            with torch.cuda.device(self._loss.device):
-                if self._graph is None:
-                    self._capture()
-                assert self._graph is not None
-                self._graph.replay()
+        device = self._loss.device
+        if self._replay is None and self._calls > 1 and replayable(device):
+            self._replay = capture(self._run, device) or self._run
+        norm = (self._replay or self._run)()
+        if self._replay is not None:
             # A replay tells nobody that it writes; whoever keeps what the weights gave must know.
             torch.autograd.graph.increment_version(self.params)
-        found: list[float] = torch.stack([self._loss, self._norm]).tolist()
+        found: list[float] = torch.stack([self._loss, norm]).tolist()
         return found[0], found[1]
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._norm = self._run()
-        self._graph = graph
 
     @torch.no_grad()
     def _run(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed import GraphedStep, uncapturable, value_of
 from purelm.graphed_training import Graphs
 from purelm.nn import layout
+from purelm.nn.graph import Graph
 from purelm.nn.residuals import KEEP
 from purelm.rows import Row, pack
 
@@ -89,6 +90,7 @@ def test_equal_to_the_eager_step(folder: Path, checkpointing: Any) -> None:
                 loss = loss.detach()
             else:
                 loss = step(some, some)
+                assert all(isinstance(kept.step, Graph) for kept in step._shapes.values())
             seen += [loss, *(p.grad.clone() for p in trained)]
             if i % 2:  # every other batch accumulates
                 optimizer.step()
@@ -160,6 +162,7 @@ def test_a_run_from_graphs(folder: Path) -> None:
             losses.append(result.loss)
             if step == 6:
                 assert result.grad_norm > 0
+                assert graphs is None or isinstance(graphs.update._replay, Graph)
         found.append(losses)
     # From there on two runs of the same kind part too.
     assert found[1][:8] == pytest.approx(found[0][:8], rel=2e-2)

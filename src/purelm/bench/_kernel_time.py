@@ -4,7 +4,6 @@ Inputs rotate through more copies than the L2 cache holds, and the cache is flus
 measurement, so that figures are of memory. A busy wait before each lets the host get ahead.
 """
 
-import contextlib
 import math
 import statistics
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from ..nn.graph import capture
 
 # Of inputs that rotate; the largest L2 cache (B200's) has half of it.
 ROTATED = 256e6
@@ -52,26 +53,14 @@ def timed(
     extra = torch.cuda.max_memory_allocated() - before
     once = _median(lambda: run(*sets[0]), 3, CALL_CYCLES)
     if graph and once < LONG:
-        with contextlib.suppress(RuntimeError):  # what cannot be captured is timed without a graph
-            return Timing(_under_graph(run, sets), "graph", extra)
+        # Its results are kept, so that outputs rotate too.
+        replay = capture(lambda: [run(*one) for one in sets], device)
+        if replay is not None:
+            return Timing(_median(replay, 15, GRAPH_CYCLES) / len(sets), "graph", extra)
     turns = max(5, min(20, int(0.1 / once)))
     places = iter(range(turns))
     seconds = _median(lambda: run(*sets[next(places) % len(sets)]), turns, CALL_CYCLES)
     return Timing(seconds, "events", extra)
-
-
-def _under_graph(run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> float:
-    """Seconds of a call, of a graph that calls once for each set."""
-    held = torch.cuda.CUDAGraph()
-    held.capture_begin()
-    try:
-        # Kept alive, so that outputs rotate too.
-        results = [run(*one) for one in sets]
-    finally:
-        held.capture_end()
-    seconds = _median(held.replay, 15, GRAPH_CYCLES) / len(sets)
-    del results
-    return seconds
 
 
 def _median(call: Callable[[], Any], turns: int, cycles: int) -> float:

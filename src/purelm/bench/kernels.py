@@ -23,6 +23,7 @@ import torch
 
 from ..convert import atomic
 from ..kernels import launch
+from ..nn.graph import capture_stream
 from ._kernel_case import SHAPES, Call, Case
 from ._kernel_cases import KERNELS
 from ._kernel_peers import PEERS, installed
@@ -113,12 +114,11 @@ def measure(
 
 @contextlib.contextmanager
 def _one_stream(cuda: bool) -> Iterator[None]:
-    """A stream of its own for everything: a captured backward runs where its forward ran."""
+    """The stream of captures for everything: a captured backward runs where its forward ran."""
     if not cuda:
         yield
         return
-    stream: Any = torch.cuda.Stream  # not annotated
-    with torch.cuda.stream(stream()):
+    with torch.cuda.stream(capture_stream(torch.cuda.current_device())):
         yield
 
 
