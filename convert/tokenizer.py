@@ -363,11 +363,12 @@ class Tokenizer(Vocabulary):
             raise ArgumentError("return_assistant_tokens_mask needs tokenize and return_dict")
         template = self.get_chat_template(chat_template, tools)
         from . import chat_template as chat
+        from .assistant_turns import token_mask
 
         if return_assistant_tokens_mask and not chat.marks_generation(template):
             raise TemplateError(
                 "the chat template has no {% generation %} blocks, so it marks no assistant "
-                "tokens; purelm.convert.chat_template.assistant_spans finds turns without them"
+                "tokens; purelm.convert.assistant_turns.assistant_spans finds turns without them"
             )
         rendered = [
             chat.render(
@@ -391,7 +392,7 @@ class Tokenizer(Vocabulary):
         if return_assistant_tokens_mask:
             encodings = batch.encodings or []
             masks = [
-                chat.token_mask(row.offsets, text.spans, row.special_tokens_mask)
+                token_mask(row.offsets, text.spans, row.special_tokens_mask)
                 for row, text in zip(encodings, rendered, strict=True)
             ]
             single = not batched and return_tensors is None

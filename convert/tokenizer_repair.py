@@ -157,7 +157,7 @@ def _choose(tokenizer: Tokenizer, stops: Collection[int], vocab_rows: int | None
 
 
 def _template_findings(tokenizer: Tokenizer, stops: Collection[int]) -> list[Finding]:
-    from .chat_template import assistant_spans
+    from .assistant_turns import assistant_spans
 
     try:
         plain = tokenizer.apply_chat_template([_QUESTION], tokenize=False)

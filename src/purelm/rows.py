@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from .convert.chat_template import assistant_spans, token_mask
+from .convert.assistant_turns import assistant_spans, token_mask
 from .convert.tokenizer import Tokenizer
 from .errors import DataError, TemplateError
 from .nn.loss import IGNORE

@@ -13,6 +13,7 @@ from tiny_tokenizers import CHATML, MARKED
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from purelm.convert import chat_template as chat
+from purelm.convert.assistant_turns import assistant_spans, token_mask
 from purelm.convert.tokenizer import Tokenizer
 from purelm.errors import TemplateError
 
@@ -141,7 +142,7 @@ def test_texts_of_any_content(contents, prompt):
     wanted = [c + "<|im_end|>" for c in contents[1::2]]
     assert [marked.text[a:b] for a, b in marked.spans] == wanted
     # Found without the marks, the turns are the same.
-    found = chat.assistant_spans(CHATML, messages)
+    found = assistant_spans(CHATML, messages)
     assert found.text == marked.text and found.spans == marked.spans
 
 
@@ -158,7 +159,7 @@ def test_real_templates(name):
             assert (
                 chat.render(template, messages, special_tokens=special, **options).text == texts[0]
             )
-        turns = chat.assistant_spans(template, messages, special_tokens=special)
+        turns = assistant_spans(template, messages, special_tokens=special)
         count = sum(m["role"] == "assistant" for m in messages)
         assert len(turns.spans) == count
         assert all(turns.text[a:b].endswith("<|im_end|>") for a, b in turns.spans)
@@ -170,7 +171,7 @@ HISTORY = CHATS[2]
 
 
 def spans(template, messages=HISTORY):
-    found = chat.assistant_spans(template, messages, special_tokens=SPECIAL)
+    found = assistant_spans(template, messages, special_tokens=SPECIAL)
     return [found.text[a:b] for a, b in found.spans]
 
 
@@ -227,7 +228,7 @@ def test_token_mask_is_overlap(lengths, parts):
         offsets.append((place, place + length))
         place += length + gap
     ranges = [(start, start + length) for start, length in parts]
-    for (start, end), ours in zip(offsets, chat.token_mask(offsets, ranges), strict=True):
+    for (start, end), ours in zip(offsets, token_mask(offsets, ranges), strict=True):
         inside = any(a <= c < b for a, b in ranges for c in range(start, max(end, start + 1)))
         assert ours == inside
 
