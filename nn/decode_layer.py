@@ -12,9 +12,9 @@ from ..kernels.head_step import head_step
 from . import packed, rope, tree
 from .attention import Span, head_norm, reach, terms
 from .cache import Buffers
-from .linear import Projection
 from .lora import LoRA
 from .norm import norm
+from .products import Projection
 from .spec import AttentionSpec, LayerSpec, MLPSpec
 
 Group = tuple[list[Projection], list[LoRA | None]]

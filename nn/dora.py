@@ -62,7 +62,7 @@ def adapted(
 
 
 def folded(weight: Any, adapter: "LoRA", dtype: torch.dtype) -> "LoRA":
-    """The adapter as `linear.products` takes it: its magnitude what each row of the weight is
+    """The adapter as `products.products` takes it: its magnitude what each row of the weight is
     multiplied by, in `dtype`, and b with its scale multiplied by that already.
     """
     rows = factor(weight, replace(adapter, magnitude=never_0(adapter))).to(dtype)

@@ -1,5 +1,5 @@
-"""Projections of rows sorted by expert, without a graph, and their gradients: `linear.products` and
-`linear.pull` for stacks of weights and of adapters.
+"""Projections of rows sorted by expert, without a graph, and their gradients: what `products` has,
+for stacks of weights and of adapters.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import torch
 from ..kernels.grouped import matmul, outer
 from ..quant.grouped import product
 from .dispatch import Places
-from .linear import Projection, scaled_b
 from .lora import LoRA
+from .products import Projection, scaled_b
 
 Adapters = Sequence[LoRA | None]
 

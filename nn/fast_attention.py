@@ -11,7 +11,8 @@ from ..kernels.fp8 import Rows
 from . import rope, tree
 from .attention import Heads, gated, gates, prepared, queries, terms
 from .half import Residuals
-from .linear import products, scaled, seed_after
+from .linear import scaled, seed_after
+from .products import products
 from .pulling import Found, Lows, Puller, picked
 from .residuals import Policy
 from .spec import AttentionSpec

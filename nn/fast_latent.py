@@ -17,8 +17,9 @@ from . import rope, tree
 from .attention import terms
 from .half import Residuals
 from .latent import SEED_STEP, firsts, joined, split, turn
-from .linear import products, seed_after
+from .linear import seed_after
 from .norm import norm
+from .products import products
 from .pulling import Found, Puller, picked
 from .residuals import Policy
 from .spec import AttentionSpec, LatentSpec

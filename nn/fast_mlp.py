@@ -12,7 +12,8 @@ from . import tree
 from .activation import activated, activated_rows, inputs, pull_rows
 from .activation import pull as pull_activated
 from .half import Residuals
-from .linear import products, scaled, seed_after
+from .linear import scaled, seed_after
+from .products import products
 from .pulling import Found, Lows, Puller, picked
 from .residuals import Policy
 from .spec import MLPSpec

@@ -12,8 +12,8 @@ from ..kernels.launch import on_gpu
 from ..kernels.nf4_matvec_launch import takes
 from ..kernels.nf4_products import Weight, products
 from ..quant.nf4 import NF4
-from .linear import Projection, scaled_b, stacked_a
 from .lora import LoRA
+from .products import Projection, scaled_b, stacked_a
 
 
 def takes_all(

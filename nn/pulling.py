@@ -6,8 +6,8 @@ import torch
 
 from ..kernels.fp8 import Rows
 from . import dora, tree
-from .linear import Projection, Wanted, pull_input, pull_weights
 from .lora import LoRA
+from .products import Projection, Wanted, pull_input, pull_weights
 
 # Of each adapter, by its path, the gradients of its tensors in order; of one that was folded, that
 # of the magnitudes as `dora.pull_rows` gives it.
