@@ -22,6 +22,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
+import quick_interpreter
 import torch
 
 __all__ = ["checking", "install"]
@@ -98,6 +99,7 @@ def install() -> None:
     import triton.runtime.interpreter as interpreter
 
     _state.installed = True
+    quick_interpreter.install(interpreter, tl)
     _patch_numbers(interpreter, tl)
     _patch_memory(interpreter, tl)
     _patch_launch(interpreter)
