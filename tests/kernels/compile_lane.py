@@ -66,6 +66,18 @@ F32, F16, BF16, U8, I32, I64, E4M3 = (
 )
 
 
+# Kernels whose products and sums are rounded apart, as their references'.
+EXACT = (
+    nf4_quantize_launch._quantize_kernel,
+    nf4_quantize_launch._quantize_absmax_kernel,
+    nf4_launch._dequantize_kernel,
+    fp8_launch._cast_kernel,
+    fp8_nf4_launch._columns_kernel,
+    fp8_nf4_launch._rows_kernel,
+    rope_launch._rope_kernel,
+)
+
+
 class Case(NamedTuple):
     """One specialization of a kernel: dtypes stand for pointers, numbers for themselves."""
 
@@ -797,7 +809,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(arch: int, every: bool) -> None:
+def main(arch: int, every: bool) -> int:
+    """1 if one of them did not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -814,34 +827,39 @@ def main(arch: int, every: bool) -> None:
             return 0
 
     triton.runtime.driver.set_active(Driver())
+    failed = 0
     for case in cases(every, arch):
-        exact = case.kernel in (
-            nf4_quantize_launch._quantize_kernel,
-            nf4_quantize_launch._quantize_absmax_kernel,
-            nf4_launch._dequantize_kernel,
-            fp8_launch._cast_kernel,
-            fp8_nf4_launch._columns_kernel,
-            fp8_nf4_launch._rows_kernel,
-            rope_launch._rope_kernel,
-        )
-        made = case.kernel.jitted.warmup(
-            *case.args, **case.options, enable_fp_fusion=not exact, grid=(1,)
-        )
-        registers, stack = resources(made.asm["cubin"])
-        ptx = made.asm["ptx"]
-        widest = max(
-            (
-                4 * int(v or 1) * int(b) // 32
-                for v, b in re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
-            ),
-            default=0,
-        )
-        # GPUs before Hopper multiply bf16 by adding to -0.
-        fused = exact and bool(re.search(r"\bfma\.(?!rn\.bf16)", ptx))
-        print(
-            case.name, registers, stack, made.metadata.shared, widest, int(fused), sep=","
-        )  # fmt: skip
+        try:
+            row = compiled(case)
+        except Exception as error:  # whatever a compiler raises: the others are to be seen too
+            failed += 1
+            print(f"{case.name}: {type(error).__name__}: {error}"[:2000], file=sys.stderr)
+            continue
+        print(case.name, *row, sep=",")
+    return 1 if failed else 0
+
+
+def compiled(case: Case) -> tuple[int, int, int, int, int]:
+    """Registers, stack bytes, shared memory, widest access, whether a product and a sum are fused
+    that must not be.
+    """
+    exact = case.kernel in EXACT
+    made = case.kernel.jitted.warmup(
+        *case.args, **case.options, enable_fp_fusion=not exact, grid=(1,)
+    )
+    registers, stack = resources(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    widest = max(
+        (
+            4 * int(v or 1) * int(b) // 32
+            for v, b in re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+        ),
+        default=0,
+    )
+    # GPUs before Hopper multiply bf16 by adding to -0.
+    fused = exact and bool(re.search(r"\bfma\.(?!rn\.bf16)", ptx))
+    return registers, stack, made.metadata.shared, widest, int(fused)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--all" in sys.argv)
+    sys.exit(main(int(sys.argv[1]), "--all" in sys.argv))

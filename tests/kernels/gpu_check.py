@@ -1,11 +1,12 @@
 """Check every kernel on a CUDA machine; `purelm bench kernels` times them.
 
-    python tests/kernels/gpu_check.py [--long] [--sweep] [--tiny] [KERNEL...]
+    python tests/kernels/gpu_check.py [--long] [--part=I/N] [--sweep] [--tiny] [KERNEL...]
 
 Each is held to the tolerance rule of tests/oracles.py over random inputs with float64 as the truth.
 Shapes that make Triton compile another variant come from short lists; `--long` draws them freely,
-200 a kernel. `--sweep` times other launch configurations of the NF4 kernels; `--tiny` runs the
-whole on the CPU, under the interpreter, with tiny shapes.
+200 a kernel; `--part=I/N` is every N-th of them, for processes side by side. `--sweep` times other
+launch configurations of the NF4 kernels; `--tiny` runs the whole on the CPU, under the interpreter,
+with tiny shapes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ from purelm.quant import nf4 as leaf  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
 EXAMPLES = 4 if TINY else 200 if LONG else 16
+PART, PARTS = next((map(int, a[7:].split("/")) for a in sys.argv if a[:7] == "--part="), (0, 1))
+SEEDS = range(PART, EXAMPLES, PARTS)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -335,7 +338,7 @@ CHECKS = {
 
 def check(name: str) -> bool:
     start, bad = time.perf_counter(), 0
-    for seed in range(EXAMPLES):
+    for seed in SEEDS:
         torch.manual_seed(seed)
         try:
             CHECKS[name](random.Random(seed))
@@ -345,10 +348,10 @@ def check(name: str) -> bool:
                 print(f"  {name} seed {seed}: {error}", flush=True)
         except Exception:
             traceback.print_exc(limit=4)
-            bad = EXAMPLES
+            bad = len(SEEDS)
             break
     took = time.perf_counter() - start
-    print(f"check {name}: {EXAMPLES - bad} of {EXAMPLES} right in {took:.0f} s", flush=True)
+    print(f"check {name}: {len(SEEDS) - bad} of {len(SEEDS)} right in {took:.0f} s", flush=True)
     return not bad
 
 

@@ -1,13 +1,17 @@
-"""Check and time the mixers of hybrids on a CUDA machine: `python tests/kernels/gpu_scans.py OUT`.
+"""Check and time the mixers of hybrids on a CUDA machine.
+
+    python tests/kernels/gpu_scans.py OUT [--checks] [--tiny]
 
 Launches against float64 in plain torch, then mixers, layers and decoding steps three ways: in plain
 torch, over our launches alone, and with flash-linear-attention's where that is installed. Writes
-OUT/hybrids.json and prints a line each. `--tiny` runs all of it on the CPU, in small.
+OUT/hybrids.json and prints a line each. `--checks` times nothing; `--tiny` runs all of it on the
+CPU, in small.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 TINY, WARM, BEGUN = "--tiny" in sys.argv, "--warm" in sys.argv, time.monotonic()
+CHECKS = "--checks" in sys.argv
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "src")]
 
@@ -353,8 +358,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     mamba = [name for name, (spec, *_) in SHAPES.items() if isinstance(spec, Mamba2Spec)]
     others = [name for name in SHAPES if name != "Qwen3-Next"]
-    first = [f"fla {i}/10" for i in range(10)] + [f"check {name}" for name in others]
-    first += [f"parts {name}" for name in mamba]
+    first = [f"check {name}" for name in others]
+    first += [] if CHECKS else [f"parts {name}" for name in mamba]
+    if importlib.util.find_spec("fla"):
+        first += [f"fla {i}/10" for i in range(10)]
     warming = [] if TINY else [
         subprocess.Popen(
             [sys.executable, __file__, str(out), "--warm", job], stdout=subprocess.DEVNULL
@@ -365,15 +372,17 @@ def main() -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(1.0, 60 - (time.monotonic() - BEGUN)))
     say(warmed=[process.poll() for process in warming])
-    if not TINY:
+    if not TINY and importlib.util.find_spec("fla"):
         quickly()
     jobs: list[tuple[Callable[[str], None], str]] = [
         *((check, name) for name in SHAPES),
+    ]
+    jobs += [] if CHECKS else [
         *((time_mixer, name) for name in SHAPES),
         *((time_step, name) for name in SHAPES),
         *((time_layer, name) for name in ("Qwen3-Next", "Granite-4")),
         *((time_parts, name) for name in mamba),
-    ]
+    ]  # fmt: skip
     try:
         for job, name in jobs:
             if time.monotonic() - BEGUN > LIMIT:
