@@ -2,8 +2,8 @@
 arithmetic: 4-bit weights straight to e4m3.
 
 Along the rows of a weight all of a block share their scale, so that its sixteen levels have sixteen
-codes: they are made once, and four a time fetched by byte permutes, as in nf4_decode.py. Along its
-columns every weight has a scale of its own.
+codes: a thread makes them once for its words, and fetches four a time by byte permutes, as in
+nf4_decode.py. Along its columns every weight has a scale of its own.
 """
 
 # Kernels are written in Triton's language: they have no Python types.
@@ -11,6 +11,7 @@ columns every weight has a scale of its own.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,11 @@ LOOKUP = (
 )
 
 
+THREADS = 128  # a program along the rows has one group of words each
+
+
 class Config(NamedTuple):
-    """A program's tile: rows of the weight, runs of columns, warps."""
+    """A program's tile along the columns: rows of the weight, runs of columns, warps."""
 
     rows: int
     runs: int
@@ -51,21 +55,31 @@ def unit_for(width: int, block: int) -> int:
     return unit
 
 
-def config_for(unit: int, transposed: bool) -> Config:
-    """32 rows x 128 columns where both directions matter, else long runs of a few rows."""
-    return Config(32, 128 // unit, 4) if transposed else Config(4, 1024 // unit, 2)
+def config_for(unit: int) -> Config:
+    """32 rows x 128 columns, as both directions matter."""
+    return Config(32, 128 // unit, 4)
 
 
-@jit
-def _four(p_levels, b_absmax, b_inverse, FIRST: tl.constexpr):
-    """The e4m3 codes of four levels in a word."""
-    code: tl.constexpr = tl.float8e4nv
-    b_words = tl.zeros(b_absmax.shape, dtype=tl.int32)
-    for i in tl.static_range(4):
-        b_w = tl.load(p_levels + FIRST + i) * b_absmax
-        b_code = (b_w * b_inverse).to(code).to(tl.uint8, bitcast=True)
-        b_words |= b_code.to(tl.int32) << (8 * i)
-    return b_words
+def words_for(width: int) -> int:
+    """Words of a thread, of one block and one row; width a multiple of 16."""
+    return 4 if width % 32 == 0 else 2
+
+
+@functools.cache
+def table(kind: str) -> str:
+    """PTX from a block's absmax ($4) and the reciprocal of its row's scale ($5) to the e4m3 codes
+    of its sixteen levels ($0 to $3), each product rounded.
+    """
+    bits = codebook.levels_of(kind).float().view(torch.int32).tolist()
+    lines = [".reg .f32 a, b;", ".reg .b16 c, d;"]
+    for i in range(0, 16, 2):
+        for register, level in (("a", bits[i]), ("b", bits[i + 1])):
+            lines += [f"mul.rn.f32 {register}, $4, 0f{level & 0xFFFFFFFF:08X};"]
+            lines += [f"mul.rn.f32 {register}, {register}, $5;"]
+        lines += [f"cvt.rn.satfinite.e4m3x2.f32 {'d' if i % 4 else 'c'}, b, a;"]
+        if i % 4:
+            lines += [f"mov.b32 ${i // 4}, {{c, d}};"]
+    return "{ " + " ".join(lines) + " }"
 
 
 @jit
@@ -74,52 +88,49 @@ def _rows_kernel(
     p_absmax,
     p_absmax_scale,
     p_offset,
-    p_levels,
     p_map,
     p_scale,
     p_out,
-    rows,
+    count,
     width,
-    stride_out,
     LOOKUP: tl.constexpr,
+    TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    # A tile is ROWS rows of RUNS runs of UNIT weights, each run within one block; packed are words
-    # of eight codes, and out, whose stride counts them too, words of four.
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
-    m_row = o_row < rows
-    mask = m_row[:, None] & (o_run * UNIT < width)[None, :]
-    o_first = o_row[:, None] * width + o_run[None, :] * UNIT
-    o_block = o_first // BLOCK
-    b_absmax = _absmax(p_absmax, p_absmax_scale, p_offset, p_map, o_block, mask, DOUBLE)
-    b_scale = tl.load(p_scale + o_row, mask=m_row, other=1.0)
-    b_inverse = tl.div_rn(tl.full([ROWS], 1.0, dtype=tl.float32), b_scale)
-    b_inverse = tl.broadcast_to(b_inverse[:, None], (ROWS, RUNS))
-    words: tl.constexpr = UNIT // 8
-    shape: tl.constexpr = (ROWS, RUNS, words)
-    b_0 = tl.broadcast_to(_four(p_levels, b_absmax, b_inverse, 0)[:, :, None], shape)
-    b_1 = tl.broadcast_to(_four(p_levels, b_absmax, b_inverse, 4)[:, :, None], shape)
-    b_2 = tl.broadcast_to(_four(p_levels, b_absmax, b_inverse, 8)[:, :, None], shape)
-    b_3 = tl.broadcast_to(_four(p_levels, b_absmax, b_inverse, 12)[:, :, None], shape)
-    o_word = (o_first // 8)[:, :, None] + tl.arange(0, words)[None, None, :]
-    b_words = tl.load(p_packed + o_word, mask=mask[:, :, None], other=0)
+    # A tile is GROUPS groups of WORDS words of eight codes, each within one block and one row; out
+    # are words of four.
+    o_group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    o_weight = o_group * (8 * WORDS)
+    m = o_weight < count
+    o_word = (o_group * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
+    b_words = tl.load(p_packed + o_word, mask=m[:, None], other=0)
+    o_block = o_weight // BLOCK
+    b_absmax = _absmax(p_absmax, p_absmax_scale, p_offset, p_map, o_block, m, DOUBLE)
+    b_scale = tl.load(p_scale + o_weight // width, mask=m, other=1.0)
+    b_inverse = tl.div_rn(tl.full([GROUPS], 1.0, dtype=tl.float32), b_scale)
+    b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(
+        TABLE,
+        "=&r,=&r,=&r,=&r,f,f",
+        [b_absmax, b_inverse],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
     b_first, b_second = tl.inline_asm_elementwise(
         LOOKUP,
         "=&r,=&r,r,r,r,r,r",
-        [b_words, b_0, b_1, b_2, b_3],
+        [b_words, b_0[:, None], b_1[:, None], b_2[:, None], b_3[:, None]],
         dtype=(tl.int32, tl.int32),
         is_pure=True,
         pack=1,
     )
-    b_out = tl.reshape(tl.join(b_first, b_second), (ROWS, RUNS * words * 2))
-    o_col = tl.program_id(1) * RUNS * words * 2 + tl.arange(0, RUNS * words * 2)
-    o = o_row[:, None] * stride_out + o_col[None, :]
-    tl.store(p_out + o, b_out, mask=m_row[:, None] & (o_col * 4 < width)[None, :])
+    b_out = tl.reshape(tl.join(b_first, b_second), (GROUPS * WORDS * 2,))
+    o_out = tl.program_id(0).to(tl.int64) * (GROUPS * WORDS * 2)
+    o_out += tl.arange(0, GROUPS * WORDS * 2)
+    tl.store(p_out + o_out, b_out, mask=o_out * 4 < count)
 
 
 @jit
@@ -179,38 +190,50 @@ def _launch(
     transposed: bool,
     kind: str = "nf4",
 ) -> None:
-    rows, width = out.shape[::-1] if transposed else out.shape
     levels, _, dynamic, *_ = codebook.device_tables(packed.device, kind)
-    unit = unit_for(width, block)
-    config = config_for(unit, transposed)
-    grid = (ceil_div(rows, config.rows), ceil_div(width, config.runs * unit))
     maxima = (absmax, absmax_scale, absmax_offset)
-    how = {
-        "BLOCK": block,
-        "UNIT": unit,
-        "ROWS": config.rows,
-        "RUNS": config.runs,
-        "DOUBLE": absmax_scale is not None,
-        "num_warps": config.num_warps,
-        "enable_fp_fusion": False,
-    }
-    tables = (levels, dynamic, scale)
+    how = {"BLOCK": block, "DOUBLE": absmax_scale is not None, "enable_fp_fusion": False}
     if transposed:
-        _columns_kernel(grid, packed, *maxima, *tables, out, rows, width, out.stride(0), **how)
+        width, rows = out.shape
+        unit = unit_for(width, block)
+        config = config_for(unit)
+        _columns_kernel(
+            (ceil_div(rows, config.rows), ceil_div(width, config.runs * unit)),
+            packed,
+            *maxima,
+            levels,
+            dynamic,
+            scale,
+            out,
+            rows,
+            width,
+            out.stride(0),
+            UNIT=unit,
+            ROWS=config.rows,
+            RUNS=config.runs,
+            num_warps=config.num_warps,
+            **how,
+        )
         return
-    whole = out.stride(0) % 4 == 0 and out.data_ptr() % 4 == 0
+    count, width = out.numel(), out.shape[1]
+    whole = out.is_contiguous() and out.data_ptr() % 4 == 0
     into = out if whole else torch.empty_like(out, memory_format=torch.contiguous_format)
     words = packed if packed.data_ptr() % 4 == 0 else packed.clone()
+    each = words_for(width)
     _rows_kernel(
-        grid,
+        (ceil_div(count, 8 * each * THREADS),),
         words.view(torch.int32),
         *maxima,
-        *tables,
+        dynamic,
+        scale,
         into.view(torch.int32),
-        rows,
+        count,
         width,
-        into.stride(0) // 4,
         LOOKUP=LOOKUP,
+        TABLE=table(kind),
+        GROUPS=THREADS,
+        WORDS=each,
+        num_warps=THREADS // 32,
         **how,
     )
     if into is not out:

@@ -250,9 +250,11 @@ def _weights(
         b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _codes(b_words, p_levels)
     else:
         b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _levels(b_words, p_levels, DECODE)
-    b_04 = tl.join((b_0 * b_absmax).to(dtype), (b_4 * b_absmax).to(dtype))
-    b_15 = tl.join((b_1 * b_absmax).to(dtype), (b_5 * b_absmax).to(dtype))
-    b_26 = tl.join((b_2 * b_absmax).to(dtype), (b_6 * b_absmax).to(dtype))
-    b_37 = tl.join((b_3 * b_absmax).to(dtype), (b_7 * b_absmax).to(dtype))
+    # Of runs this short Triton fails to lay a 16-bit operand out for wgmma: they are rounded last.
+    inner: tl.constexpr = tl.float32 if WIDTH < 64 else dtype
+    b_04 = tl.join((b_0 * b_absmax).to(inner), (b_4 * b_absmax).to(inner))
+    b_15 = tl.join((b_1 * b_absmax).to(inner), (b_5 * b_absmax).to(inner))
+    b_26 = tl.join((b_2 * b_absmax).to(inner), (b_6 * b_absmax).to(inner))
+    b_37 = tl.join((b_3 * b_absmax).to(inner), (b_7 * b_absmax).to(inner))
     b_w = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
-    return tl.reshape(b_w, (N, K))
+    return tl.reshape(b_w, (N, K)).to(dtype)

@@ -164,7 +164,8 @@ def _quantize_absmax_kernel(
     b_sum = tl.zeros([PARTS], dtype=tl.float32)
     for i in range(0, sums, PARTS):
         b_sum += tl.load(p_sums + i + o_part, mask=i + o_part < sums, other=0.0)
-    b_offset = tl.div_rn(tl.sum(b_sum, axis=0), count.to(tl.float32))
+    # A count of 1 is a constant to Triton, without methods.
+    b_offset = tl.div_rn(tl.sum(b_sum, axis=0), tl.cast(count, tl.float32))
     if tl.program_id(0) == 0:
         tl.store(p_offset, b_offset)
     i_group = tl.program_id(0).to(tl.int64) * ROWS

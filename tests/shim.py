@@ -204,7 +204,7 @@ def _patch_numbers(interpreter: Any, tl: Any) -> None:
 def _inline_asm(
     self: Any, asm: str, constraints: str, inputs: Any, types: Any, pure: bool, pack: int
 ) -> Any:
-    """The few PTX instructions on 32-bit words that the kernels use; another raises."""
+    """The few PTX instructions that the kernels use, on 32-bit words; another raises."""
     import types as namespaces
 
     import triton.runtime.interpreter as interpreter
@@ -212,7 +212,9 @@ def _inline_asm(
     assert pack == 1, "one word an instance"
     wanted = sum(part.startswith("=") for part in constraints.split(","))
     names: dict[str, Any] = {
-        f"${wanted + i}": np.atleast_1d(h.data).astype(np.int32).view(np.uint32)
+        f"${wanted + i}": np.atleast_1d(h.data)
+        if h.data.dtype == np.float32
+        else np.atleast_1d(h.data).astype(np.int32).view(np.uint32)
         for i, h in enumerate(inputs)
     }
     shape = names[f"${wanted}"].shape
@@ -223,6 +225,8 @@ def _inline_asm(
             names[f"${wanted + i}"] = np.atleast_1d(h.data).ravel()[:1].astype(np.uint64)
 
     def value(text: str) -> np.ndarray:
+        if text.startswith("0f"):
+            return np.array([int(text[2:], 16)], np.uint32).view(np.float32)
         return names[text] if text in names else np.full(1, int(text, 0), np.uint32)
 
     def loaded(address: str) -> np.ndarray:
@@ -248,11 +252,18 @@ def _inline_asm(
         "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b.astype(np.uint64),
         "add.s64": np.add,
         "shfl.sync.idx.b32": lambda held, lane, *_: held[lane & np.uint32(31)],
+        "mul.rn.f32": np.multiply,
+        "cvt.rn.satfinite.e4m3x2.f32": lambda high, low: (
+            to_e4m3(high).astype(np.uint32) << np.uint32(8) | to_e4m3(low)
+        ),
         "cvt.f32.f16": lambda bits: bits.astype(np.uint16).view(np.float16).astype(np.float32),
     }
     for line in asm.strip("{} ").split(";"):
         name, _, rest = line.strip().partition(" ")
-        if name == "mov.b32":
+        if name == "mov.b32" and rest[0] == "$":
+            target, low, high = (part.strip("{} ") for part in rest.split(","))
+            names[target] = names[low] | names[high] << np.uint32(16)
+        elif name == "mov.b32":
             low, high, word = (part.strip("{} ") for part in rest.split(","))
             names[low], names[high] = names[word] & np.uint32(0xFFFF), names[word] >> np.uint32(16)
         elif name == "ld.global.nc.b32":

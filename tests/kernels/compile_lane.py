@@ -133,6 +133,12 @@ def nf4_cases(every: bool) -> Iterator[Case]:
         {"ROWS": nf4_quantize_launch.ABSMAX_ROWS, "num_warps": 4},
     )
     yield Case(
+        "nf4_quantize_absmax of one block",
+        nf4_quantize_launch._quantize_absmax_kernel,
+        (F32, F32, U8, U8, F32, F32, 1, 1, 1),
+        {"ROWS": nf4_quantize_launch.ABSMAX_ROWS, "num_warps": 4},
+    )
+    yield Case(
         "nf4_sums",
         nf4_quantize_launch._sums_kernel,
         (F32, F32, count // 64),
@@ -337,32 +343,28 @@ def fp8_cases(every: bool) -> Iterator[Case]:
     for block, width, double, transposed in itertools.product(
         (32, 64, 4096) if every else (64,), (4096, 592), (False, True), (False, True)
     ):
-        unit = fp8_nf4_launch.unit_for(width, block)
-        config = fp8_nf4_launch.config_for(unit, transposed)
         absmax = (U8, F32, F32) if double else (F32, None, None)
-        shape = {
-            "BLOCK": block,
-            "UNIT": unit,
-            "ROWS": config.rows,
-            "RUNS": config.runs,
-            "DOUBLE": double,
-            "num_warps": config.num_warps,
-        }
+        shape = {"BLOCK": block, "DOUBLE": double}
         name = f"fp8_nf4_rows {width} {block=} {double=} {transposed=}"
         if transposed:
+            unit = fp8_nf4_launch.unit_for(width, block)
+            config = fp8_nf4_launch.config_for(unit)
+            shape |= {"UNIT": unit, "ROWS": config.rows, "RUNS": config.runs}
             yield Case(
                 name,
                 fp8_nf4_launch._columns_kernel,
                 (U8, *absmax, F32, F32, F32, E4M3, 4096, width, 4096),
-                shape,
+                shape | {"num_warps": config.num_warps},
             )
-        else:
-            yield Case(
-                name,
-                fp8_nf4_launch._rows_kernel,
-                (I32, *absmax, F32, F32, F32, I32, 4096, width, width // 4),
-                {"LOOKUP": fp8_nf4_launch.LOOKUP, **shape},
-            )
+            continue
+        shape |= {"LOOKUP": fp8_nf4_launch.LOOKUP, "TABLE": fp8_nf4_launch.table("nf4")}
+        shape |= {"GROUPS": fp8_nf4_launch.THREADS, "WORDS": fp8_nf4_launch.words_for(width)}
+        yield Case(
+            name,
+            fp8_nf4_launch._rows_kernel,
+            (I32, *absmax, F32, F32, I32, 4096 * width, width),
+            shape | {"num_warps": fp8_nf4_launch.THREADS // 32},
+        )
 
 
 def nf4_products_cases(every: bool) -> Iterator[Case]:
@@ -770,7 +772,19 @@ def other_cases(every: bool) -> Iterator[Case]:
 
 
 def cases(every: bool, arch: int) -> Iterator[Case]:
-    """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes."""
+    """Every kernel over the configurations it is launched with; `every` adds dtypes and shapes, and
+    every kernel with all its numbers 1, which Triton takes for constants.
+    """
+    seen = set()
+    for case in launched(every, arch):
+        yield case
+        if every and case.kernel not in seen:
+            ones = tuple(1 if type(arg) is int else arg for arg in case.args)
+            yield case._replace(name=f"{case.name}, all numbers 1", args=ones)
+            seen.add(case.kernel)
+
+
+def launched(every: bool, arch: int) -> Iterator[Case]:
     if arch >= 89:
         yield from fp8_cases(every)
     yield from flash_cases(every, arch)

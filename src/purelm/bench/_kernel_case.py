@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,20 @@ EPS = 1e-5
 BLOCK = 64
 # Weights and rows that a check looks at where all would take too much of float64.
 CHECKED_WEIGHTS, CHECKED_ROWS = 1 << 22, 256
+
+
+class Mixer(NamedTuple):
+    """What a hybrid has in attention's place: heads whose states take groups of keys, behind a
+    short convolution of some taps; or that alone.
+    """
+
+    kind: Literal["ssd", "delta", "conv"]
+    channels: int  # of the convolution
+    taps: int
+    heads: int = 0
+    head_dim: int = 0
+    groups: int = 0
+    state: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,30 +48,43 @@ class Shape:
     batch: int = 8
     caches: tuple[int, ...] = (8192, 32768)
     experts: tuple[int, int] | None = None  # how many of `mlp` features, and how many a token
+    mixers: tuple[Mixer, ...] = ()
+    only: tuple[str, ...] = ()  # the families of kernels that are run (empty: all)
 
 
+EXPERTS = ("experts", "experts-dense", "routing")
+MIXERS = ("short-conv", "scan", "gated-norm", "state-step")
 SHAPES = {
     "llama-1b": Shape(2048, 8192, 32, 8, 64, 128256),
     "llama-8b": Shape(4096, 14336, 32, 8, 128, 128256),
     "qwen3-8b": Shape(4096, 12288, 32, 8, 128, 151936, qk_norm=True),
     "gemma-2-9b": Shape(3584, 14336, 16, 8, 256, 256000, "gelu_tanh", gemma=True, softcap=30.0),
-    "qwen3-30b-a3b": Shape(2048, 768, 32, 4, 128, 151936, qk_norm=True, experts=(128, 8)),
+    # For what they alone have.
+    "qwen3-30b-a3b": Shape(2048, 768, 32, 4, 128, 151936, experts=(128, 8), only=EXPERTS),
+    "qwen3-next": Shape(
+        2048, 5632, 16, 2, 256, 151936, only=MIXERS,
+        mixers=(Mixer("delta", 8192, 4, 32, 128, 16, 128),),
+    ),
+    "granite-4-h": Shape(
+        1536, 4096, 12, 4, 128, 100352, only=MIXERS,
+        mixers=(Mixer("ssd", 3328, 4, 48, 64, 1, 128),),
+    ),
+    "falcon-h1-3b": Shape(
+        3072, 8192, 12, 2, 128, 65537, only=MIXERS,
+        mixers=(Mixer("ssd", 4096, 4, 24, 128, 2, 256),),
+    ),
+    "lfm2": Shape(2048, 8192, 32, 8, 64, 65536, only=MIXERS, mixers=(Mixer("conv", 2048, 3),)),
     # For machines without a GPU.
     "tiny": Shape(
-        128,
-        192,
-        4,
-        2,
-        32,
-        300,
-        qk_norm=True,
-        softcap=30.0,
-        tokens=32,
-        batch=2,
-        caches=(48,),
-        experts=(4, 2),
-    ),  # fmt: skip
-}
+        128, 192, 4, 2, 32, 300, qk_norm=True, softcap=30.0,
+        tokens=16, batch=2, caches=(48,), experts=(4, 2),
+        mixers=(
+            Mixer("ssd", 24, 4, 2, 16, 1, 16),
+            Mixer("delta", 40, 2, 2, 16, 1, 16),
+            Mixer("conv", 16, 3),
+        ),
+    ),
+}  # fmt: skip
 
 
 class Call(NamedTuple):

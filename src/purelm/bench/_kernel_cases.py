@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import clamped, cross_entropy, gated, rms_norm, rope
+from ..kernels import clamped, cross_entropy, gated, low_rank, rms_norm, rope
 from . import (
     _kernel_cases_attention,
     _kernel_cases_experts,
     _kernel_cases_fp8,
+    _kernel_cases_mixers,
     _kernel_cases_nf4,
 )
-from ._kernel_case import CHECKED_ROWS, EPS, Case, Shape, backward, forward, normal
-from ._kernel_check import Function, against
+from ._kernel_case import CHECKED_ROWS, EPS, SHAPES, Case, Shape, backward, forward, normal
+from ._kernel_check import Function, against, close
 
 
 def norming(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -214,11 +215,41 @@ def losing(shape: Shape, device: torch.device) -> Iterator[Case]:
     )
 
 
+RANK = 16
+
+
+def adding(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """A low-rank term onto a product that stands in memory."""
+    m, n = shape.tokens, shape.mlp
+
+    def run(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
+        return low_rank.add_low_rank(y, low, b)
+
+    def check(args: Sequence[Tensor], _: Any) -> None:
+        y, low, b = args
+        exact = torch.addmm(*(t.double() for t in args))
+        close("sum", run(y.clone(), low, b), torch.addmm(y, low, b), exact)
+
+    yield Case(
+        "low-rank term",
+        f"{m}x{RANK}x{n}",
+        4.0 * m * n + 2.0 * RANK * (m + n),
+        2.0 * m * n * RANK,
+        lambda: (tuple(normal(device, *of) for of in ((m, n), (m, RANK), (RANK, n))), ()),
+        forward(run),
+        check,
+    )
+
+
 KERNELS: dict[str, Callable[[Shape, torch.device], Iterator[Case]]] = {
     "nf4-quantize": _kernel_cases_nf4.quantizing,
     "nf4-dequantize": _kernel_cases_nf4.dequantizing,
     "nf4-product": _kernel_cases_nf4.multiplying,
+    "nf4-pair": _kernel_cases_nf4.pairing,
+    "low-rank": adding,
     "experts": _kernel_cases_experts.choosing,
+    "experts-dense": _kernel_cases_experts.choosing_dense,
+    "routing": _kernel_cases_experts.combining,
     "rms-norm": norming,
     "fp8": _kernel_cases_fp8.rounding,
     "gated": gating,
@@ -226,6 +257,18 @@ KERNELS: dict[str, Callable[[Shape, torch.device], Iterator[Case]]] = {
     "rope": rotating,
     "cross-entropy": losing,
     "decode-attention": _kernel_cases_attention.decoding,
+    "head-step": _kernel_cases_attention.storing,
     "attention": _kernel_cases_attention.attending,
     "attention-softcap": _kernel_cases_attention.capping,
+    "short-conv": _kernel_cases_mixers.convolving,
+    "scan": _kernel_cases_mixers.scanning,
+    "gated-norm": _kernel_cases_mixers.norming_gated,
+    "state-step": _kernel_cases_mixers.stepping,
 }
+
+
+def cases(kernel: str, model: str, device: torch.device) -> Iterator[Case]:
+    """Those of a family of kernels at a model's sizes; none where the model is run without it."""
+    shape = SHAPES[model]
+    if not shape.only or kernel in shape.only:
+        yield from KERNELS[kernel](shape, device)

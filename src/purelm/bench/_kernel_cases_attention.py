@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import attention as attention_kernel
-from ..kernels import decode_attention
+from ..kernels import decode_attention, fp8, head_step
 from ._kernel_case import Case, Shape, backward, forward, normal
 from ._kernel_check import against
 
@@ -24,20 +24,63 @@ def decoding(shape: Shape, device: torch.device) -> Iterator[Case]:
             q, keys, values, first, end, scale=d**-0.5
         )
 
-    def inputs(b: int, length: int) -> Any:
-        keys, values = (normal(device, b, length, k, d) for _ in range(2))
+    def inputs(b: int, length: int, stored: torch.dtype) -> Any:
+        keys, values = (normal(device, b, length, k, d).to(stored) for _ in range(2))
         span = (torch.full((b,), at, device=device) for at in (0, length))
         return (normal(device, b, h, d), keys, values, *span), ()
 
-    for b, length in [(1, n) for n in shape.caches] + [(shape.batch, shape.caches[0])]:
+    kinds = [(1, n, torch.bfloat16) for n in shape.caches]
+    kinds += [(shape.batch, shape.caches[0], torch.bfloat16)]
+    kinds += [] if fp8.lacks(device) else [(shape.batch, shape.caches[0], fp8.E4M3)]
+    for b, length, stored in kinds:
         yield Case(
-            "decode attention",
+            "decode attention" + " in e4m3" * (stored == fp8.E4M3),
             f"{b}x{length}x{k}x{d}",
-            4.0 * b * length * k * d,
+            2.0 * stored.itemsize * b * length * k * d,
             4.0 * b * length * h * d,
-            partial(inputs, b, length),
+            partial(inputs, b, length, stored),
             forward(run),
             against(run, reference),
+        )
+
+
+def storing(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """A new token's heads made ready, its key and value written to the cache."""
+    h, k, d = shape.heads, shape.kv_heads, shape.head_dim
+
+    def inputs(b: int) -> Any:
+        qkv = normal(device, b, (h + 2 * k) * d)
+        angles = torch.rand(b, d // 2, device=device).repeat(1, 2) * 6
+        keys, values = (normal(device, b, 64, k, d) for _ in range(2))
+        at = torch.arange(b, device=device) * 64 + 7
+        return (qkv, angles.cos(), angles.sin(), keys, values, at), ()
+
+    def run(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Any:
+        return head_step.head_step(qkv, cos, sin, keys, values, at), keys, values
+
+    def reference(
+        qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
+    ) -> Any:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        given = qkv, cos.to(wide), sin.to(wide), keys, values, at
+        return head_step.head_step_reference(*given), keys, values
+
+    def check(args: Sequence[Tensor], ups: Sequence[Tensor]) -> None:
+        # Each writes to a cache of its own.
+        def ours(*tensors: Tensor) -> Any:
+            return run(*(t.clone() for t in tensors))
+
+        against(ours, reference)(args, ups)
+
+    for b in (1, shape.batch):
+        yield Case(
+            "head step",
+            f"{b}x({h}+2x{k})x{d}",
+            4.0 * b * (h + 2 * k) * d + 8.0 * b * d,
+            3.0 * b * (h + k) * d,
+            partial(inputs, b),
+            forward(run),
+            check,
         )
 
 

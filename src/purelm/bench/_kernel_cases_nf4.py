@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import nf4, nf4_matvec
+from ..kernels import gated, nf4, nf4_matvec, nf4_products
+from ..kernels.launch import on_gpu
 from ._kernel_case import BLOCK, CHECKED_WEIGHTS, Case, Shape, forward, normal, parts, weights
 from ._kernel_check import close, same
 
@@ -85,7 +86,7 @@ def multiplying(shape: Shape, device: torch.device) -> Iterator[Case]:
         exact = nf4_matvec.matvec_reference(x.double(), *parts(tensors), shape.mlp, BLOCK)
         close("product", run(*args), torch.nn.functional.linear(x, dense), exact)
 
-    for rows in FEW:
+    for rows in (rows for rows in FEW if rows <= shape.tokens):
         yield Case(
             "nf4 product",
             f"{rows}x{shape.hidden}->{shape.mlp}",
@@ -102,3 +103,44 @@ def multiplying(shape: Shape, device: torch.device) -> Iterator[Case]:
             check,
             {"rows": rows, "shape": (shape.mlp, shape.hidden)},
         )
+
+
+def pairing(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """One row: gate and up of a step of decoding in one launch, their activation on top."""
+    n = shape.mlp * shape.hidden
+
+    def inputs() -> Any:
+        both = (weights(shape, device, True) for _ in range(2))
+        return (normal(device, 1, shape.hidden), *(t for w in both for t in w)), ()
+
+    def apart(x: Tensor, *tensors: Tensor) -> Tensor:
+        gate, up = (
+            torch.nn.functional.linear(
+                x,
+                nf4.dequantize(*parts(some), n, BLOCK, torch.float32)
+                .view(shape.mlp, -1)
+                .to(x.dtype),
+            )
+            for some in (tensors[:4], tensors[4:])
+        )
+        return gated.gated_reference(gate, up, shape.activation)
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        if not on_gpu(x):
+            return apart(x, *tensors)
+        pair = [nf4_products.Weight(*parts(t), shape.mlp) for t in (tensors[:4], tensors[4:])]
+        return nf4_products.products(x, pair, BLOCK, activation=shape.activation)
+
+    def check(args: Sequence[Tensor], _: Any) -> None:
+        x, *tensors = args
+        close("product", run(*args), apart(*args), apart(x.double(), *tensors))
+
+    yield Case(
+        "nf4 gate and up",
+        f"1x{shape.hidden}->2x{shape.mlp}",
+        2 * (n / 2 + n / BLOCK) + (shape.hidden + shape.mlp) * 2,
+        4.0 * n,
+        inputs,
+        forward(run),
+        check,
+    )

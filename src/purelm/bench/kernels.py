@@ -25,7 +25,7 @@ from ..convert import atomic
 from ..kernels import launch
 from ..nn.graph import capture_stream
 from ._kernel_case import SHAPES, Call, Case
-from ._kernel_cases import KERNELS
+from ._kernel_cases import KERNELS, cases
 from ._kernel_peers import PEERS, installed
 from ._kernel_time import Ceilings, Timing, ceilings, copies_for, timed
 from ._roofline import Point, picture
@@ -100,7 +100,7 @@ def measure(
         for kernel in kernels:
             for model in shapes:
                 torch.manual_seed(0)
-                for case in KERNELS[kernel](SHAPES[model], device):
+                for case in cases(kernel, model, device):
                     found = list(_measured(case, peers, device))
                     for row in found:
                         row |= {"family": kernel, "model": model, "machine": machine}
@@ -235,7 +235,7 @@ def _first(kernel: str, shapes: Sequence[str], device: torch.device) -> float:
         torch.zeros(1, device=device)
     found = 0.0
     for model in shapes:
-        for case in KERNELS[kernel](SHAPES[model], device):
+        for case in cases(kernel, model, device):
             begun = time.perf_counter()
             case.ours.run(*case.ours.prepare(*case.inputs()))
             finished(device.type == "cuda")
