@@ -27,7 +27,7 @@ def _rows(p_x, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WID
     """Pointers to rows first.. of [length, DIM] as [ROWS, WIDTH], and which are inside."""
     o_row = tl.arange(0, ROWS)
     o_d = tl.arange(0, WIDTH)
-    p_row = (p_x + first * stride.to(tl.int64)) + (o_row[:, None] * stride + o_d[None, :])
+    p_row = (p_x + first * tl.cast(stride, tl.int64)) + (o_row[:, None] * stride + o_d[None, :])
     mask = (first + o_row < length)[:, None]
     if DIM != WIDTH:
         mask = mask & (o_d < DIM)[None, :]
