@@ -12,7 +12,7 @@ from ..nn import decode, decoder
 from ..nn.cache import Cache
 from ..nn.pages import PAGE
 from ..nn.prompt import layout_of
-from .engine_request import Event, Running, failed, next_token
+from .engine_request import Event, Running, failed, next_token, next_tokens
 from .engine_rows import EngineRows
 
 
@@ -53,7 +53,7 @@ class Prompts:
                 group = self._next_prompts(left, events)
                 if group is None:
                     break
-                if len(group) > 1:
+                if len(group) > 1 or (group and self._whole(group[0], left)):
                     left -= self._begin_together(group, events)
                 elif group:
                     left -= self._begin(group[0], left, events)
@@ -66,16 +66,22 @@ class Prompts:
         """Run whole prompts in one pass, or, where that fails, one by one, so that none suffers
         from another; how many tokens that took, with padding.
         """
+        longest = max(len(r.ids) for r in group)
+        cache: Cache | None = None
+        logits: torch.Tensor | None
         try:
-            cache = self.rows.stage(group)
-            count = max(len(r.ids) for r in group) - cache.length
-            logits, cache = self._prefill(group, cache, count)
-            assert logits is not None
+            if self.rows.passes(group):
+                logits = self.rows.run_whole(group)
+            else:
+                cache = self.rows.stage(group)
+                longest -= cache.length
+                logits, cache = self._prefill(group, cache, longest)
         except (RuntimeError, ValueError):
             return sum(self._begin(r, len(r.ids), events) for r in group)
-        for at, running in enumerate(group):
-            self._enter(running, logits[at : at + 1], cache, at, events)
-        return count * len(group)
+        assert logits is not None
+        for at, (running, event) in enumerate(zip(group, next_tokens(group, logits), strict=True)):
+            self._enter(running, event, cache, at, events)
+        return longest * len(group)
 
     def _begin(self, running: Running, most: int, events: list[Event]) -> int:
         """Run the first `most` tokens of a prompt at the most; how many it were."""
@@ -97,15 +103,19 @@ class Prompts:
         if logits is None:
             self.under_way = running, cache
         else:
-            self._enter(running, logits, cache, 0, events)
+            self._enter(running, next_token(running, logits), cache, 0, events)
         return count
 
+    def _whole(self, running: Running, most: int) -> bool:
+        """Is the prompt run in one pass, of at most so many tokens?"""
+        return len(running.ids) <= most and self.rows.passes([running])
+
     def _enter(
-        self, running: Running, logits: torch.Tensor, cache: Cache, at: int, events: list[Event]
+        self, running: Running, event: Event, cache: Cache | None, at: int, events: list[Event]
     ) -> None:
-        """A prompt has been run, in row `at` of `cache`: its first token, from logits [1, v]."""
+        """A prompt has been run, in row `at` of `cache` or into its blocks; the event of its first
+        token."""
         try:
-            event = next_token(running, logits)
             if event.finish is None:
                 self.rows.enter(running, cache, at)
         except (RuntimeError, ValueError) as problem:

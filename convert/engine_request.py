@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,6 +227,27 @@ def next_token(running: Running, logits: torch.Tensor) -> Event:
         if request.logprobs is not None:
             logprobs = TokenLogprobs.of(logits, chosen, request.logprobs)
         return running.take(int(chosen), logprobs)
+    except (RuntimeError, ValueError, IndexError) as problem:
+        return failed(running, problem)
+
+
+def next_tokens(group: Sequence[Running], logits: torch.Tensor) -> list[Event]:
+    """`next_token` of each row of logits [b, v], waiting once for all that take the likeliest."""
+    plain = [not running.on_host() and not running.rules() for running in group]
+    found: list[int | None] = [None] * len(group)
+    if sum(plain) > 1:
+        top, best = logits.float().max(-1)
+        likeliest = torch.where(top.isfinite(), best, -1).tolist()
+        found = [i if own and i >= 0 else None for i, own in zip(likeliest, plain, strict=True)]
+    return [
+        next_token(running, logits[at : at + 1]) if token is None else _taken(running, token)
+        for at, (running, token) in enumerate(zip(group, found, strict=True))
+    ]
+
+
+def _taken(running: Running, token: int) -> Event:
+    try:
+        return running.take(token)
     except (RuntimeError, ValueError, IndexError) as problem:
         return failed(running, problem)
 

@@ -8,15 +8,19 @@ powers of two) and set of sampling rules, and replayed. Where the model waits fo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..nn import decode, pages, sample_rows
+from ..nn import decode, pages, prompt_pass, sample_rows
 from ..nn.blocks import Blocks, Name, names
 from ..nn.cache import Cache
-from ..nn.graph import capture
+from ..nn.graph import capture, replayable
+from ..nn.kept_steps import KeptSteps, with_room
 from ..nn.pages import PAGE, Pages
+from ..nn.prompt_pass import PromptPass
 from ..nn.sample_rows import Controls
 from .bridge import CausalLM
 from .engine_request import Event, Running, failed, next_token
@@ -24,6 +28,8 @@ from .live_weights import LiveWeights
 
 # Blocks that there is room for at first, and that tables are as long as at least.
 FIRST = 32
+# How many kinds of passes over prompts are kept.
+PASSES = 32
 
 
 @dataclass(slots=True)
@@ -64,7 +70,11 @@ class EngineRows:
         # Of all prompts so far: their tokens, and how many of those were in the cache already.
         self.prompt_tokens = self.known_tokens = 0
         self._columns = columns
-        self._graphs = graphs and model.device.type == "cuda"
+        self._graphs = graphs and replayable(model.device)
+        # Padded alike with graphs and without, so that both give the same to the bit.
+        self._pads = replayable(model.device)
+        self._passes = KeptSteps(PASSES)
+        self._covered: bool | None = None
         self._shares = all(layer.recurrent is None for layer in model.spec.layers)
         self._pages: Pages | None = None
         self._controls: Controls | None = None
@@ -78,6 +88,8 @@ class EngineRows:
             self.blocks.forget()
         if places != self.weights.places:
             self._replays.clear()
+            self._passes.clear()
+            self._covered = None
 
     # A request's way in.
 
@@ -152,9 +164,50 @@ class EngineRows:
         spec = self.model.spec
         return pages.staged(spec, self._pages, known, capacity, dtype, padded=padded)
 
-    def enter(self, running: Running, cache: Cache, at: int = 0) -> None:
-        """The request takes a row: row `at` of `cache` has its prompt, and its first token is
-        chosen.
+    def passes(self, group: Sequence[Running]) -> bool:
+        """Can `run_whole` run the prompts of these requests, which have their blocks?"""
+        if not self._pads or any(r.known for r in group):
+            return False
+        count, longest = prompt_pass.rows_of(len(group)), max(len(r.ids) for r in group)
+        if not prompt_pass.fits(self.model.spec, count, longest):
+            return False
+        if self._covered is None:
+            params, adapters = self.weights.params, self.weights.adapters
+            self._covered = prompt_pass.covers(params, self.model.spec, adapters)
+        return self._covered
+
+    def run_whole(self, group: Sequence[Running]) -> torch.Tensor:
+        """Run whole prompts into the requests' blocks, replayed where others of so many rows and
+        tokens have run; the logits [b, v] of what follows, which the next run overwrites.
+        """
+        self.look()
+        assert self._pages is not None
+        spec, params, device = self.model.spec, self.weights.params, self.model.device
+        count = prompt_pass.rows_of(len(group))
+        length = prompt_pass.length_of(spec, max(len(r.ids) for r in group))
+        own = self._passes.take(PromptPass, (count, length))
+        if own is None:
+            how: Any = {"columns": self._columns, "device": device}
+            own = with_room(self._passes, partial(PromptPass, params, spec, count, length, **how))
+        # Block 0 takes what is padding.
+        table = torch.zeros((count, own.cache.capacity // PAGE), dtype=torch.int64)
+        tokens = torch.zeros((count, length), dtype=torch.int64)
+        last = torch.zeros(count, dtype=torch.int64)
+        for i, running in enumerate(group):
+            size = len(running.ids)
+            used = running.blocks[: -(-size // PAGE)]
+            tokens[i, :size], last[i] = torch.tensor(running.ids), size - 1
+            table[i, : len(used)] = torch.tensor(used)
+        own.tokens.copy_(tokens)
+        own.last.copy_(last)
+        logits = own.run(params, spec, self.weights.adapters, graphs=self._graphs)
+        pages.fill(self._pages, own.cache, table.flatten().to(device))
+        self._passes.give((count, length), own)
+        return logits[: len(group)]
+
+    def enter(self, running: Running, cache: Cache | None = None, at: int = 0) -> None:
+        """The request takes a row: row `at` of `cache` has its prompt, or its blocks have it, and
+        its first token is chosen.
         """
         assert self._pages is not None and self._controls is not None
         row = len(self.rows)
@@ -164,8 +217,9 @@ class EngineRows:
             self._replays.clear()
         # The token that was chosen is one of its ids, and not in the cache.
         length = len(running.ids) - 1
-        begin = cache.length - length
-        pages.unstage(self._pages, cache, at, begin, row, running.blocks, running.known)
+        if cache is not None:
+            begin = cache.length - length
+            pages.unstage(self._pages, cache, at, begin, row, running.blocks, running.known)
         pages.place(self._pages, row, running.blocks, length, running.ids[-1])
         running.launched = 1
         self.rows.append(running)
@@ -205,6 +259,7 @@ class EngineRows:
             self.release(running)
         self.blocks.forget()
         self._replays.clear()
+        self._passes.clear()
         if self._pages is not None:
             pages.vacate(self._pages, 0)
         return gone

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from . import cache as kv
+from . import prompt_pass, tree
 from . import sampling as rules
-from . import tree
 from .decode import decode, waits_for
 from .graph import capture, replayable
 from .kept_steps import KeptSteps, Step, places, with_room
@@ -132,17 +132,20 @@ def _run(
     ids[:, :start] = prompt.ids
     can_end = stop is not None or prompt.eos.numel() > 0
     on_host = adjust is not None or on_scores is not None or sampling.reads_ids()
+    may_replay = graphs and replayable(device)
     graphs = (
-        graphs
-        and replayable(device)
+        may_replay
         and not on_host
         and max_new_tokens >= WORTH_A_GRAPH
         and waits_for(params, spec, adapters) is None
     )
     kind: Hashable = None
+    pads = replayable(device) and prompt_pass.covers(params, spec, adapters)
+    keeps = kept if may_replay else None
+    where = None if keeps is None else places(params, adapters)
     if graphs and kept is not None:
         rules_of_it = sampling, tuple(prompt.eos.tolist()), prompt.pad_id, cache_dtype
-        kind = spec, batch, real is None, rules_of_it, places(params, adapters)
+        kind = spec, batch, real is None, rules_of_it, where
     turns = {rope.original_positions for rope in spec.ropes() if rope.kind == "longrope"}
 
     def step_of(capacity: int) -> Step:
@@ -197,8 +200,13 @@ def _run(
 
     def read_all(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """Run rows into the step's cache; the logits of what follows."""
-        cache = kv.emptied(step.cache)
-        logits, longer = read(params, spec, ids, real, cache, adapters=adapters)
+        cache, width = kv.emptied(step.cache), ids.shape[1]
+        # Padded alike with graphs and without, so that both give the same to the bit.
+        if pads and prompt_pass.fits(spec, batch, width):
+            how = {"adapters": adapters, "columns": cache_dtype, "kept": keeps, "where": where}
+            logits, longer = prompt_pass.prefill(params, spec, ids, real, cache, **how)
+        else:
+            logits, longer = read(params, spec, ids, real, cache, adapters=adapters)
         cache.first.copy_(longer.first)
         cache.end.copy_(longer.end)
         step.cache = replace(cache, length=longer.length)

@@ -92,7 +92,7 @@ class Step:
 
 
 class Kept(Protocol):
-    """What can be kept: a `Step`, or the `passes.Passes` of speculation."""
+    """What can be kept: a `Step`, a `prompt_pass.PromptPass`, the `passes.Passes` of speculation."""
 
     @property
     def captured(self) -> bool: ...
@@ -103,21 +103,24 @@ class Kept(Protocol):
 
 
 K = TypeVar("K", bound=Kept)
+T = TypeVar("T")
 
 
 class KeptSteps:
     """Steps of earlier calls, for those to come; all are given up by `clear`.
 
-    At most MOST of them and SHARE of the device's memory. A step that is taken is nobody else's
-    until it is given back, so calls in several threads do not meet. Copies and files are empty.
+    At most `most` of a kind, and together SHARE of the device's memory. A step that is taken is
+    nobody else's until it is given back, so calls in several threads do not meet. Copies and files
+    are empty.
     """
 
-    def __init__(self) -> None:
-        self._steps: OrderedDict[Hashable, Kept] = OrderedDict()
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+        self._steps: OrderedDict[tuple[type[Kept], Hashable], Kept] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        return KeptSteps, ()
+        return KeptSteps, (self.most,)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -136,7 +139,10 @@ class KeptSteps:
         with self._lock:
             self._steps.pop((type(step), key), None)
             self._steps[type(step), key] = step
-            while len(self._steps) > MOST or sum(s.nbytes for s in self._steps.values()) > most:
+            alike = [k for k in self._steps if k[0] is type(step)]
+            for old in alike[: max(0, len(alike) - self.most)]:
+                del self._steps[old]
+            while sum(s.nbytes for s in self._steps.values()) > most:
                 self._steps.popitem(last=False)
 
     def clear(self) -> None:
@@ -145,7 +151,7 @@ class KeptSteps:
             self._steps.clear()
 
 
-def with_room(kept: KeptSteps | None, make: Callable[[], Cache]) -> Cache:
+def with_room(kept: KeptSteps | None, make: Callable[[], T]) -> T:
     """`make()`; where the device has too little memory for it, what is kept gives way."""
     try:
         return make()

@@ -173,3 +173,12 @@ def unstage(
                 ours[name][row] = x[at]
             elif used:
                 ours[name][index] = x[at, bounds].view(-1, PAGE, *x.shape[2:])
+
+
+def fill(pages: Pages, cache: Cache, blocks: torch.Tensor) -> None:
+    """Copy a cache [b, whole pages] into blocks [b * pages] int64, block 0 for what is nobody's."""
+    for state, ours in zip(cache.layers, pages.layers, strict=True):
+        for name in kv.COLUMNS:
+            if name in state:
+                x = state[name]
+                ours[name][blocks] = x.view(-1, PAGE, *x.shape[2:])

@@ -2,10 +2,19 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import bridged
+import httpx
 import peft
 import pytest
 import tiny
@@ -201,38 +210,82 @@ def test_bad_input(model: CausalLM, tmp_path: Path) -> None:
     assert not (tmp_path / "served").exists()
 
 
-@pytest.mark.full
-def test_vllm_answers_as_the_model_does(tmp_path: Path) -> None:
-    """Greedy ids of the base and of an adapter, where vLLM is installed."""
-    vllm = pytest.importorskip("vllm")
-    from vllm.lora.request import LoRARequest
+@contextmanager
+def vllm_serves(command: Sequence[str], log: Path) -> Iterator[str]:
+    """The address of vLLM's server, which `command` starts."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    more = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    small = ["--max-model-len", "128", "--max-num-seqs", "4", "--max-num-batched-tokens", "128"]
+    own = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    own |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    own.pop("PYTHONPATH", None)
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            [*command, *more, *small], env=own, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                break
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        assert server.poll() is None, log.read_text()[-3000:]
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
 
-    made, _ = FastLanguageModel.from_pretrained(
+
+# Its dependencies are pinned to other versions: it may have an environment of its own.
+VLLM = os.environ.get("PURELM_VLLM") or shutil.which("vllm")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(VLLM is None, reason="no vllm: install it, or name its command in PURELM_VLLM")
+@pytest.mark.parametrize("merged", [False, True])
+def test_vllm_answers_as_the_model_does(tmp_path: Path, merged: bool) -> None:
+    """Greedy ids of the base and of every adapter, of the server that the command starts."""
+    model, _ = FastLanguageModel.from_pretrained(
         "purelm/tiny", load_in_4bit=False, dtype="float32", device_map="cpu"
     )
-    model = FastLanguageModel.get_peft_model(made, r=8)
-    with torch.no_grad():
-        for leaf in tree.leaves(model.adapters):
-            leaf.b.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    out = model.to_vllm(tmp_path / "served")
-    engine = vllm.LLM(
-        str(out.base),
-        dtype="float32",
-        enforce_eager=True,
-        enable_lora=True,
-        max_lora_rank=out.max_lora_rank,
-        max_model_len=128,
-    )
-    prompt = [3, 17, 29, 40]
-    how = vllm.SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    for i, (name, settings) in enumerate(ALL.items()):
+        model.add_adapter(name, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        for leaf in tree.leaves(model.worn[name].adapters):
+            with torch.no_grad():
+                leaf.b.normal_(0, 0.2, generator=torch.Generator().manual_seed(i))
+    model.set_adapter("math")
+    out = model.to_vllm(tmp_path / "served", merged=merged)
+    prompts = [[3, 17, 29, 40], [5] * 20, list(range(100, 163))]
 
-    def wanted() -> list[int]:
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_id=[])
-        return [int(i) for i in ids[0, len(prompt) :]]
+    def wanted() -> list[list[int]]:
+        each = (
+            model.generate(torch.tensor([p]), max_new_tokens=24, eos_token_id=[]) for p in prompts
+        )
+        return [ids[0, len(p) :].tolist() for p, ids in zip(prompts, each, strict=True)]
 
-    request = LoRARequest("default", 1, str(out.adapters["default"]))
-    given = {"prompt_token_ids": prompt}
-    worn = engine.generate([given], how, lora_request=request)
-    assert list(worn[0].outputs[0].token_ids) == wanted()
-    with model.disable_adapter():
-        assert list(engine.generate([given], how)[0].outputs[0].token_ids) == wanted()
+    def answered(name: str) -> list[list[int]]:
+        body = {"model": name, "prompt": prompts, "max_tokens": 24, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        reply = httpx.post(f"{url}/completions", json=body, timeout=120)
+        assert reply.status_code == 200, reply.text
+        return [choice["token_ids"] for choice in reply.json()["choices"]]
+
+    found = {}
+    with vllm_serves([str(VLLM), *out.command[1:]], tmp_path / "log") as url:
+        found[None] = answered("served")
+        for name in out.adapters:
+            found[name] = answered(name)
+    if merged:
+        assert found == {None: wanted()}
+        return
+    assert set(found) == {None, *ALL}
+    for name, ids in found.items():
+        with model.disable_adapter() if name is None else nullcontext():
+            if name is not None:
+                model.set_adapter(name)
+            assert ids == wanted(), name
+    assert len({str(ids) for ids in found.values()}) == len(found)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from purelm import Engine, FastLanguageModel, Request, Sampling
 from purelm.convert import engine_rows
 from purelm.errors import ArgumentError, InputError
-from purelm.nn import decoder, tree
+from purelm.nn import decoder, prompt_pass, tree
 from purelm.nn.generate import generate
 from purelm.nn.pages import PAGE
 
@@ -60,7 +60,7 @@ def alone(model: Any, request: Request) -> list[int]:
 
 def ready(engine: Engine, *, lags: bool = False, replays: bool = False) -> Engine:
     """The engine as on a GPU, as far as a CPU can be one."""
-    engine._lags, engine._rows._graphs = lags, replays
+    engine._lags, engine._rows._graphs, engine._rows._pads = lags, replays, replays
     return engine
 
 
@@ -100,7 +100,8 @@ def test_equals_generate_whatever_is_beside(
     ]
     engine = Engine(model, slots=slots, prefill_chunk=piece, cache_blocks=blocks)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_rows, "capture", recorded)
+        for module in (engine_rows, prompt_pass):
+            patch.setattr(module, "capture", recorded)
         got = ready(engine, lags=lags, replays=replays).run(requests)
     assert got == [alone(model, r) for r in requests]
     assert engine.held_blocks == 0 and not engine.busy
@@ -300,6 +301,7 @@ def test_a_replayed_step_is_as_often_captured_as_its_shape_is_new(
         return step
 
     monkeypatch.setattr(engine_rows, "capture", noted)
+    monkeypatch.setattr(prompt_pass, "capture", recorded)
     engine = ready(Engine(stand_in(), slots=4), replays=True)
     engine.run([Request(text(0, 5), 20)])
     assert len(captures) == 1
