@@ -92,7 +92,7 @@ class Step:
 
 
 class Kept(Protocol):
-    """What can be kept: a `Step`, a `prompt_pass.PromptPass`, the `passes.Passes` of speculation."""
+    """What can be kept: a `Step`, a `prompt_pass.PromptPass` or speculation's `passes.Passes`."""
 
     @property
     def captured(self) -> bool: ...

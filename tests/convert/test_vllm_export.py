@@ -236,7 +236,8 @@ def vllm_serves(command: Sequence[str], log: Path) -> Iterator[str]:
         assert server.poll() is None, log.read_text()[-3000:]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
 
 
