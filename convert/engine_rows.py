@@ -198,10 +198,10 @@ class EngineRows:
             used = running.blocks[: -(-size // PAGE)]
             tokens[i, :size], last[i] = torch.tensor(running.ids), size - 1
             table[i, : len(used)] = torch.tensor(used)
-        own.tokens.copy_(tokens)
-        own.last.copy_(last)
+        own.tokens.copy_(tokens, non_blocking=True)
+        own.last.copy_(last, non_blocking=True)
         logits = own.run(params, spec, self.weights.adapters, graphs=self._graphs)
-        pages.fill(self._pages, own.cache, table.flatten().to(device))
+        pages.fill(self._pages, own.cache, table.flatten().to(device, non_blocking=True))
         self._passes.give((count, length), own)
         return logits[: len(group)]
 
@@ -211,7 +211,7 @@ class EngineRows:
         """
         assert self._pages is not None and self._controls is not None
         row = len(self.rows)
-        ids = torch.tensor(running.ids, device=self.model.device)
+        ids = torch.tensor(running.ids)
         start, vocab = len(running.request.prompt), self.model.spec.vocab
         if self._controls.place(row, running.device_sampling(), ids, start, vocab):
             self._replays.clear()

@@ -23,6 +23,7 @@ class LiveWeights:
         self._trees: tuple[tree.Tree, ...] = ()
         self._scheme: str | None = None
         self._tensors: list[torch.Tensor] = []
+        self._counted: list[torch.Tensor] = []
         self._seen: tuple[list[int], list[int]] = [], []
         self._norms: list[float] = []
 
@@ -37,9 +38,10 @@ class LiveWeights:
         if other or any(a is not b for a, b in zip(trees, self._trees, strict=True)):
             self._trees, self._scheme, other = trees, self.model.qat_scheme, True
             self._tensors = [t for one in trees for t in tree.tensors(one)]
+            # A tensor of inference mode cannot be trained, and counts no writes.
+            self._counted = [t for t in self._tensors if not t.is_inference()]
         where = [t.data_ptr() for t in self._tensors]
-        # A tensor of inference mode cannot be trained, and counts no writes.
-        versions = [0 if t.is_inference() else t._version for t in self._tensors]
+        versions = [t._version for t in self._counted]
         moved = other or where != self._seen[0]
         norms = self._norms_of_trained() if closely else self._norms
         if not moved and versions == self._seen[1] and norms == self._norms:

@@ -107,8 +107,8 @@ def view(pages: Pages, rows: int, width: int) -> Cache:
 
 def place(pages: Pages, row: int, blocks: Sequence[int], length: int, token: int) -> None:
     """A request with `length` tokens in its blocks takes a row; its next step begins with token."""
-    device = pages.table.device
-    pages.table[row, : len(blocks)] = torch.tensor(blocks, device=device)
+    # Not blocking: a copy from pageable memory is staged before the call returns.
+    pages.table[row, : len(blocks)].copy_(torch.tensor(blocks), non_blocking=True)
     pages.end[row] = length
     pages.active[row] = 1
     pages.token[row] = token

@@ -74,21 +74,24 @@ class Controls:
     def place(
         self, row: int, sampling: Sampling, ids: torch.Tensor, start: int, vocab: int
     ) -> bool:
-        """A request takes a row; ids [m]: its tokens, the answer from `start` on. True where
-        tensors were made that a step did not know before.
+        """A request takes a row; ids [m]: its tokens, on the host, the answer from `start` on. True
+        where tensors were made that a step did not know before.
         """
         numbers = [float(getattr(sampling, name)) for name in COLUMNS]
-        self.numbers[row] = torch.tensor(numbers, dtype=torch.float64, device=ids.device)
-        needs, made = asked(sampling) or frozenset(), False
+        # Not blocking: a copy from pageable memory is staged before the call returns.
+        self.numbers[row].copy_(torch.tensor(numbers, dtype=torch.float64), non_blocking=True)
+        needs, made, device = asked(sampling) or frozenset(), False, self.numbers.device
+        if needs & {"seen", "counts"}:
+            ids = ids.to(device)
         if "seen" in needs:
             if self.seen is None:
                 shape = len(self.numbers), vocab
-                self.seen, made = torch.zeros(shape, dtype=torch.bool, device=ids.device), True
+                self.seen, made = torch.zeros(shape, dtype=torch.bool, device=device), True
             self.seen[row] = False
             self.seen[row, ids] = True
         if "counts" in needs:
             if self.counts is None:
-                self.counts, made = torch.zeros(len(self.numbers), vocab, device=ids.device), True
+                self.counts, made = torch.zeros(len(self.numbers), vocab, device=device), True
             self.counts[row] = history.counts(ids[None, start:], vocab)[0]
         return made
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import serve_requests
@@ -18,6 +18,7 @@ from .errors import ArgumentError, BusyError, PurelmError
 from .nn.pages import shared_length
 from .serve_answers import Answer
 from .serve_options import Options
+from .serve_reading import Reading, allow, check_model
 from .serve_requests import Asked, Refusal
 from .serve_schemas import Schemas
 from .serve_worker import Worker
@@ -50,6 +51,7 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
     engine = Engine(model, tokenizer, slots=options.slots, max_queue=options.max_queue)
     worker = Worker(engine)
     schemas = Schemas(engine, options.max_queue + 1)
+    reading = Reading(options)
     context = shared_length(model.spec)
     card: dict[str, Any] = {"id": options.name, "object": "model", "owned_by": "purelm"}
     card["created"] = int(time.time())
@@ -58,26 +60,26 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         worker.start()
         yield
+        await reading.close()
         await schemas.close()
         await worker.stop()
 
     async def models(request: HttpRequest) -> Response:
-        _authorize(request, options)
+        allow(request, options)
         return _json({"object": "list", "data": [card]})
 
     async def one_model(request: HttpRequest) -> Response:
-        _authorize(request, options)
-        _check_model(request.path_params["name"], options)
+        allow(request, options)
+        check_model(request.path_params["name"], options)
         return _json(card)
 
     async def chat(request: HttpRequest) -> Response:
-        body = await _body(request, options)
-        return await answer(request, "chat", serve_requests.chat(body, tokenizer, options, context))
+        how = partial(serve_requests.chat, tokenizer=tokenizer, options=options, context=context)
+        return await answer(request, "chat", await reading.read(request, how))
 
     async def completion(request: HttpRequest) -> Response:
-        body = await _body(request, options)
-        asked = serve_requests.completion(body, tokenizer, options)
-        return await answer(request, "completion", asked)
+        how = partial(serve_requests.completion, tokenizer=tokenizer, options=options)
+        return await answer(request, "completion", await reading.read(request, how))
 
     async def answer(request: HttpRequest, kind: str, asked: Asked) -> Response:
         await schemas.prepare(asked.requests)
@@ -107,7 +109,7 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
         },
         lifespan=lifespan,
     )
-    application.state.worker = worker
+    application.state.worker, application.state.reading = worker, reading
     return application
 
 
@@ -139,48 +141,6 @@ def server(application: Starlette, options: Options) -> uvicorn.Server:
         timeout_graceful_shutdown=options.grace + 5,
     )
     return Server(settings)
-
-
-def _authorize(request: HttpRequest, options: Options) -> None:
-    if options.api_key is None:
-        return
-    given = request.headers.get("authorization", "")
-    wanted = f"Bearer {options.api_key}"
-    if not hmac.compare_digest(given.encode(), wanted.encode()):
-        raise Refusal("the API key is missing or wrong", status=401, code="invalid_api_key")
-
-
-def _check_model(name: Any, options: Options) -> None:
-    if name != options.name:
-        raise Refusal(
-            f"the model {name!r} does not exist here; there is {options.name!r}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
-
-
-async def _body(request: HttpRequest, options: Options) -> dict[str, Any]:
-    """The JSON object of an allowed request, read no further than the limit."""
-    _authorize(request, options)
-    # Other kinds could be sent by any page that a browser on this machine shows.
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise Refusal("the content type must be application/json", status=415)
-    raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > options.max_body:
-            raise Refusal(f"the body has more than {options.max_body} bytes", status=413)
-    try:
-        body = json.loads(raw)
-        # Escapes can say halves of surrogate pairs, which tokenizers and answers cannot.
-        json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        raise Refusal("the body is not JSON") from None
-    if not isinstance(body, dict):
-        raise Refusal("the body is not a JSON object")
-    _check_model(body.get("model"), options)
-    return body
 
 
 async def _cancel_when_gone(request: HttpRequest, worker: Worker, ids: Sequence[int]) -> None:

@@ -15,8 +15,9 @@ class Options:
     """name: what clients call the model. host: only loopback goes without an api_key.
 
     slots: answers made at once; max_queue: more that may wait. max_tokens: of one answer;
-    max_choices: of one request; max_body: bytes of one request. grace: seconds that answers under
-    way get to end in when the server stops.
+    max_choices: of one request; max_body: bytes of one request, which must come in body_seconds.
+    allowed_hosts: names of this server's, beside those of loopback, that clients without a key may
+    ask it by. grace: seconds that answers under way get to end in when the server stops.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Options:
     max_tokens: int = 4096
     max_choices: int = 16
     max_body: int = 4 * 1024 * 1024
+    body_seconds: float = 60
+    allowed_hosts: tuple[str, ...] = ()
     grace: int = 5
 
     def __post_init__(self) -> None:
@@ -40,18 +43,22 @@ class Options:
             raise ArgumentError(f"port is {self.port}, expected 0 to 65535")
         if self.api_key == "":
             raise ArgumentError("the API key is empty; leave it out or give one")
-        if self.api_key is None and not _loopback(self.host):
+        if self.api_key is None and not loopback(self.host):
             raise ArgumentError(
                 f"{self.host} can be reached from other machines: set PURELM_API_KEY (or "
                 "--api-key), or listen on 127.0.0.1"
             )
 
 
-def _loopback(host: str) -> bool:
+def loopback(host: str) -> bool:
+    """Is it a name or address of this machine for itself?"""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host == "localhost" or host.endswith(".localhost")
+
+
+ALLOW = "another name of this server's that clients may ask it by without a key; repeatable"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one("--host", default=Options.host, help="(default: 127.0.0.1, this machine alone)")
     one("--port", type=int, default=Options.port, help="(default: 8000)")
     one("--api-key", help="what clients must send (default: PURELM_API_KEY, else none)")
+    one("--allow-host", action="append", default=[], metavar="NAME", help=ALLOW)
     one("--slots", type=int, default=Options.slots, help="answers made at once (default: 8)")
     one("--max-queue", type=int, default=Options.max_queue, help="that wait (default: 64)")
     one("--max-tokens", type=int, default=Options.max_tokens, help="of an answer (default: 4096)")
@@ -78,6 +86,7 @@ def from_arguments(args: argparse.Namespace) -> Options:
         host=args.host,
         port=args.port,
         api_key=key,
+        allowed_hosts=tuple(name.lower() for name in args.allow_host),
         slots=args.slots,
         max_queue=args.max_queue,
         max_tokens=args.max_tokens,

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,7 +17,7 @@ import pytest
 import torch
 from served import KEY, NAME, TALK, Site
 
-from purelm import Constraint, Engine, Request, serve
+from purelm import Constraint, Engine, Request, serve, serve_requests
 from purelm.errors import BusyError
 from purelm.serve_options import Options
 from purelm.serve_schemas import Schemas
@@ -143,6 +145,71 @@ def test_the_client_sees_typed_errors(site: Site, client: openai.OpenAI) -> None
                 call()
         with pytest.raises(openai.AuthenticationError):
             stranger.chat.completions.create(model=NAME, messages=TALK)
+
+
+def test_a_keyless_server_answers_to_its_own_names_alone(loaded: Any) -> None:
+    """A page whose name points to this machine reads no answer."""
+    keyless = serve.app(*loaded, Options(NAME, allowed_hosts=("lab",)))
+    body = {"model": NAME, "prompt": "The", "max_tokens": 1}
+
+    async def ask(*names: str) -> list[int]:
+        transport = httpx.ASGITransport(keyless)
+        async with (
+            keyless.router.lifespan_context(keyless),
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+        ):
+            found = []
+            for name in names:
+                head = {"host": name}
+                reply = await client.post("/v1/completions", json=body, headers=head)
+                listed = await client.get("/v1/models", headers=head)
+                assert listed.status_code == reply.status_code
+                found.append(reply.status_code)
+            return found
+
+    ours = "127.0.0.1:8000", "localhost", "LOCALHOST:99", "[::1]:8000", "127.0.0.1.", "lab:8000"
+    theirs = "evil.example", "localhost.evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1"
+    assert asyncio.run(ask(*ours, *theirs)) == [200] * len(ours) + [403] * len(theirs)
+
+
+def test_a_long_text_keeps_nobody_waiting(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads a body holds up neither answers nor the list of models; and not too many do."""
+    held, go_on = threading.Event(), threading.Event()
+    completion = serve_requests.completion
+
+    def reading(body: Any, tokenizer: Any, options: Options) -> Any:
+        if body.get("user") == "slow":
+            held.set()
+            assert go_on.wait(20)
+        return completion(body, tokenizer, options)
+
+    monkeypatch.setattr(serve_requests, "completion", reading)
+    with Site(loaded) as site, ThreadPoolExecutor(2) as pool:
+        asked = {"model": NAME, "prompt": "The", "max_tokens": 1}
+        waiting = [
+            pool.submit(site.post, "/completions", json={**asked, "user": "slow"}) for _ in range(2)
+        ]
+        site.app.state.reading.most = 2
+        assert held.wait(20)
+        wait_for(lambda: site.app.state.reading._held == 2)
+        full = site.post("/completions", json=asked)
+        assert full.status_code == 429 and "being read" in full.json()["error"]["message"]
+        assert httpx.get(site.url + "/models", timeout=5).status_code == 401
+        go_on.set()
+        assert [w.result().status_code for w in waiting] == [200, 200]
+
+
+def test_a_body_that_does_not_come_is_let_go(loaded: Any) -> None:
+    with Site(loaded, body_seconds=0.3) as site:
+        port = int(site.url.split(":")[2].split("/")[0])
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+        )
+        head += "Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as wire:
+            wire.sendall(head.encode())
+            reply = wire.recv(4096).decode()
+        assert " 408 " in reply.splitlines()[0]
 
 
 def slow(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
