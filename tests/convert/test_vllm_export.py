@@ -249,8 +249,8 @@ VLLM = os.environ.get("PURELM_VLLM") or shutil.which("vllm")
 @pytest.mark.skipif(VLLM is None, reason="no vllm: install it, or name its command in PURELM_VLLM")
 @pytest.mark.parametrize("merged", [False, True])
 def test_vllm_answers_as_the_model_does(tmp_path: Path, merged: bool) -> None:
-    """Greedy ids of the base and of every adapter, of the server that the command starts; merged, of
-    what the folder holds, whose weights are rounded to 16 bits."""
+    """Greedy ids of the base and of every adapter, of the server that the command starts; merged,
+    of what the folder holds, whose weights are rounded to 16 bits."""
     model, _ = FastLanguageModel.from_pretrained(
         "purelm/tiny", load_in_4bit=False, dtype="float32", device_map="cpu"
     )
