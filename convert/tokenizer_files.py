@@ -22,6 +22,7 @@ from ..errors import PurelmError, SaveError, TokenizerError
 from . import atomic
 from .json_file import MIB, read_json
 from .local_file import locate, read_bytes
+from .token_patterns import check_patterns
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -72,11 +73,14 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
         error=TokenizerError,
     )
     text = _utf8(content, path)
-    return rust(
+    made = rust(
         lambda: tokenizers.Tokenizer.from_str(text),
         "not a tokenizer.json",
         partial(TokenizerError, file=path),
     )
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        check_patterns(getattr(made, part), part, path)
+    return made
 
 
 def _is_other_format(name: str) -> bool:

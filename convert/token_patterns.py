@@ -1,0 +1,260 @@
+"""How long matching an expression can take that a tokenizer's file gives.
+
+The tokenizers library matches by Oniguruma, which goes back and tries again. At one place of a text
+of n characters that is n^d attempts, where d counts the unbounded repetitions before something that
+can fail, and 2^n where one repeats what can match in several ways (`(a+)+$`). Publishers' own
+patterns have d at most 1 (`\\s+(?!\\S)`); a file with more is refused, for the library can be
+neither stopped nor given a limit of time. (One attempt ends after ten million steps by itself.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import TokenizerError
+
+_MAX_LENGTH = 10_000
+_MAX_DEPTH = 40
+# A repetition of up to so many counts as one of a fixed number.
+_FEW = 64
+_ESCAPE = re.compile(
+    r"\\(?:[pP]\{\^?[^}]*\}|x\{[^}]*\}|x[0-9a-fA-F]{0,2}|u[0-9a-fA-F]{4}|k<[^>]*>|[0-7]{1,3}|.)",
+    re.DOTALL,
+)
+_INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
+_GROUP = re.compile(r"\((?:\?(?:(<?[=!])|(>)|:|<[A-Za-z_]\w*>|([im-]*)(:|\))))?")
+_ANCHORS = "bBAzZGyYK"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What matching a part of an expression can cost.
+
+    ways: d of the number n^d of ways to match from one place; choice: whether there is more than
+    one at all; cost: d of the attempts it takes to fail; fails, empty: whether it can fail, and
+    match nothing; first: the characters it can begin with, None if any.
+    """
+
+    ways: float = 0
+    cost: float = 0
+    fails: bool = True
+    empty: bool = False
+    choice: bool = False
+    first: frozenset[str] | None = None
+
+
+_EMPTY = _Part(fails=False, empty=True, first=frozenset())
+
+
+class _TooMuch(ValueError):
+    """Syntax whose cost is not known."""
+
+
+def check_patterns(part: Any, what: str, file: Path) -> None:
+    """Raise TokenizerError for an expression in a part of the `tokenizers` library's backend, such
+    as its pre-tokenizer, that can take more than n^2 steps in n characters.
+    """
+    for pattern in _patterns(json.loads(part.__getstate__()) if part is not None else None):
+        if (steps := degree(pattern)) > 1:
+            how = "2^n" if steps == math.inf else f"n^{steps + 1:.0f}"
+            raise TokenizerError(
+                f"the {what} has the expression {pattern[:200]!r}, which can take {how} steps in a "
+                "text of n characters; write it without repetitions that can share a text between "
+                "them",
+                file=file,
+            )
+
+
+def _patterns(found: Any) -> Iterator[str]:
+    if isinstance(found, dict):
+        if isinstance(found.get("Regex"), str):
+            yield found["Regex"]
+        found = list(found.values())
+    if isinstance(found, list):
+        for inner in found:
+            yield from _patterns(inner)
+
+
+def degree(pattern: str) -> float:
+    """d of the n^d attempts that one place of a text can take; infinite also for what is not
+    understood.
+    """
+    if len(pattern) > _MAX_LENGTH:
+        return math.inf
+    try:
+        part, end = _either(pattern, 0, 0)
+    except _TooMuch:
+        return math.inf
+    return part.cost if end == len(pattern) else math.inf
+
+
+def _either(text: str, at: int, depth: int) -> tuple[_Part, int]:
+    """Alternatives up to the end or to a closing parenthesis."""
+    if depth > _MAX_DEPTH:
+        raise _TooMuch
+    branches = []
+    while True:
+        parts = []
+        while at < len(text) and text[at] not in "|)":
+            part, at = _one(text, at, depth)
+            parts.append(part)
+        branches.append(_row(parts))
+        if at >= len(text) or text[at] == ")":
+            return _any(branches), at
+        at += 1
+
+
+def _row(parts: Sequence[_Part]) -> _Part:
+    """Parts one after another."""
+    made = _EMPTY
+    for part in reversed(parts):
+        # Taken or not taken is no choice where the next character tells.
+        told = not made.empty and _apart([part, made])
+        choice = (part.choice and not (part.ways == 0 and part.empty and told)) or made.choice
+        first = None if part.first is None else part.first
+        if part.empty:
+            first = None if None in (first, made.first) else first | made.first  # type: ignore[operator]
+        later = part.ways + made.cost if made.fails else 0
+        made = _Part(
+            ways=part.ways + made.ways,
+            cost=max(part.cost, later),
+            fails=part.fails or made.fails,
+            empty=part.empty and made.empty,
+            choice=choice,
+            first=first,
+        )
+    return made
+
+
+def _any(branches: Sequence[_Part]) -> _Part:
+    if len(branches) == 1:
+        return branches[0]
+    firsts = [b.first for b in branches]
+    known = frozenset().union(*(f for f in firsts if f is not None))
+    return _Part(
+        ways=max(b.ways for b in branches),
+        cost=max(b.cost for b in branches),
+        fails=all(b.fails for b in branches),
+        empty=any(b.empty for b in branches),
+        choice=any(b.choice or b.empty for b in branches) or not _apart(branches),
+        first=None if None in firsts else known,
+    )
+
+
+def _apart(parts: Sequence[_Part]) -> bool:
+    """Whether their first characters are known and all different."""
+    firsts = [part.first for part in parts if part.first is not None]
+    return len(firsts) == len(parts) and len(frozenset().union(*firsts)) == sum(map(len, firsts))
+
+
+def _one(text: str, at: int, depth: int) -> tuple[_Part, int]:
+    """One atom with what repeats it."""
+    part, at = _atom(text, at, depth)
+    while at < len(text):
+        interval = None
+        if text[at] in "*+?":
+            low, high = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[text[at]]
+            at += 1
+        elif (interval := _INTERVAL.match(text, at)) and (interval[1] or interval[3]):
+            low = int(interval[1] or 0)
+            high = low if not interval[2] else int(interval[3]) if interval[3] else math.inf
+            at = interval.end()
+        else:
+            break
+        greedy = True
+        if at < len(text) and text[at] == "?":
+            at += 1
+        elif at < len(text) and text[at] == "+" and interval is None:
+            at, greedy = at + 1, False
+        part = _repeated(part, low, high)
+        if not greedy:
+            part = replace(part, ways=0, choice=False)
+    return part, at
+
+
+def _repeated(part: _Part, low: int, high: float) -> _Part:
+    several = part.choice or part.ways > 0
+    if high > _FEW:
+        ways = math.inf if several or part.empty else 1
+    elif not several:
+        ways = 0
+    else:
+        ways = part.ways * high if high <= 6 else math.inf
+    return _Part(
+        ways=ways,
+        cost=part.cost + (ways if low > 1 and several else 0),
+        fails=part.fails and low > 0,
+        empty=part.empty or low == 0,
+        choice=several or low != high,
+        first=part.first,
+    )
+
+
+def _atom(text: str, at: int, depth: int) -> tuple[_Part, int]:
+    char = text[at]
+    if char == "(":
+        return _group(text, at, depth)
+    if char == "[":
+        return _Part(), _class_end(text, at)
+    if char in "^$":
+        return _Part(empty=True, first=frozenset()), at + 1
+    if char == "\\":
+        found = _ESCAPE.match(text, at)
+        if found is None or found[0][1] == "g":
+            raise _TooMuch
+        kind = found[0][1]
+        if kind in _ANCHORS:
+            return _Part(empty=True, first=frozenset()), found.end()
+        if kind == "k" or kind in "123456789":
+            return _Part(empty=True), found.end()
+        letter = {"r": "\r", "n": "\n", "t": "\t"}.get(kind, None if kind.isalnum() else kind)
+        return _Part(first=_begins(letter)), found.end()
+    return _Part(first=None if char == "." else _begins(char)), at + 1
+
+
+def _begins(char: str | None) -> frozenset[str] | None:
+    # Two letters of ASCII are one without case; others are not told apart.
+    return frozenset(char.lower()) if char is not None and char.isascii() else None
+
+
+def _group(text: str, at: int, depth: int) -> tuple[_Part, int]:
+    opened = _GROUP.match(text, at)
+    if opened is None or text[opened.end() :].startswith("?"):
+        raise _TooMuch
+    around, atomic, _, options_end = opened.groups()
+    if options_end == ")":
+        # (?i) to the end of the group it stands in.
+        return _either(text, opened.end(), depth + 1)
+    part, end = _either(text, opened.end(), depth + 1)
+    if end >= len(text):
+        raise _TooMuch
+    if around:
+        part = _Part(cost=part.cost, empty=True, first=frozenset())
+    elif atomic:
+        part = replace(part, ways=0, choice=False)
+    return part, end + 1
+
+
+def _class_end(text: str, at: int) -> int:
+    """Behind a bracketed class, which may hold others."""
+    depth, place = 0, at
+    while place < len(text):
+        if text[place] == "\\":
+            place += 1
+        elif text[place] == "[":
+            depth += 1
+            place += text.startswith("^", place + 1)
+            # A bracket that closes nothing is a character.
+            place += text.startswith("]", place + 1)
+        elif text[place] == "]":
+            depth -= 1
+            if not depth:
+                return place + 1
+        place += 1
+    raise _TooMuch

@@ -1,0 +1,161 @@
+"""Expressions of tokenizers' files: which take too long, by counting what matching them takes."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import byte_level
+
+from purelm.convert.gguf_splits import SPLITS
+from purelm.convert.token_patterns import degree
+from purelm.convert.tokenizer import Tokenizer
+from purelm.errors import TokenizerError
+
+# An expression as a tree, and how it is written.
+Tree = tuple[Any, ...]
+TREES = st.recursive(
+    st.sampled_from([("char", "a"), ("char", "b"), ("char", ".")]),
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from(["*", "+", "?"]), inner),
+        st.tuples(st.just("row"), inner, inner),
+        st.tuples(st.just("row"), inner, inner, inner),
+        st.tuples(st.just("either"), inner, inner),
+        st.tuples(st.just("not"), inner),
+    ),
+    max_leaves=6,
+)
+
+
+def written(tree: Tree) -> str:
+    kind, *parts = tree
+    if kind == "char":
+        return str(parts[0])
+    texts = [written(part) for part in parts]
+    if kind == "either":
+        return f"(?:{'|'.join(texts)})"
+    if kind == "not":
+        return f"(?!{texts[0]})"
+    return "".join(texts) if kind == "row" else f"(?:{texts[0]}){kind}"
+
+
+class Steps:
+    """A backtracking matcher that counts, and stops at `most`."""
+
+    def __init__(self, text: str, most: int) -> None:
+        self.text, self.most, self.count = text, most, 0
+
+    def ends(self, tree: Tree, at: int) -> Iterator[int]:
+        """Where the tree's matches from `at` end, the engine's first choice first."""
+        self.count += 1
+        if self.count > self.most:
+            raise OverflowError
+        kind, *parts = tree
+        if kind == "char":
+            if at < len(self.text) and parts[0] in (self.text[at], "."):
+                yield at + 1
+        elif kind == "not":
+            if next(self.ends(parts[0], at), None) is None:
+                yield at
+        elif kind == "either":
+            for part in parts:
+                yield from self.ends(part, at)
+        elif kind == "row":
+            if len(parts) == 1:
+                yield from self.ends(parts[0], at)
+                return
+            for middle in self.ends(parts[0], at):
+                yield from self.ends(("row", *parts[1:]), middle)
+        elif kind == "?":
+            yield from self.ends(parts[0], at)
+            yield at
+        else:
+            for middle in self.ends(parts[0], at):
+                # An engine does not repeat what matched nothing.
+                if middle > at:
+                    yield from self.ends(("*", parts[0]), middle)
+                elif kind == "+":
+                    yield middle
+            if kind == "*":
+                yield at
+            elif kind == "+":
+                return
+
+
+def steps(tree: Tree, text: str, most: int) -> int:
+    matcher = Steps(text, most)
+    next(matcher.ends(tree, 0), None)
+    return matcher.count
+
+
+@settings(max_examples=150)
+@given(tree=TREES)
+def test_what_is_taken_takes_steps_in_proportion(tree: Tree) -> None:
+    """At one place: where d is at most 1, twice the text is at most so many times the steps."""
+    if degree(written(tree)) > 1:
+        return
+    for make in (lambda n: "a" * n, lambda n: "a" * n + "b", lambda n: "ab" * (n // 2)):
+        once = steps(tree, make(40), 10**6)
+        assert steps(tree, make(80), 10**6) <= 2.6 * once + 60, written(tree)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a|aa)+$", "(a?){99}a{99}", "(.*)*x", "a*a*(?!a)(?!b)", r"(?<n>a)\g<n>*", "(?x)a"],
+)
+def test_refused_when_opened(pattern: str, tmp_path: Path) -> None:
+    file = byte_level(tmp_path) / "tokenizer.json"
+    for where in ("pre_tokenizer", "normalizer", "decoder"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        step = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "x"}
+        if where == "pre_tokenizer":
+            step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+            step |= {"invert": False}
+            content[where] = {"type": "Sequence", "pretokenizers": [step, content[where]]}
+        else:
+            content[where] = step
+        folder = tmp_path / where
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        began = time.thread_time()
+        with pytest.raises(TokenizerError, match=f"the {where} has the expression"):
+            Tokenizer.from_folder(folder)
+        assert time.thread_time() - began < 1
+
+
+def test_publishers_patterns_are_taken() -> None:
+    patterns = {pattern for rule in SPLITS.values() for pattern in rule.patterns}
+    assert len(patterns) > 20 and all(degree(pattern) <= 1 for pattern in patterns)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "d"),
+    [
+        (r"\s+(?!\S)|\s+", 1),
+        (r"(?:\r?\n)+x", 1),
+        (r"(?:ab|cd)+x", 1),
+        ("a++b", 0),
+        ("(?>a*)b", 0),
+        ("[[:alpha:]&&[^a]]+", 0),
+        (r"(?<=x)\p{Han}{1,3}", 0),
+        ("(?i:a*)a*b", 2),
+        ("(a*)*b", math.inf),
+        ("[a", math.inf),
+        ("a" * 20_000, math.inf),
+        ("(" * 200 + ")" * 200, math.inf),
+        ("(?~a)", math.inf),
+        ("\\", math.inf),
+    ],
+)
+def test_degrees(pattern: str, d: float) -> None:
+    assert degree(pattern) == d
+
+
+@given(st.text(alphabet="ab()[]{}|*+?\\^$:=!<>,19p-&ix.", max_size=40))
+def test_any_text_has_a_degree(pattern: str) -> None:
+    assert degree(pattern) >= 0
