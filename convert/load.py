@@ -244,11 +244,8 @@ def _read_all(
         ) as bar,
     ):
         read_stored, read_packed = reader(stager.read), leaf_reader(stager.read, dtype)
-        order = list(chosen.values())
-        for (path, info), after in zip(chosen.items(), [*order[1:], None], strict=True):
-            # Two at a time: the one is quantized while the other is read.
-            stager.ahead(info)
-            stager.ahead(after)
+        stager.plan(chosen.values())
+        for path, info in chosen.items():
             may = want[path].quantize and not any(text in info.name for text in quant_skip)
             leaf: Any
             if is_packed(info):
