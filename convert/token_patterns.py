@@ -1,10 +1,11 @@
 """How long matching an expression can take that a tokenizer's file gives.
 
 The tokenizers library matches by Oniguruma, which goes back and tries again. At one place of a text
-of n characters that is n^d attempts, where d counts the unbounded repetitions before something that
+of n characters that takes n^d steps, where d counts the unbounded repetitions before something that
 can fail, and 2^n where one repeats what can match in several ways (`(a+)+$`). Publishers' own
 patterns have d at most 1 (`\\s+(?!\\S)`); a file with more is refused, for the library can be
-neither stopped nor given a limit of time. (One attempt ends after ten million steps by itself.)
+neither stopped nor given a limit of time. (One place is left after ten million steps.) What is
+counted are upper bounds.
 """
 
 from __future__ import annotations
@@ -34,19 +35,27 @@ _ANCHORS = "bBAzZGyYK"
 
 @dataclass(frozen=True)
 class _Part:
-    """What matching a part of an expression can cost.
+    """What matching a part of an expression can cost, as exponents d of n^d.
 
-    ways: d of the number n^d of ways to match from one place; choice: whether there is more than
-    one at all; cost: d of the attempts it takes to fail; fails, empty: whether it can fail, and
-    match nothing; first: the characters it can begin with, None if any.
+    ways: of the number of ways to match from one place; choice: whether there is more than one at
+    all. cost: of the steps to find that it does not match; waste: of those it takes beside the text
+    that it matches. eats: whether that text has no bound; fails, empty: whether it can fail, and
+    match nothing. first: the characters it can begin with, None if any.
     """
 
     ways: float = 0
     cost: float = 0
+    waste: float = 0
+    eats: bool = False
     fails: bool = True
     empty: bool = False
     choice: bool = False
     first: frozenset[str] | None = None
+
+    @property
+    def steps(self) -> float:
+        """Of all that a match or its failure takes."""
+        return max(self.cost, self.waste, float(self.eats))
 
 
 _EMPTY = _Part(fails=False, empty=True, first=frozenset())
@@ -82,7 +91,7 @@ def _patterns(found: Any) -> Iterator[str]:
 
 
 def degree(pattern: str) -> float:
-    """d of the n^d attempts that one place of a text can take; infinite also for what is not
+    """d of the n^d steps that one place of a text can take; infinite also for what is not
     understood.
     """
     if len(pattern) > _MAX_LENGTH:
@@ -91,7 +100,7 @@ def degree(pattern: str) -> float:
         part, end = _either(pattern, 0, 0)
     except _TooMuch:
         return math.inf
-    return part.cost if end == len(pattern) else math.inf
+    return part.steps if end == len(pattern) else math.inf
 
 
 def _either(text: str, at: int, depth: int) -> tuple[_Part, int]:
@@ -120,10 +129,16 @@ def _row(parts: Sequence[_Part]) -> _Part:
         first = None if part.first is None else part.first
         if part.empty:
             first = None if None in (first, made.first) else first | made.first  # type: ignore[operator]
-        later = part.ways + made.cost if made.fails else 0
+        # What comes later fails once for each way that this matches.
+        again = part.ways + made.cost if made.fails else 0
+        lost = max(part.waste, float(part.eats)) if made.fails else 0
+        cost = max(part.cost, again, lost)
+        tried = cost if made.fails and (part.choice or part.ways) else 0
         made = _Part(
             ways=part.ways + made.ways,
-            cost=max(part.cost, later),
+            cost=cost,
+            waste=max(part.waste, made.waste, tried),
+            eats=part.eats or made.eats,
             fails=part.fails or made.fails,
             empty=part.empty and made.empty,
             choice=choice,
@@ -140,6 +155,8 @@ def _any(branches: Sequence[_Part]) -> _Part:
     return _Part(
         ways=max(b.ways for b in branches),
         cost=max(b.cost for b in branches),
+        waste=max(max(b.cost, b.waste) for b in branches),
+        eats=any(b.eats for b in branches),
         fails=all(b.fails for b in branches),
         empty=any(b.empty for b in branches),
         choice=any(b.choice or b.empty for b in branches) or not _apart(branches),
@@ -186,9 +203,14 @@ def _repeated(part: _Part, low: int, high: float) -> _Part:
         ways = 0
     else:
         ways = part.ways * high if high <= 6 else math.inf
+    # The first of several can match, in all its ways, and the last fail.
+    before = max(part.ways * min(low - 1, high), float(part.eats or low > _FEW)) if low > 1 else 0
+    each = (1 if high > _FEW else 0) + part.waste if part.waste else 0
     return _Part(
         ways=ways,
-        cost=part.cost + (ways if low > 1 and several else 0),
+        cost=part.cost + before,
+        waste=max(each, part.cost + before),
+        eats=part.eats or high > _FEW,
         fails=part.fails and low > 0,
         empty=part.empty or low == 0,
         choice=several or low != high,
@@ -235,7 +257,7 @@ def _group(text: str, at: int, depth: int) -> tuple[_Part, int]:
     if end >= len(text):
         raise _TooMuch
     if around:
-        part = _Part(cost=part.cost, empty=True, first=frozenset())
+        part = _Part(cost=part.steps, waste=part.steps, empty=True, first=frozenset())
     elif atomic:
         part = replace(part, ways=0, choice=False)
     return part, end + 1
