@@ -31,11 +31,14 @@ from hub_upload import Uploads
 
 @dataclass(frozen=True)
 class Request:
-    """One request that the hub got; `token` is what its Authorization header carried."""
+    """One request that the hub got; `token` is what its Authorization header carried, `span` what
+    its Range header asked for.
+    """
 
     method: str
     path: str
     token: str | None
+    span: str | None = None
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Hub:
     """Repositories as {id: {branch, tag or sha: folder}}, served while the `with` block runs.
 
     `faults` maps a file's name to what happens to its next GETs, one entry each: an int is a
-    status to answer, "cut" ends the body halfway, "flip" changes a bit. `listed` adds paths to
+    status to answer, "cut" ends the body halfway, "short" announces and sends half of it, "flip"
+    changes a bit. `listed` adds paths to
     every listing (hostile ones too), served as empty files.
     """
 
@@ -155,7 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _noted(self) -> Request:
         authorization = self.headers.get("Authorization")
         token = authorization.removeprefix("Bearer ") if authorization else None
-        request = Request(self.command, unquote(urlsplit(self.path).path), token)
+        path, span = unquote(urlsplit(self.path).path), self.headers.get("Range")
+        request = Request(self.command, path, token, span)
         self.hub.log.append(request)
         return request
 
@@ -257,6 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(fault, "", "fault asked for")
         lfs = name.endswith(".safetensors")
         etag = hashlib.sha256(content).hexdigest() if lfs else _git_oid(content)
+        if fault == "short":
+            content = content[: len(content) // 2]
         total, start = len(content), 0
         span = self.headers.get("Range")
         if span:

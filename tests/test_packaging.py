@@ -193,6 +193,19 @@ def test_nothing_that_runs_foreign_code(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "marshal", "dill"}
 
 
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_other_peoples_models_stay_outside(path: Path) -> None:
+    """transformers and peft where a tokenizer is handed to one, and where they are measured."""
+    others = {"transformers", "peft"}
+    found = {name.split(".")[0] for name in imported(path)} & others
+    assert not found or path.name == "tokenizer_export.py" or path.parent.name == "bench"
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & others
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert (node.module or "").split(".")[0] not in others
+
+
 def test_types_and_style_are_clean() -> None:
     subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT, check=True)

@@ -314,9 +314,26 @@ def test_byte_level_tokenizers(small: Path, tmp_path: Path) -> None:
     assert [again(t)["input_ids"] for t in TEXTS] == [ours(t)["input_ids"] for t in TEXTS]
 
 
-@pytest.mark.parametrize(("name", "pre"), [("smollm2", "smollm"), ("minimind", "gpt-2")])
+PUBLISHED = {
+    "llama3": "llama-bpe",
+    "qwen3": "qwen2",
+    "gptoss": "gpt-4o",
+    "deepseek_v3": "deepseek-v3",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [
+        ("smollm2", "smollm"),
+        ("minimind", "gpt-2"),
+        *(pytest.param(*pair, marks=pytest.mark.full) for pair in PUBLISHED.items()),
+    ],
+)
 def test_published_byte_level_tokenizers(name: str, pre: str, tmp_path: Path) -> None:
-    folder = assets.shared(f"assets/tokenizers/{name}")
+    folder = (
+        assets.published(name) if name in PUBLISHED else assets.shared(f"assets/tokenizers/{name}")
+    )
     fields = {"general.architecture": "llama", **byte_level_fields(folder, pre)}
     write(tmp_path / "t.gguf", fields, {})
     ours, theirs = read_tokenizer(open_gguf(tmp_path / "t.gguf")), Tokenizer.from_folder(folder)

@@ -11,14 +11,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from corpus import good, sharded
-from hub_server import Hub
+from hub_server import Hub, Request
+from safetensors.torch import load_file, save_file
 
+from purelm import FastLanguageModel
 from purelm.convert.hub import Source, resolve
 from purelm.convert.shards import open_checkpoint
-from purelm.errors import ArgumentError, CheckpointError, LoadError, SourceError
+from purelm.errors import AdapterError, ArgumentError, CheckpointError, LoadError, SourceError
 
 ROOT = Path(__file__).resolve().parents[2]
 GATED, SECRET = "org/gated", "hf_a_very_secret_token"
@@ -83,6 +87,7 @@ import socket, sys, torch
 def closed(*args, **keywords):
     raise AssertionError("a socket was made")
 socket.socket = socket.create_connection = socket.getaddrinfo = closed
+from purelm import FastLanguageModel
 from purelm.convert.hub import resolve
 from purelm.convert.shards import open_checkpoint, read
 source = resolve({str(folder)!r}, token="hf_x")
@@ -344,19 +349,81 @@ def test_a_hostile_index_downloads_nothing_it_names(
     assert not [name for name in hub.files_got() if name.endswith(".safetensors")]
 
 
-# Downloads that go wrong.
-def test_a_cut_download_is_resumed(
-    hub: Hub, fetch: Resolve, single: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_base_of_an_adapter_is_of_the_adapters_revision(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Trained on a branch, it finds those weights again, and is refused on others."""
+    path = tmp_path / "newer" / "model.safetensors"
+    weights = {name: 2 * w for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    hub.patched(monkeypatch, tmp_path / "cache")
+    options: dict[str, Any] = {"load_in_4bit": False, "dtype": torch.float32, "device_map": "cpu"}
+    model, _ = FastLanguageModel.from_pretrained("org/single", revision="v2", **options)
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), **options)
+    assert again.origin.revision == hub.sha("org/single", "v2") != hub.sha("org/single")
+    assert torch.equal(again.params["embed"]["weight"], weights["model.embed_tokens.weight"])
+    other, _ = FastLanguageModel.from_pretrained("org/single", **options)
+    with pytest.raises(AdapterError, match="other weights|another"):
+        other.load_adapter(tmp_path / "adapter", "next")
+
+
+# Downloads that go wrong.
+def _is_get_of(request: Request, name: str) -> bool:
+    return request.method == "GET" and request.path.endswith(name)
+
+
+def _large(folder: Path, byte: int) -> bytes:
+    """Weights of more than the library keeps in memory before it writes."""
+    content = bytes([byte]) * (24 << 20)
+    (folder / "model.safetensors").write_bytes(content)
+    return content
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(hub: Hub, fetch: Resolve, single: Path) -> None:
+    content = _large(single, 1)
     hub.faults["model.safetensors"] = ["cut"]
-    try:
-        source = fetch("org/single")
-    except SourceError as problem:
-        assert "could not be downloaded" in str(problem)
-        source = fetch("org/single")
-    assert (source.folder / "model.safetensors").read_bytes() == (
-        single / "model.safetensors"
-    ).read_bytes()
+    source = fetch("org/single")
+    assert (source.folder / "model.safetensors").read_bytes() == content
+    first, second = (r.span for r in hub.log if _is_get_of(r, "model.safetensors"))
+    assert first is None and second is not None
+    start = int(second.removeprefix("bytes=").split("-")[0])
+    assert 8 << 20 <= start <= 12 << 20
+
+
+def test_a_failed_download_keeps_the_files_it_has(hub: Hub, fetch: Resolve, single: Path) -> None:
+    """What was half fetched when it failed is begun again: the library keeps no part of a file."""
+    hub.faults["model.safetensors"] = [404]
+    with pytest.raises(SourceError):
+        fetch("org/single")
+    del hub.log[:]
+    assert len(open_checkpoint(fetch("org/single").folder).tensors) == 21
+    assert hub.files_got() == ["model.safetensors"]
+
+
+@pytest.mark.full
+def test_what_changed_since_it_was_cut_is_begun_again(
+    hub: Hub, fetch: Resolve, single: Path, tmp_path: Path
+) -> None:
+    _large(single, 1)
+    hub.faults["model.safetensors"] = ["cut", *[503] * 20]
+    with pytest.raises(SourceError):
+        fetch("org/single")
+    del hub.faults["model.safetensors"]
+    content = _large(single, 2)
+    source = fetch("org/single")
+    assert (source.folder / "model.safetensors").read_bytes() == content
+    assert [p.stat().st_size for p in source.folder.glob("*.safetensors")] == [len(content)]
+
+
+def test_a_file_of_another_size_does_not_stay(hub: Hub, fetch: Resolve, tmp_path: Path) -> None:
+    hub.faults["model.safetensors"] = ["short"] * 8
+    with pytest.raises(SourceError):
+        fetch("org/single")
+    assert not list((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))
+    del hub.faults["model.safetensors"]
+    assert len(open_checkpoint(fetch("org/single").folder).tensors) == 21
 
 
 @pytest.mark.parametrize("name", ["org/single", "org/shards"])

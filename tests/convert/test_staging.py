@@ -1,6 +1,9 @@
 """Tensors on their way from files onto a GPU."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +70,53 @@ def test_on_a_cpu_nothing_is_read_ahead(tmp_path: Path) -> None:
     with Stager(torch.device("cpu")) as stager:
         stager.plan([info])
         assert torch.equal(stager.read(info), torch.arange(5.0))
+
+
+class _Fake:
+    """A stream or an event, on which everything is done at once."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_every_byte_takes_its_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lanes, chunks and plan of a GPU's reader, with memory and streams of the CPU."""
+    cuda = SimpleNamespace(
+        Stream=_Fake,
+        Event=_Fake,
+        stream=lambda _: nullcontext(),
+        current_stream=_Fake,
+        synchronize=lambda _: None,
+    )
+    made: list[int] = []
+
+    def empty(*shape: Any, dtype: torch.dtype, **_: object) -> torch.Tensor:
+        out = torch.empty(*shape, dtype=dtype)
+        made.append(out.nbytes)
+        return out
+
+    fake = SimpleNamespace(empty=empty, cuda=cuda, uint8=torch.uint8)
+    monkeypatch.setattr(staging, "torch", fake)
+    monkeypatch.setattr(staging, "CHUNK", 8)
+    monkeypatch.setattr(staging, "THREADS", 3)
+    monkeypatch.setattr(staging, "AHEAD", 40)
+    sizes = [0, 1, 7, 8, 9, 23, 24, 25, 100, 5, 5, 5]
+    want = {f"t{i}": torch.arange(n, dtype=torch.uint8) + i for i, n in enumerate(sizes)}
+    save_file(want, tmp_path / "model.safetensors")
+    infos = open_checkpoint(tmp_path).tensors
+    device: Any = SimpleNamespace(type="cuda")
+    with Stager(device) as stager:
+        stager.plan(infos[name] for name in want)
+        # The buffers, and as many tensors as make 40 bytes with the last of them.
+        assert made == [24, 0, 1, 7, 8, 9, 23]
+        for name in [*want, "t8", "t1"]:
+            assert torch.equal(stager.read(infos[name]), want[name])
+        # One that is asked for before its turn is read once.
+        stager.plan(infos[name] for name in ("t8", "t6", "t7"))
+        before = len(made)
+        for name in ("t7", "t8", "t6"):
+            assert torch.equal(stager.read(infos[name]), want[name])
+        assert len(made) - before == 2
