@@ -78,8 +78,8 @@ def check_config(stored: Any, file: Path) -> None:
             method = f"bitsandbytes 4-bit, {kind!s:.20} in {storage!s:.20}"
     raise ConfigError(
         f"the checkpoint is stored quantized ({method!s:.60}), which is not read; "
-        "bitsandbytes' 4 and 8 bits, fp8, GPTQ, AWQ, AutoRound, compressed-tensors and MXFP4 are. "
-        "Load the 16-bit original, which purelm quantizes while loading",
+        "bitsandbytes' 4 and 8 bits, fp8, GPTQ, AWQ, AutoRound, compressed-tensors, MXFP4 and "
+        "NVFP4 are. Load the 16-bit original, which purelm quantizes while loading",
         file=file,
     )
 

@@ -1,4 +1,4 @@
-"""Weights that llm-compressor stored (compressed-tensors) as integers, read by dequantizing.
+"""Weights that llm-compressor stored (compressed-tensors) in few bits, read by dequantizing.
 
 "pack-quantized": a weight [out, in] lies in `weight_packed` int32 [out, ceil(in * bits / 32)],
 unsigned fields along the inputs, 2^(bits - 1) more than the numbers they stand for. `weight_scale`
@@ -6,8 +6,8 @@ is [out, groups], [out, 1] or [1]; `weight_zero_point`, where there is one, int3
 32), groups], packed alike along the outputs; `weight_shape` int64 [2]. `weight_g_idx` int32 [in]
 tells which group an input belongs to where groups are no runs of them (negative: it does not).
 "int-quantized" and "naive-quantized": `weight` int8 [out, in], scales alike, zero points int8 of
-their shape, or fp8. "mixed-precision": any of these by module. A value is (number - zero point) *
-scale.
+their shape, or fp8. A value is (number - zero point) * scale. "nvfp4-pack-quantized" and
+"mxfp4-pack-quantized": 4-bit floats, fp4_file.py. "mixed-precision": any of these by module.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,16 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from . import fp8_file
+from . import fp4_file, fp8_file
 from .encoded import SCALES, Encoded, Format, Found, encoded, expect, unpacked, wrong
 from .safetensors_file import TensorInfo
 from .shards import read
 
 _BITS = (2, 4, 8)
-_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+_LAYOUTS = tuple(
+    "pack-quantized int-quantized naive-quantized nvfp4-pack-quantized mxfp4-pack-quantized "
+    "mixed-precision".split()
+)
 # What computing with quantized inputs needs beside the weights.
 _BESIDE = (*fp8_file.BESIDE, ".input_zero_point", ".input_global_scale", ".output_zero_point")
 
@@ -49,7 +52,10 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
     made, beside = fp8_file.find(tensors, stored)
     for name, info in tensors.items():
         module, _, part = name.rpartition(".")
-        if part == "weight_packed":
+        if part == "weight_packed" and info.dtype == torch.uint8:
+            scale, whole = (tensors.get(f"{module}.weight{e}") for e in ("_scale", "_global_scale"))
+            made.append(fp4_file.weight(f"{module}.weight", info, scale, whole, divides=True))
+        elif part == "weight_packed":
             one, further = _packed(tensors, module, info, _widths(stored))
             made.append(one)
             beside |= further

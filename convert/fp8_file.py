@@ -44,13 +44,14 @@ def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
                 file=file,
             )
         return True
-    if method == "modelopt" and stored.get("quant_algo") != "FP8":
+    algorithm = stored.get("quant_algo") if method == "modelopt" else None
+    if method == "modelopt" and algorithm not in ("FP8", "NVFP4"):
         raise ConfigError(
-            f"ModelOpt's weights are {stored.get('quant_algo')!r:.40}, read is 'FP8'; load the "
+            f"ModelOpt's weights are {algorithm!r:.40}, read are 'FP8' and 'NVFP4'; load the "
             "16-bit original",
             file=file,
         )
-    if method in ("fbgemm_fp8", "modelopt"):
+    if method == "fbgemm_fp8" or algorithm == "FP8":
         return True
     return method == "compressed-tensors" and stored.get("format") == "float-quantized"
 
@@ -59,7 +60,8 @@ def find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found:
     """The fp8 weights among `tensors`, and what belongs to them beside."""
     made: list[Encoded] = []
     for name, info in tensors.items():
-        if info.dtype != torch.float8_e4m3fn:
+        # 4-bit floats have scales in fp8.
+        if info.dtype != torch.float8_e4m3fn or name.endswith("_scale"):
             continue
         found = [tensors[name + end] for end in ("_scale_inv", "_scale") if name + end in tensors]
         if len(found) != 1 or len(info.shape) != 2:

@@ -15,6 +15,8 @@ from .encoded import Format, Found, encoded, expect, wrong
 from .safetensors_file import TensorInfo
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# The values of e2m1 by their four bits.
+LEVELS = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
 _BLOCK = 32
 
 
@@ -42,7 +44,7 @@ def _find(tensors: Mapping[str, TensorInfo], stored: Mapping[str, Any]) -> Found
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The stack [x, in, out] in fp32; an exponent of 255 stands for NaN."""
-    levels = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=blocks.device)
+    levels = torch.tensor(LEVELS, device=blocks.device)
     # In fp32 2^-127 is a denormal, and exact.
     step = torch.pow(2.0, scales.to(torch.float64) - 127.0).float()
     step = step.masked_fill(scales == 255, torch.nan)

@@ -8,12 +8,13 @@ from ..errors import ConfigError
 from .awq_file import AWQ
 from .compressed_file import COMPRESSED
 from .encoded import Format
+from .fp4_file import NVFP4
 from .fp8_file import FP8
 from .gptq_file import GPTQ
 from .int8_file import INT8
 from .mxfp4_file import MXFP4
 
-FORMATS = (FP8, INT8, GPTQ, AWQ, MXFP4, COMPRESSED)
+FORMATS = (FP8, NVFP4, INT8, GPTQ, AWQ, MXFP4, COMPRESSED)
 
 
 def format_of(stored: Any, file: Path) -> Format | None:

@@ -187,6 +187,21 @@ def compressed_int8() -> Stored:
 
 
 @_form
+def nvfp4() -> Stored:
+    def parts(name: str, w: torch.Tensor) -> Tensors:
+        rows, columns = w.shape
+        if columns % 16:
+            return {name: w}
+        return {
+            name: torch.randint(0, 256, (rows, columns // 2), generator=_drawn()).byte(),
+            name + "_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+            name + "_scale_2": torch.tensor(0.01),
+        }
+
+    return _projections(parts, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+
+
+@_form
 def mxfp4() -> Stored:
     import tiny
 

@@ -103,8 +103,8 @@ def test_scales_that_do_not_fit(
     [
         ({**FINE, "weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
         ({**FINE, "fmt": "e5m2"}, "'e5m2', expected 'e4m3'"),
-        ({**ROWS, "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'; read are"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'NVFP4', read is 'FP8'"),
+        ({**ROWS, "format": "mxfp8-quantized"}, "'mxfp8-quantized'; read are"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "'W4A8', read are 'FP8'"),
         (None, "no quantization_config"),
     ],
 )

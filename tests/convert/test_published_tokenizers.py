@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from purelm.convert.tokenizer import Tokenizer
+from purelm.convert.tokenizer_repair import diagnose, repair
 
 HERE = {name: f"assets/tokenizers/{name}" for name in ("smollm2", "minimind")}
 HERE["stories260K"] = "assets/stories260K"
@@ -201,6 +202,30 @@ def test_attributes_equal_transformers(name: str) -> None:
     again = Tokenizer.from_transformers(ours.to_transformers())
     text = " Hello  wörld 你好 👩‍👧\n\n\tdon't <|im_end|></s> ▁x"
     assert again(text) == ours(text) and plain(ours(text)) == plain(hf(text))
+
+
+# Rows of the models' embeddings, and what is wrong with the tokenizers beside them.
+WRONG = {
+    "llama3": (128256, "pad-missing template-ignores-generation-prompt end-of-turn-not-eos"),
+    "llama3_1": (128256, "pad-missing double-bos"),
+    "llama2": (32000, "pad-missing"),
+    "qwen3": (151936, ""),
+    "gemma3": (262144, "ids-out-of-range double-bos"),
+    "gptoss": (201088, ""),
+    "deepseek_v3": (129280, "pad-is-eos"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_them_is_found(name: str) -> None:
+    rows, kinds = WRONG[name]
+    ours = Tokenizer.from_folder(folder(name))
+    assert [finding.kind for finding in diagnose(ours, vocab_rows=rows)] == kinds.split()
+    changes = repair(ours, vocab_rows=rows)
+    assert bool(changes) == ("pad" in kinds) and not any(change.rows for change in changes)
+    assert ours.pad_token_id not in (None, ours.eos_token_id, ours.bos_token_id)
+    assert ours.pad_token_id < rows
 
 
 TEMPLATES = {
