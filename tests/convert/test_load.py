@@ -15,6 +15,7 @@ from bridged import ids, same_logits
 from safetensors.torch import load_file, save_file
 
 import purelm
+from purelm.convert.shards import open_checkpoint
 from purelm.errors import ArgumentError, CheckpointError, SourceError
 from purelm.nn import decoder, tree
 from purelm.quant.nf4 import NF4
@@ -311,3 +312,19 @@ def test_memory_while_loading(large: Path, folder: Path, quantize: str) -> None:
     # The project's own mark is tighter than what it promises: no second copy of the model.
     assert peak <= model + 3 * largest + 40e6, f"{peak / 1e6:.0f} MB, model {model / 1e6:.0f} MB"
     assert kept <= model + largest + 20e6  # the allocator keeps some of what was freed
+
+
+def test_progress_is_bytes_and_their_rate(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(info.nbytes for info in open_checkpoint(folder).tensors.values())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    capsys.readouterr()
+    purelm.load(folder, device="cpu")
+    assert capsys.readouterr().err == ""
+    purelm.load(folder, device="cpu", progress=True)
+    shown = capsys.readouterr().err
+    assert "loading" in shown and "B/s" in shown and f"/{size / 1000:.0f}k" in shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    purelm.load(folder, device="cpu", progress=True)
+    assert capsys.readouterr().err == ""  # no terminal, nothing shown

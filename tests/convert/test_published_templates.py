@@ -1,4 +1,6 @@
-"""Publishers' chat templates, those that TRL carries: transformers' texts of many conversations."""
+"""Publishers' chat templates, those that TRL carries, and our model's: transformers' texts of many
+conversations.
+"""
 
 import json
 import random
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+import purelm
 from purelm.convert import chat_template as chat
 from purelm.errors import TemplateError
 
@@ -21,10 +24,11 @@ WORDS = (
 
 
 def templates() -> list[Path]:
-    """The .jinja files of an installed TRL; no import of it, which takes seconds."""
+    """Our own, and those of an installed TRL; no import of it, which takes seconds."""
+    own = Path(purelm.__file__).parent / "data" / "tiny" / "chat_template.jinja"
     found = find_spec("trl")
     where = found and found.submodule_search_locations
-    return sorted((Path(where[0]) / "chat_templates").glob("*.jinja")) if where else []
+    return [own, *(sorted((Path(where[0]) / "chat_templates").glob("*.jinja")) if where else ())]
 
 
 def text(draw: random.Random) -> str:
