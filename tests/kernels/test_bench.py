@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from purelm import cli
-from purelm.bench import _kernel_case, _kernel_cases_nf4, _kernel_time, kernels
+from purelm.bench import _kernel_case, _kernel_cases, _kernel_cases_nf4, _kernel_time, kernels
 from purelm.bench._kernel_case import SHAPES
 from purelm.bench._kernel_cases import KERNELS
 from purelm.bench._kernel_check import CheckFailed, against, close
@@ -124,9 +124,17 @@ def test_peers_stand_beside_and_may_fail(
     assert "bad failed at rope" in capsys.readouterr().out
 
 
-def test_first_result(capsys: pytest.CaptureFixture[str]) -> None:
-    assert kernels.main(["--first", "--kernels=gated", "--shapes=tiny", "--device=cpu"]) == 0
+@pytest.mark.parametrize("how", ["all", "one"])
+def test_first_result(how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--first={how}", "--kernels=gated", "--device=cpu", "--shapes"]
+    assert kernels.main([*options, "tiny"]) == 0
     assert json.loads(capsys.readouterr().out) > 0
+
+
+def test_a_model_is_run_with_what_it_alone_has() -> None:
+    assert not list(_kernel_cases.cases("gated", "lfm2", torch.device("cpu")))
+    found = _kernel_cases.cases("short-conv", "lfm2", torch.device("cpu"))
+    assert [case.size for case in found] == ["8x2048x2048, 3 taps"] * 2
 
 
 def test_an_unknown_name_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:

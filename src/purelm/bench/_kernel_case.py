@@ -13,7 +13,7 @@ from ._kernel_check import Function
 EPS = 1e-5
 BLOCK = 64
 # Weights and rows that a check looks at where all would take too much of float64.
-CHECKED_WEIGHTS, CHECKED_ROWS = 1 << 22, 256
+CHECKED_WEIGHTS, CHECKED_ROWS = 1 << 20, 256
 
 
 class Mixer(NamedTuple):

@@ -52,6 +52,14 @@ def torch_itself(case: Case) -> Calls:
             return torch._grouped_mm(x, w.mT, offs=offsets[1:])
 
         return {"dequantize + torch._grouped_mm": forward(at_once)}
+    if kernel == "experts in bf16":
+
+        def grouped(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+            return torch._grouped_mm(x, w.mT, offs=offsets[1:])
+
+        return {"torch._grouped_mm": forward(grouped)}
+    if kernel == "low-rank term":
+        return {"addmm_": forward(lambda y, low, b: y.addmm_(low, b))}
     if kernel.startswith("cross entropy"):
 
         def products(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:

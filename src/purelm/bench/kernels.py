@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     one("--device", help="(default: cuda if there is one, else cpu, where the shape is tiny)")
     one("--no-first", action="store_true", help="without the time to a first result, which takes "
         "two processes a kernel")  # fmt: skip
-    one("--first", action="store_true", help=argparse.SUPPRESS)
+    one("--first", choices=["all", "one"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = list(SHAPES)[:-1] if device.type == "cuda" else ["tiny"]
     shapes, kernels = args.shapes or names, args.kernels or list(KERNELS)
     if args.first:
-        print(json.dumps(_first(kernels[0], shapes, device)))
+        print(json.dumps(_first(kernels[0], shapes, device, one=args.first == "one")))
         return 0
     peers = installed() if args.peers is None else [p for p in args.peers if p != "none"]
     if device.type != "cuda":
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     with _compiled_anew() if not args.no_first else contextlib.nullcontext():
         first = {} if args.no_first else _first_results(kernels, shapes, device)
         rows, ceiling = measure(kernels, shapes, peers, device)
-        again = {} if args.no_first else _first_results(kernels, shapes[:1], device)
+        again = {} if args.no_first else _first_results(kernels, shapes, device, one=True)
     _print_first(first, again)
     if args.output is not None:
         _write(args.output, rows, ceiling, first, again)
@@ -228,9 +228,10 @@ def _write(
 # The time to a first result: a fresh process a kernel, with nothing compiled and then again.
 
 
-def _first(kernel: str, shapes: Sequence[str], device: torch.device) -> float:
-    """Seconds from a ready torch to the first result, the making of its inputs included; then every
-    case runs once, so that what they compile is there for the next process."""
+def _first(kernel: str, shapes: Sequence[str], device: torch.device, *, one: bool) -> float:
+    """Seconds from a ready torch to the first result, the making of its inputs included; then,
+    unless it is to be `one`, every case runs once, so that what they compile is there for the next
+    process. NaN of a kernel without a case."""
     if device.type == "cuda":
         torch.zeros(1, device=device)
     found = 0.0
@@ -240,14 +241,17 @@ def _first(kernel: str, shapes: Sequence[str], device: torch.device) -> float:
             case.ours.run(*case.ours.prepare(*case.inputs()))
             finished(device.type == "cuda")
             found = found or time.perf_counter() - begun
-    return found
+            if one:
+                return found
+    return found or float("nan")
 
 
 def _first_results(
-    kernels: Sequence[str], shapes: Sequence[str], device: torch.device
+    kernels: Sequence[str], shapes: Sequence[str], device: torch.device, *, one: bool = False
 ) -> dict[str, float]:
     def run(kernel: str) -> float:
-        command = [sys.executable, "-m", "purelm.bench.kernels", "--first", "--kernels", kernel]
+        command = [sys.executable, "-m", "purelm.bench.kernels", "--kernels", kernel]
+        command += ["--first", "one" if one else "all"]
         command += ["--shapes", ",".join(shapes), "--device", str(device)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
