@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import delta_scan, ssd_scan
+from . import delta_scan, ssd_scan, token_heads
 from .launch import apply, ceil_div, once, operator, ops, power_of_two
 
 # Tokens of a chunk: solving grows with it, what is kept between chunks with its inverse.
@@ -94,24 +94,6 @@ class _DeltaRule(torch.autograd.Function):
         return *once(ops.delta_rule_backward, dy, *ctx.saved_tensors), None, None
 
 
-def _taken(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With features and heads of a token side by side, which slices of wider tensors have too."""
-
-    def flat(t: Tensor) -> Tensor:
-        whole = t.stride(-1) == 1 and t.stride(-2) == t.shape[-1]
-        return t if whole else t.contiguous()
-
-    return tuple(flat(t) for t in tensors)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(step for t in tensors for step in t.stride()[:2])
-
-
-def _flags(starts: Tensor | None) -> Tensor | None:
-    return None if starts is None else starts.contiguous().view(torch.uint8)
-
-
 def _options(k: Tensor, v: Tensor, config: Config, *, width: bool) -> dict[str, Any]:
     n = k.shape[3]
     deep = max(16, power_of_two(n))
@@ -144,7 +126,7 @@ def _states(
     states, u = v.new_empty((*t.shape[:3], p, k.shape[3])), v.new_empty(v.shape)
     delta_scan._states_kernel(
         (ceil_div(p, config.p), heads, rows),
-        k, v, beta, decay, flags, t, first, states, u, last, s, heads, *_strides(k, v),
+        k, v, beta, decay, flags, t, first, states, u, last, s, heads, *token_heads.steps(k, v),
         **_options(k, v, config, width=True),
     )  # fmt: skip
     return states, u
@@ -172,19 +154,19 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, s, heads, p = v.shape
     y, last, t = _made(q, k, v, beta)
-    q, k, v = _taken(q, k, v)
-    beta, decay, flags = beta.contiguous(), decay.contiguous(), _flags(starts)
+    q, k, v = token_heads.side_by_side(q, k, v)
+    beta, decay, flags = beta.contiguous(), decay.contiguous(), token_heads.flags(starts)
     configs, chunks = configs_for(p), t.shape[1]
     options = _options(k, v, configs.solve, width=False)
     del options["P"], options["TILE_P"]
     delta_scan._solve_kernel(
-        (heads, chunks, rows), k, beta, decay, flags, t, s, heads, *_strides(k), **options
+        (heads, chunks, rows), k, beta, decay, flags, t, s, heads, *token_heads.steps(k), **options
     )
     first = None if before is None else before.contiguous()
     states, u = _states(k, v, beta, decay, flags, t, first, last, configs.states)
     ssd_scan._out_kernel(
         (heads, chunks, rows),
-        u, k, q, decay, None, None, flags, states, y, s, heads, *_strides(u, k, q),
+        u, k, q, decay, None, None, flags, states, y, s, heads, *token_heads.steps(u, k, q),
         **_options(k, v, configs.out, width=False),
     )  # fmt: skip
     return y, last, t
@@ -212,13 +194,18 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, s, heads, p = v.shape
     dq, dk, dv, dbeta, ddecay = _gradients(dy, q, k, v, beta, decay)
-    q, k, v = _taken(q, k, v)
-    dy, beta, decay, flags = dy.contiguous(), beta.contiguous(), decay.contiguous(), _flags(starts)
+    q, k, v = token_heads.side_by_side(q, k, v)
+    dy, beta, decay, flags = (
+        dy.contiguous(),
+        beta.contiguous(),
+        decay.contiguous(),
+        token_heads.flags(starts),
+    )
     first = None if before is None else before.contiguous()
     configs, chunks, groups = configs_for(p), t.shape[1], k.shape[2]
     states, u = _states(k, v, beta, decay, flags, t, first, None, configs.states)
     du, dr, pulls = torch.empty_like(u), torch.empty_like(u), torch.empty_like(states)
-    sizes = (s, heads, *_strides(q, k))
+    sizes = (s, heads, *token_heads.steps(q, k))
     delta_scan._local_kernel(
         (heads, chunks, rows), dy, q, k, decay, flags, du, *sizes,
         **_options(k, v, configs.local, width=False),
@@ -236,6 +223,6 @@ def _launch_backward(
     delta_scan._dk_kernel(
         (groups, chunks, rows),
         dy, dr, u, q, k, v, beta, decay, flags, states, pulls, dsum, dk, dv, dbeta, ddecay,
-        *sizes, *_strides(v), **_options(k, v, configs.dk, width=True),
+        *sizes, *token_heads.steps(v), **_options(k, v, configs.dk, width=True),
     )  # fmt: skip
     return dq, dk, dv, dbeta, ddecay

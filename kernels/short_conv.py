@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
+from . import token_heads
 from .gated import _sigmoid
 from .launch import apply, ceil_div, jit, on_gpu, once, operator, ops
 from .launch import language as tl
@@ -292,10 +293,6 @@ def _features_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _flags(starts: Tensor | None) -> Tensor | None:
-    return None if starts is None else starts.contiguous().view(torch.uint8)
-
-
 @operator(
     "short_conv(Tensor x, Tensor? past, Tensor weight, Tensor? bias, Tensor? starts, bool silu)"
     " -> Tensor",
@@ -313,8 +310,8 @@ def _launch_forward(
     x, y = _features_last(x), _new(x)
     _forward_kernel(
         (ceil_div(channels, BLOCK), ceil_div(s, ROWS), b),
-        x, None if past is None else past.contiguous(), weight.contiguous(), bias, _flags(starts),
-        y, s, channels, x.stride(0), x.stride(1),
+        x, None if past is None else past.contiguous(), weight.contiguous(), bias,
+        token_heads.flags(starts), y, s, channels, x.stride(0), x.stride(1),
         SILU=silu, KERNEL=weight.shape[1], ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return y
@@ -356,7 +353,7 @@ def _launch_backward(
         shares = x.new_empty((b * ceil_div(s, ROWS), kernel + 1, channels), dtype=torch.float32)
     _backward_kernel(
         (ceil_div(channels, PULLED), ceil_div(s, ROWS), b),
-        dy.contiguous(), x, weight.contiguous(), bias, _flags(starts), dx, shares,
+        dy.contiguous(), x, weight.contiguous(), bias, token_heads.flags(starts), dx, shares,
         s, channels, x.stride(0), x.stride(1),
         SILU=silu, KERNEL=kernel, ROWS=ROWS, BLOCK=PULLED, num_warps=WARPS,
     )  # fmt: skip
@@ -387,7 +384,7 @@ def _launch_step(
     x, y = _features_last(x), _new(x)
     _step_kernel(
         (ceil_div(channels, STEP), b),
-        x, state, weight.contiguous(), bias, _flags(starts), y, channels, x.stride(0),
+        x, state, weight.contiguous(), bias, token_heads.flags(starts), y, channels, x.stride(0),
         SILU=silu, KERNEL=weight.shape[1], BLOCK=STEP, num_warps=WARPS,
     )  # fmt: skip
     return y

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from . import ssd_reference as reference
-from . import ssd_scan
+from . import ssd_scan, token_heads
 from .launch import apply, ceil_div, on_gpu, once, operator, ops, power_of_two
 
 Backend = Literal["triton", "reference"]
@@ -143,24 +143,6 @@ class _SSD(torch.autograd.Function):
         return *grads, None, None
 
 
-def _taken(x: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With features and heads of a token side by side, which slices of wider tensors have too."""
-
-    def flat(t: Tensor) -> Tensor:
-        whole = t.stride(-1) == 1 and t.stride(-2) == t.shape[-1]
-        return t if whole else t.contiguous()
-
-    return flat(x), flat(b), flat(c)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(step for t in tensors for step in t.stride()[:2])
-
-
-def _flags(starts: Tensor | None) -> Tensor | None:
-    return None if starts is None else starts.contiguous().view(torch.uint8)
-
-
 def _options(x: Tensor, b: Tensor, config: Config, chunk: int) -> dict[str, Any]:
     return {
         "P": x.shape[3],
@@ -193,7 +175,7 @@ def _states(
     states = x.new_empty((rows, ceil_div(s, chunk), heads, p, n))
     ssd_scan._states_kernel(
         (ceil_div(p, config.p) * ceil_div(n, config.n), heads, rows),
-        x, b, decay, dt, flags, first, states, last, s, heads, *_strides(x, b),
+        x, b, decay, dt, flags, first, states, last, s, heads, *token_heads.steps(x, b),
         BACKWARD=backward, **_options(x, b, config, chunk),
     )  # fmt: skip
     return states
@@ -221,14 +203,19 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     rows, s, heads, p = x.shape
     y, last = _made(x, dt, decay, b)
-    x, b, c = _taken(x, b, c)
-    dt, decay, d, flags = dt.contiguous(), decay.contiguous(), d.contiguous(), _flags(starts)
+    x, b, c = token_heads.side_by_side(x, b, c)
+    dt, decay, d, flags = (
+        dt.contiguous(),
+        decay.contiguous(),
+        d.contiguous(),
+        token_heads.flags(starts),
+    )
     first = None if before is None else before.contiguous()
     configs = configs_for(p, b.shape[3])
     states = _states(x, b, decay, dt, flags, first, last, configs.states, CHUNK, False)
     ssd_scan._out_kernel(
         (heads, ceil_div(s, CHUNK), rows),
-        x, b, c, decay, dt, d, flags, states, y, s, heads, *_strides(x, b, c),
+        x, b, c, decay, dt, d, flags, states, y, s, heads, *token_heads.steps(x, b, c),
         **_options(x, b, configs.out, CHUNK),
     )  # fmt: skip
     return y, last
@@ -256,9 +243,9 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, s, heads, p = x.shape
     groups, n = b.shape[2:]
-    x, b, c = _taken(x, b, c)
+    x, b, c = token_heads.side_by_side(x, b, c)
     dy, dt, decay, d = (t.contiguous() for t in (dy, dt, decay, d))
-    flags, first = _flags(starts), None if before is None else before.contiguous()
+    flags, first = token_heads.flags(starts), None if before is None else before.contiguous()
     configs, chunks = configs_for(p, n), ceil_div(s, CHUNK)
     # Made again: kept, they would be twice as large as x.
     states = _states(x, b, decay, dt, flags, first, None, configs.states, CHUNK, False)
@@ -268,7 +255,7 @@ def _launch_backward(
     ssd_scan._dx_kernel(
         (heads, chunks, rows),
         dy, x, b, c, decay, dt, d, flags, states, pulls, dx, ddt, ddecay, shares,
-        s, heads, *_strides(x, b, c),
+        s, heads, *token_heads.steps(x, b, c),
         **_options(x, b, configs.dx, CHUNK),
     )  # fmt: skip
     tiles = ceil_div(n, configs.dbc.n) * groups
@@ -276,7 +263,7 @@ def _launch_backward(
     db, dc = decay.new_empty((2, splits, *b.shape)).unbind(0)
     ssd_scan._dbc_kernel(
         (tiles * splits, chunks, rows),
-        dy, x, b, c, decay, dt, flags, states, pulls, db, dc, s, heads, *_strides(x, b, c),
+        dy, x, b, c, decay, dt, flags, states, pulls, db, dc, s, heads, *token_heads.steps(x, b, c),
         SPLITS=splits, **_options(x, b, configs.dbc, CHUNK),
     )  # fmt: skip
     db, dc = (t.sum(0).to(b.dtype) for t in (db, dc))

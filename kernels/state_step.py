@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
+from . import token_heads
 from .delta_rule import EPS, delta_rule
 from .delta_rule import rates as delta_rates
 from .launch import ceil_div, jit, on_gpu, operator, ops, power_of_two
@@ -179,10 +180,6 @@ def _side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(row(t) for t in tensors)
 
 
-def _flags(starts: Tensor | None) -> Tensor | None:
-    return None if starts is None else starts.contiguous().view(torch.uint8)
-
-
 def _options(p: int, n: int, share: int) -> dict[str, Any]:
     sizes = {"P": p, "N": n, "SHARE": share, "TILE": tile_for(p, n)}
     return {**sizes, "WIDTH": power_of_two(n), "num_warps": WARPS}
@@ -213,8 +210,9 @@ def _launch_ssd(
     taken = _side_by_side(x, dt, b, c)
     _ssd_kernel(
         (ceil_div(p, tile_for(p, n)), heads, rows),
-        *taken, dt_bias.contiguous(), a_log.contiguous(), d.contiguous(), _flags(starts), state, y,
-        low, high, heads, *(t.stride(0) for t in taken), **_options(p, n, heads // groups),
+        *taken, dt_bias.contiguous(), a_log.contiguous(), d.contiguous(),
+        token_heads.flags(starts), state, y, low, high, heads, *(t.stride(0) for t in taken),
+        **_options(p, n, heads // groups),
     )  # fmt: skip
     return y
 
@@ -242,7 +240,8 @@ def _launch_delta(
     taken = _side_by_side(q, k, v, beta, decay)
     _delta_kernel(
         (ceil_div(p, tile_for(p, n)), heads, rows),
-        *taken, dt_bias.contiguous(), a_log.contiguous(), _flags(starts), state, y, heads,
+        *taken, dt_bias.contiguous(), a_log.contiguous(), token_heads.flags(starts), state, y,
+        heads,
         *(t.stride(0) for t in taken), SCALE=n**-0.5, ROUND=EPS, **_options(p, n, heads // groups),
     )  # fmt: skip
     return y
