@@ -95,6 +95,7 @@ def _nf4_kernel(
     s_bg,
     s_bn,
     s_br,
+    TURNED: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -106,7 +107,8 @@ def _nf4_kernel(
     DECODE: tl.constexpr,
     UNSCALE: tl.constexpr,
 ):
-    # `outputs` rows of `runs` runs of WIDTH weights a group; x has runs * WIDTH values a row.
+    # A group's matrix has `outputs` rows of `runs` runs of WIDTH weights, and is taken in tiles of
+    # OUTPUTS x RUNS runs. The product sums over its columns, TURNED over its rows.
     group, begin, end = _place(p_offsets, groups, tl.program_id(1), GROUPS, ROWS)
     if group < groups:
         dtype: tl.constexpr = p_x.dtype.element_ty
@@ -115,14 +117,20 @@ def _nf4_kernel(
         )
         o_m = begin.to(tl.int64) + tl.arange(0, ROWS)
         m_m = o_m < end
-        o_n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-        m_n = o_n < outputs
-        p_rows = p_x + o_m[:, None] * (runs * WIDTH)
-        b_y = tl.zeros([OUTPUTS, ROWS], dtype=tl.float32)
-        for i in range(0, runs, RUNS):
-            o_run = i + tl.arange(0, RUNS)
-            o_k = i * WIDTH + tl.arange(0, RUNS * WIDTH)
-            m_x = m_m[:, None] & (o_k < runs * WIDTH)[None, :]
+        width = runs * WIDTH
+        depth = outputs if TURNED else width
+        N: tl.constexpr = RUNS * WIDTH if TURNED else OUTPUTS
+        STEP: tl.constexpr = OUTPUTS if TURNED else RUNS
+        o_n = tl.program_id(0) * N + tl.arange(0, N)
+        m_n = o_n < (width if TURNED else outputs)
+        p_rows = p_x + o_m[:, None] * depth
+        b_y = tl.zeros([ROWS, N] if TURNED else [N, ROWS], dtype=tl.float32)
+        for i in range(0, outputs if TURNED else runs, STEP):
+            o_row = (i if TURNED else tl.program_id(0) * OUTPUTS) + tl.arange(0, OUTPUTS)
+            o_run = (tl.program_id(0) * RUNS if TURNED else i) + tl.arange(0, RUNS)
+            m_row = o_row < outputs
+            o_k = o_row if TURNED else i * WIDTH + tl.arange(0, RUNS * WIDTH)
+            m_x = m_m[:, None] & (o_k < depth)[None, :]
             b_x = tl.load(p_rows + o_k[None, :], mask=m_x, other=0.0)
             b_w = _weights(
                 p_own,
@@ -131,8 +139,8 @@ def _nf4_kernel(
                 p_own_offset,
                 p_levels,
                 p_map,
-                o_n[:, None] * runs + o_run[None, :],
-                m_n[:, None] & (o_run < runs)[None, :],
+                o_row[:, None] * runs + o_run[None, :],
+                m_row[:, None] & (o_run < runs)[None, :],
                 BLOCK,
                 WIDTH,
                 OUTPUTS,
@@ -142,89 +150,15 @@ def _nf4_kernel(
                 UNSCALE,
                 dtype,
             )
-            b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
-        b_y = tl.trans(b_y)
+            if TURNED:
+                b_y = tl.dot(b_x, b_w, b_y, input_precision="ieee")
+            else:
+                b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
+        if not TURNED:
+            b_y = tl.trans(b_y)
+        many = width if TURNED else outputs
         _finish(
-            b_y, p_low, p_b, p_out, group, o_m, m_m, o_n, m_n, outputs, rank, s_bg, s_bn, s_br, RANK
-        )  # fmt: skip
-
-
-@jit
-def _nf4_turned_kernel(
-    p_x,
-    p_words,
-    p_absmax,
-    p_scale,
-    p_offset,
-    p_levels,
-    p_map,
-    p_low,
-    p_b,
-    p_out,
-    p_offsets,
-    groups,
-    depth,
-    runs,
-    rank,
-    s_words,
-    s_absmax,
-    s_scale,
-    s_bg,
-    s_bn,
-    s_br,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    RUNS: tl.constexpr,
-    RANK: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    DECODE: tl.constexpr,
-    UNSCALE: tl.constexpr,
-):
-    # `depth` rows of `runs` runs of WIDTH weights a group, summed over the rows: runs * WIDTH
-    # outputs.
-    group, begin, end = _place(p_offsets, groups, tl.program_id(1), GROUPS, ROWS)
-    if group < groups:
-        dtype: tl.constexpr = p_x.dtype.element_ty
-        p_own, p_own_absmax, p_own_scale, p_own_offset = _matrix(
-            group, p_words, p_absmax, p_scale, p_offset, s_words, s_absmax, s_scale, DOUBLE
-        )
-        o_m = begin.to(tl.int64) + tl.arange(0, ROWS)
-        m_m = o_m < end
-        o_run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-        m_run = o_run < runs
-        o_n = tl.program_id(0) * (RUNS * WIDTH) + tl.arange(0, RUNS * WIDTH)
-        m_n = o_n < runs * WIDTH
-        p_rows = p_x + o_m[:, None] * depth
-        b_y = tl.zeros([ROWS, RUNS * WIDTH], dtype=tl.float32)
-        for i in range(0, depth, DEPTH):
-            o_k = i + tl.arange(0, DEPTH)
-            m_k = o_k < depth
-            b_x = tl.load(p_rows + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-            b_w = _weights(
-                p_own,
-                p_own_absmax,
-                p_own_scale,
-                p_own_offset,
-                p_levels,
-                p_map,
-                o_k[:, None] * runs + o_run[None, :],
-                m_k[:, None] & m_run[None, :],
-                BLOCK,
-                WIDTH,
-                DEPTH,
-                RUNS * WIDTH,
-                DOUBLE,
-                DECODE,
-                UNSCALE,
-                dtype,
-            )
-            b_y = tl.dot(b_x, b_w, b_y, input_precision="ieee")
-        _finish(
-            b_y, p_low, p_b, p_out, group, o_m, m_m, o_n, m_n, runs * WIDTH, rank, s_bg, s_bn, s_br,
-            RANK,
+            b_y, p_low, p_b, p_out, group, o_m, m_m, o_n, m_n, many, rank, s_bg, s_bn, s_br, RANK
         )  # fmt: skip
 
 
@@ -280,11 +214,9 @@ def _launch_nf4(
     tiles = _tiles(rows, groups, config.rows)
     scales = 0 if absmax_scale is None else absmax_scale.shape[1]
     args = (*tensors, *term, out, offsets, groups, *shape, scales, *strides[1:])
-    if turned:
-        taken = config.outputs // unit
-        grid = (ceil_div(runs, taken), tiles)
-        _nf4_turned_kernel(grid, *args, DEPTH=config.depth, RUNS=taken, **options)
-    else:
-        grid = (ceil_div(outputs, config.outputs), tiles)
-        _nf4_kernel(grid, *args, OUTPUTS=config.outputs, RUNS=config.depth // unit, **options)
+    # Of a tile the summed side is the config's depth.
+    rows_taken, columns = (config.depth, config.outputs)[:: 1 if turned else -1]
+    across = ceil_div(runs, columns // unit) if turned else ceil_div(outputs, rows_taken)
+    tile = {"TURNED": turned, "OUTPUTS": rows_taken, "RUNS": columns // unit}
+    _nf4_kernel((across, tiles), *args, **tile, **options)
     return out

@@ -224,12 +224,12 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
             unit = min(block, nf4_launch.UNIT)
             absmax = (U8, F32, F32) if double else (F32, None, None)
             blocks = outputs * depth // block
-            tile = {"DEPTH": cut.depth, "RUNS": cut.outputs // unit}
-            if not turned:
-                tile = {"OUTPUTS": cut.outputs, "RUNS": cut.depth // unit}
+            tile = {"OUTPUTS": cut.outputs, "RUNS": cut.depth // unit, "TURNED": turned}
+            if turned:
+                tile |= {"OUTPUTS": cut.depth, "RUNS": cut.outputs // unit}
             yield Case(
                 f"grouped_nf4 {rows}x{depth}x{outputs} {block=} {dtype} {double=} {turned=}",
-                grouped_nf4_launch._nf4_turned_kernel if turned else grouped_nf4_launch._nf4_kernel,
+                grouped_nf4_launch._nf4_kernel,
                 (dtype, I32, *absmax, F32 if dtype == F32 else I32, F32, *term, dtype, I32)
                 + (groups, outputs, depth // unit, rank, outputs * depth // 8, blocks)
                 + (blocks // 256, *steps),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 KINDS = (
     ("copies", r"memcpy|memset"),
     ("attention", r"flash|fmha|sdpa|attention"),
-    ("dequantize", r"dequant|nf4_kernel|nf4_turned|nf4_rows"),
+    ("dequantize", r"dequant|nf4_kernel|nf4_rows"),
     ("optimizer", r"optimizer|adam|multi_tensor|lpnorm"),
     ("loss", r"cross_entropy|row_step|softmax"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|grouped|xmma"),
