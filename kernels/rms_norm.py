@@ -1,7 +1,9 @@
-"""RMS normalisation over the last dim, forward and backward, with a residual added in either.
+"""RMS normalisation over the last dim, forward and backward, with a residual added in either; of
+what is less its mean it is LayerNorm without a bias.
 
-Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467). Statistics are
-fp32. The Triton launches are in rms_norm_launch.py.
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467); Ba, Kiros and Hinton,
+"Layer Normalization" (arXiv 1607.06450). Statistics are fp32. The Triton launches are in
+rms_norm_launch.py.
 """
 
 from __future__ import annotations
@@ -25,18 +27,21 @@ def rms_norm(
     *,
     offset: float = 0.0,
     cast_first: bool = True,
+    centered: bool = False,
     onto: Tensor | None = None,
 ) -> Tensor:
     """x [..., e] over its root mean square, times (offset + weight [e]); the dtype of `x`.
 
     `cast_first` rounds to the dtype of `x` before the weight is applied (transformers'
     LlamaRMSNorm); without it everything is fp32 and the rounding comes last (Gemma, with offset
-    1). `onto` [..., e], of the dtype of `x`, is added to the rounded result. Raises KernelError.
+    1). `centered` takes from each row its mean first: LayerNorm. `onto` [..., e], of the dtype of
+    `x`, is added to the rounded result. Raises KernelError.
     """
     _check(x, weight, onto)
     if not on_gpu(x, weight, onto):
-        return rms_norm_reference(x, weight, eps, offset=offset, cast_first=cast_first, onto=onto)
-    y: Tensor = apply(_RMSNorm, x, weight, onto, eps, offset, cast_first)[0]
+        how: dict[str, Any] = {"offset": offset, "cast_first": cast_first, "centered": centered}
+        return rms_norm_reference(x, weight, eps, **how, onto=onto)
+    y: Tensor = apply(_RMSNorm, x, weight, onto, eps, offset, cast_first, centered)[0]
     return y
 
 
@@ -47,12 +52,15 @@ def rms_norm_reference(
     *,
     offset: float = 0.0,
     cast_first: bool = True,
+    centered: bool = False,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """Plain torch, as transformers' LlamaRMSNorm (cast_first) or Gemma2RMSNorm (offset 1)
-    computes it.
+    """Plain torch, as transformers' LlamaRMSNorm (cast_first), Gemma2RMSNorm (offset 1) or
+    CohereLayerNorm (centered, not cast_first) computes it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if centered:
+        wide = wide - wide.mean(-1, keepdim=True)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if cast_first:
         scale = weight if offset == 0.0 else weight + offset
@@ -71,6 +79,7 @@ def rms_norm_pull(
     *,
     offset: float = 0.0,
     cast_first: bool = True,
+    centered: bool = False,
     onto: Tensor | None = None,
 ) -> Tensor:
     """dx [..., e] of `rms_norm` from the gradient dy of its result, for a weight that is not
@@ -81,11 +90,14 @@ def rms_norm_pull(
     _check(x, weight, onto)
     _check(x, weight, dy)
     if on_gpu(dy, x, weight, onto):
-        dx: Tensor = once(ops.rms_norm_dx, dy, x, weight, None, onto, eps, offset, cast_first)
+        dx: Tensor = once(
+            ops.rms_norm_dx, dy, x, weight, None, onto, eps, offset, cast_first, centered
+        )
         return dx
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        y = rms_norm_reference(x, weight.detach(), eps, offset=offset, cast_first=cast_first)
+        how: dict[str, Any] = {"offset": offset, "cast_first": cast_first, "centered": centered}
+        y = rms_norm_reference(x, weight.detach(), eps, **how)
     dx = torch.autograd.grad(y, x, dy)[0]
     return dx if onto is None else dx + onto
 
@@ -107,14 +119,20 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, onto: Tensor | None, eps: float, offset: float, cast_first: bool
+        x: Tensor,
+        weight: Tensor,
+        onto: Tensor | None,
+        eps: float,
+        offset: float,
+        cast_first: bool,
+        centered: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, rstd = ops.rms_norm(x, weight, onto, eps, offset, cast_first)
+        y, rstd = ops.rms_norm(x, weight, onto, eps, offset, cast_first, centered)
         return y, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, ctx.eps, ctx.offset, ctx.cast_first = inputs
+        x, weight, _, *ctx.how = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
 
@@ -122,9 +140,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, rstd = ctx.saved_tensors
         dx = dweight = None
-        how = (ctx.eps, ctx.offset, ctx.cast_first)
+        how = ctx.how
         if ctx.needs_input_grad[1]:
             dx, dweight = once(ops.rms_norm_backward, dy, x, weight, rstd, *how)
         elif ctx.needs_input_grad[0]:
             dx = once(ops.rms_norm_dx, dy, x, weight, rstd, None, *how)
-        return dx, dweight, dy if ctx.needs_input_grad[2] else None, None, None, None
+        return dx, dweight, dy if ctx.needs_input_grad[2] else None, None, None, None, None

@@ -70,6 +70,13 @@ def _weigh(b_normed, b_scale, dtype: tl.constexpr, CAST_FIRST: tl.constexpr):
 
 
 @jit
+def _centered(b_x, mask, width):
+    """Rows in fp32, 0 where masked, less their means."""
+    b_mean = tl.sum(b_x, axis=1) / width
+    return tl.where(mask, b_x - b_mean[:, None], 0.0)
+
+
+@jit
 def _forward_kernel(
     p_x,
     p_w,
@@ -83,6 +90,7 @@ def _forward_kernel(
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     CAST_FIRST: tl.constexpr,
+    CENTERED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -94,6 +102,8 @@ def _forward_kernel(
     b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
     b_w = tl.load(p_w + o_col, mask=m_col, other=0.0)[None, :]
     b_wide = b_x.to(tl.float32)
+    if CENTERED:
+        b_wide = _centered(b_wide, mask, width)
     b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_wide * b_wide, axis=1) / width + EPS)
     b_scale = _scale(b_w, p_w.dtype.element_ty, OFFSET, CAST_FIRST)
     b_y = _weigh(b_wide * b_rstd[:, None], b_scale, p_y.dtype.element_ty, CAST_FIRST)
@@ -123,14 +133,16 @@ def _backward_kernel(
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     CAST_FIRST: tl.constexpr,
+    CENTERED: tl.constexpr,
     PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # With x^ = x * rstd and g = dy * scale: dx = rstd * (g - x^ * mean(g * x^)), dscale = sum of
-    # dy * x^, of which each program has a part. Neighbouring programs have neighbouring tiles, and
-    # the next ones of a program are loaded while one is at work.
+    # With x^ = x * rstd and g = dy * scale: dx = rstd * (g - x^ * mean(g * x^)), less its own mean
+    # where x was CENTERED; dscale = sum of dy * x^, of which each program has a part. Neighbouring
+    # programs have neighbouring tiles, and the next ones of a program are loaded while one is at
+    # work.
     i_program = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BLOCK)
     m_col = o_col < width
@@ -145,6 +157,8 @@ def _backward_kernel(
         b_x = tl.load(p_x + o_row[:, None] * stride_x + o_col[None, :], mask=mask, other=0.0)
         b_dy = tl.load(p_dy + o_row[:, None] * stride_dy + o_col[None, :], mask=mask, other=0.0)
         b_x = b_x.to(tl.float32)
+        if CENTERED:
+            b_x = _centered(b_x, mask, width)
         if p_rstd is not None:
             b_rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)[:, None]
         else:
@@ -154,6 +168,8 @@ def _backward_kernel(
         b_g = b_dy * b_scale[None, :]
         b_mean = tl.sum(b_g * b_normed, axis=1)[:, None] / width
         b_dx = (b_g - b_normed * b_mean) * b_rstd
+        if CENTERED:
+            b_dx = _centered(b_dx, mask, width)
         if p_onto is not None:
             o_onto = o_row[:, None] * stride_onto + o_col[None, :]
             b_dx += tl.load(p_onto + o_onto, mask=mask, other=0.0).to(tl.float32)
@@ -192,13 +208,19 @@ def _new(x: Tensor, *_: Any) -> Tensor:
 
 
 @operator(
-    "rms_norm(Tensor x, Tensor weight, Tensor? onto, float eps, float offset, bool cast_first)"
-    " -> (Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor weight, Tensor? onto, float eps, float offset, bool cast_first,"
+    " bool centered=False) -> (Tensor, Tensor)",
     fake=lambda x, *_: (_new(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
     rows=(0, 2),
 )
 def _launch_forward(
-    x: Tensor, weight: Tensor, onto: Tensor | None, eps: float, offset: float, cast_first: bool
+    x: Tensor,
+    weight: Tensor,
+    onto: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows, weight = _rows(x), weight.contiguous()
     beside = None if onto is None else _rows(onto)
@@ -219,6 +241,7 @@ def _launch_forward(
         EPS=eps,
         OFFSET=offset,
         CAST_FIRST=cast_first,
+        CENTERED=centered,
         ROWS=config.rows,
         BLOCK=config.block,
         num_warps=config.num_warps,
@@ -236,6 +259,7 @@ def _launch_backward(
     eps: float,
     offset: float,
     cast_first: bool,
+    centered: bool,
     partial: bool,
 ) -> tuple[Tensor, Tensor | None]:
     grads, rows, weight = _rows(dy), _rows(x), weight.contiguous()
@@ -265,6 +289,7 @@ def _launch_backward(
         EPS=eps,
         OFFSET=offset,
         CAST_FIRST=cast_first,
+        CENTERED=centered,
         PARTIAL=partial,
         ROWS=config.rows,
         BLOCK=config.block,
@@ -277,7 +302,7 @@ def _launch_backward(
 
 @operator(
     "rms_norm_dx(Tensor dy, Tensor x, Tensor weight, Tensor? rstd, Tensor? onto, float eps,"
-    " float offset, bool cast_first) -> Tensor",
+    " float offset, bool cast_first, bool centered=False) -> Tensor",
     fake=lambda dy, x, *_: _new(x),
     rows=(0, 1, 3, 4),
 )
@@ -290,14 +315,16 @@ def _launch_dx(
     eps: float,
     offset: float,
     cast_first: bool,
+    centered: bool = False,
 ) -> Tensor:
     """rstd: as the forward made it, or None, which makes it again from x."""
-    return _launch_backward(dy, x, weight, rstd, onto, eps, offset, cast_first, False)[0]
+    how = (eps, offset, cast_first, centered)
+    return _launch_backward(dy, x, weight, rstd, onto, *how, False)[0]
 
 
 @operator(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? rstd, float eps, float offset,"
-    " bool cast_first) -> (Tensor, Tensor)",
+    " bool cast_first, bool centered=False) -> (Tensor, Tensor)",
     fake=lambda dy, x, weight, *_: (_new(x), torch.empty_like(weight)),
 )
 def _launch_both(
@@ -308,8 +335,10 @@ def _launch_both(
     eps: float,
     offset: float,
     cast_first: bool,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    dx, sums = _launch_backward(dy, x, weight, rstd, None, eps, offset, cast_first, True)
+    how = (eps, offset, cast_first, centered)
+    dx, sums = _launch_backward(dy, x, weight, rstd, None, *how, True)
     assert sums is not None
     count, width = sums.shape
     dweight = torch.zeros_like(weight) if count == 0 else torch.empty_like(weight)

@@ -1,6 +1,6 @@
 """Normalisation over the last axis, of either kind, and what a layer adds up."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,19 @@ from ..kernels import fp8_made
 from ..kernels.fp8 import Rows, cast_rows
 from ..kernels.rms_norm import rms_norm, rms_norm_pull
 from .spec import LayerSpec, NormSpec
+
+
+def _has_kernel(p: dict[str, torch.Tensor] | None, spec: NormSpec) -> TypeGuard[dict[str, Any]]:
+    """RMSNorm with a weight, and LayerNorm with one for all heads and no bias."""
+    if p is None or spec.kind == "rms":
+        return p is not None
+    return p.get("bias") is None and p["weight"].ndim == 1
+
+
+def _how(spec: NormSpec) -> dict[str, Any]:
+    if spec.kind == "layer":
+        return {"offset": spec.offset, "cast_first": False, "centered": True}
+    return {"offset": spec.offset, "cast_first": spec.cast_first}
 
 
 def norm(
@@ -22,9 +35,8 @@ def norm(
 
     `p` is None where the spec has no weight.
     """
-    if p is not None and spec.kind == "rms":
-        how: dict[str, Any] = {"offset": spec.offset, "cast_first": spec.cast_first}
-        return rms_norm(x, p["weight"], spec.eps, **how, onto=onto)
+    if _has_kernel(p, spec):
+        return rms_norm(x, p["weight"], spec.eps, **_how(spec), onto=onto)
     made = _plain(x, p, spec)
     return made if onto is None else onto + made
 
@@ -68,9 +80,8 @@ def pull(
     """The backward of `norm` to x, for a frozen weight: dy [..., d] of its result to dx, plus
     `onto`, what reaches x beside the norm. Builds no graph.
     """
-    if p is not None and spec.kind == "rms":
-        how: dict[str, Any] = {"offset": spec.offset, "cast_first": spec.cast_first}
-        return rms_norm_pull(dy, x, p["weight"], spec.eps, **how, onto=onto)
+    if _has_kernel(p, spec):
+        return rms_norm_pull(dy, x, p["weight"], spec.eps, **_how(spec), onto=onto)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         normed = norm(x, p, spec)

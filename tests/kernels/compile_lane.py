@@ -216,8 +216,12 @@ def grouped_cases(every: bool, arch: int) -> Iterator[Case]:
         if not rank:
             continue
         for block, double, turned in itertools.product(
-            (32, 64, 4096) if every else (64,), (False, True) if every else (True,), (False, True)
+            (32, 64, 4096) if every else (32, 64),
+            (False, True) if every else (True,),
+            (False, True),
         ):
+            if block == 32 and not every and (rows < 65536 or depth != wide):
+                continue
             cut = grouped_nf4_launch.nf4_config(
                 rows, groups, outputs, depth, block, dtype, turned, arch // 10
             )
@@ -411,19 +415,21 @@ def rms_norm_cases(every: bool) -> Iterator[Case]:
     for width in widths if every else (128, 576, 2048, 4096, 8192):
         config = rms_norm_launch.config_for(width)
         shape = {"ROWS": config.rows, "BLOCK": config.block, "num_warps": config.num_warps}
-        for dtype, gemma in itertools.product((F32, BF16) if every else (BF16,), (False, True)):
-            style = {"EPS": 1e-5, "OFFSET": float(gemma), "CAST_FIRST": not gemma}
+        styles = ((False, False), (True, False)) + ((False, True),) * every
+        for dtype, (gemma, layer) in itertools.product((F32, BF16) if every else (BF16,), styles):
+            style = {"EPS": 1e-5, "OFFSET": float(gemma), "CAST_FIRST": not (gemma or layer)}
+            style |= {"CENTERED": layer}
             for onto in (False, True):
                 beside = (dtype if onto else None, dtype)
                 yield Case(
-                    f"rms_norm e={width} {dtype} {gemma=} {onto=}",
+                    f"rms_norm e={width} {dtype} {gemma=} {layer=} {onto=}",
                     rms_norm_launch._forward_kernel,
                     (dtype, dtype, *beside, F32, 16384, width, width, width),
                     {**style, **shape},
                 )
                 # In training the statistics are made again where a residual is added.
                 yield Case(
-                    f"rms_norm_backward e={width} {dtype} {gemma=} {onto=}",
+                    f"rms_norm_backward e={width} {dtype} {gemma=} {layer=} {onto=}",
                     rms_norm_launch._backward_kernel,
                     (dtype, dtype, dtype, None if onto else F32, *beside, None)
                     + (16384, width, width, width, width, 1),
@@ -431,7 +437,7 @@ def rms_norm_cases(every: bool) -> Iterator[Case]:
                 )
             stages = rms_norm_launch.stages_for(config.block, dtype.itemsize)
             yield Case(
-                f"rms_norm_backward e={width} {dtype} {gemma=} dweight",
+                f"rms_norm_backward e={width} {dtype} {gemma=} {layer=} dweight",
                 rms_norm_launch._backward_kernel,
                 (dtype, dtype, dtype, F32, None, dtype, F32, 16384, width, width, width, 0, 32),
                 {"PARTIAL": True, "STAGES": stages, **style, **shape},

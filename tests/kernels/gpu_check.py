@@ -117,7 +117,9 @@ def check_nf4(r: random.Random) -> None:
 def check_rms_norm(r: random.Random) -> None:
     few = [128, 300] if TINY else [128, 300, 4096, 16384]
     width = r.choice([16, 64, 128, 300, 576, 2048, 4096, 5120, 8192, 16384] if LONG else few)
-    style = r.choice([{}, {"offset": 1.0, "cast_first": False}])
+    style = r.choice(
+        [{}, {"offset": 1.0, "cast_first": False}, {"centered": True, "cast_first": False}]
+    )
     dtype = r.choice(FLOATS)
     rows = r.randrange(1, 7)
     x, w = randn(rows, width, dtype=dtype), (randn(width, dtype=dtype) * 0.1 + 1).to(dtype)

@@ -18,6 +18,7 @@ from purelm.kernels.rms_norm import rms_norm, rms_norm_pull, rms_norm_reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 STYLES = [{}, {"offset": 1.0, "cast_first": False}, {"cast_first": False}, {"offset": 1.0}]
+STYLES += [{"centered": True, "cast_first": False}]
 SHAPES = {
     "rows": st.integers(1, 7),
     "width": st.one_of(st.integers(1, 300), st.sampled_from([1024, 1025, 2048, 2049])),
@@ -52,6 +53,20 @@ def test_reference_equals_transformers(dtype):
     theirs = gemma.Gemma2RMSNorm(96, 1e-6).to(dtype)
     theirs.weight.data = w
     assert torch.equal(rms_norm(x, w, 1e-6, offset=1.0, cast_first=False), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_centered_is_a_layer_norm(dtype):
+    """transformers', and torch's but for rounding; also far from zero, where squares cancel."""
+    cohere = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    x, w, _ = drawn(50, 96, 0, dtype)
+    theirs = cohere.CohereLayerNorm(96, 1e-5).to(dtype)
+    theirs.weight.data = w
+    style = {"centered": True, "cast_first": False}
+    assert torch.equal(rms_norm(x, w, 1e-5, **style), theirs(x))
+    far = x.double() + 1e6
+    want = torch.nn.functional.layer_norm(far, (96,), w.double(), None, 1e-5)
+    torch.testing.assert_close(rms_norm(far, w.double(), 1e-5, **style), want, rtol=1e-9, atol=1e-9)
 
 
 @given(**SHAPES, processors=st.sampled_from([132, 1]))
