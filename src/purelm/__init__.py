@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .nn.decoder import forward as forward
     from .nn.sampling import Sampling as Sampling
     from .nn.spec import ModelSpec as ModelSpec
+    from .optimizers import optimizer as optimizer
     from .rows import Row as Row
     from .training import train_step as train_step
 
@@ -34,6 +35,7 @@ _HOME = {
     "ModelSpec": "nn.spec",
     "forward": "nn.decoder",
     "Row": "rows",
+    "optimizer": "optimizers",
     "train_step": "training",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "forward",
     "load",
+    "optimizer",
     "train_step",
 ]
 

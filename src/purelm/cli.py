@@ -125,10 +125,14 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="replay packed steps from CUDA graphs (default: where that can be)",
     )
+    group(
+        "--optimizer",
+        help="adamw_torch_fused (default), adamw_8bit, paged_adamw_8bit, lion_8bit...",
+    )
     group("--learning-rate", type=float, help="at its peak (default: 2e-4, for --full 2e-5)")
     group("--schedule", help="cosine, linear or constant (default: cosine)")
     group("--warmup", type=float, help="steps, or below 1 a share of them (default: 0.03)")
-    group("--weight-decay", type=float, help="AdamW's (default: 0.01)")
+    group("--weight-decay", type=float, help="of matrices (default: 0.01)")
     group("--max-grad-norm", type=float, help="clip the gradient; 0 does not (default: 1)")
     group("--label-smoothing", type=float, help="of the target, spread evenly (default: 0)")
     group("--z-loss", type=float, help="weight of log-sum-exp squared, as 1e-4 (default: 0)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from .rows import Row, pack
 
 
 class Graphs:
-    """The graphs of one model and its optimizer.
+    """The graphs of one model and its optimizer; `update` is None where that one runs eagerly.
 
     Raises ArgumentError, with the reason, for a model whose steps cannot be captured.
     """
@@ -24,16 +23,20 @@ class Graphs:
     def __init__(
         self,
         model: CausalLM,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.model, self._say, self._said = model, say, False
+        self.model, self.optimizer, self.limit = model, optimizer, max_grad_norm
+        self._say, self._said = say, False
         self.step = GraphedStep(model, label_smoothing=label_smoothing, z_loss=z_loss)
-        self.update = GraphedUpdate(optimizer, max_grad_norm)
+        # bitsandbytes counts its steps on the host: its update is not captured.
+        self.update: GraphedUpdate | None = None
+        if isinstance(optimizer, torch.optim.AdamW):
+            self.update = GraphedUpdate(optimizer, max_grad_norm)
 
     def check(
         self,
@@ -46,16 +49,16 @@ class Graphs:
         z_loss: float,
     ) -> None:
         """Raise ArgumentError for a step that is not the one that these replay."""
-        if model is not self.model or optimizer is not self.update.optimizer:
+        if model is not self.model or optimizer is not self.optimizer:
             raise ArgumentError("graphs are of another model or optimizer; make new ones for this")
         asked = {
-            "max_grad_norm": max_grad_norm or math.inf,
+            "max_grad_norm": max_grad_norm,
             "packing": packing,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
         }
         smoothing, z = self.step.terms["smoothing"], self.step.terms["z_loss"]
-        captured = dict(zip(asked, (self.update.limit, True, smoothing, z), strict=True))
+        captured = dict(zip(asked, (self.limit, True, smoothing, z), strict=True))
         for name, value in asked.items():
             if value != captured[name]:
                 raise ArgumentError(
@@ -89,7 +92,7 @@ class Graphs:
 
 def graphs_for(
     model: CausalLM,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     *,
     packing: bool,

@@ -16,6 +16,7 @@ from .convert.lora_config import DEFAULT_TARGETS
 from .convert.pretrained import FastLanguageModel
 from .convert.tokenizer import Tokenizer
 from .errors import ArgumentError
+from .optimizers import optimizer
 from .row_files import RawRow, read_rows
 from .rows import Row
 from .sft_options import Options
@@ -35,7 +36,7 @@ class Job:
     prompt: str | list[dict[str, Any]] | None
     plan: training.Plan
     schedule: training.Schedule
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
 
     @property
@@ -99,7 +100,7 @@ def prepare(options: Options, say: Say) -> Job:
         options.prompt if options.prompt is not None else _first_prompt(held_out_raw),
         plan,
         schedule,
-        training.adamw(model, options.weight_decay),
+        optimizer(model, options.optimizer, weight_decay=options.weight_decay),
         _identity(options, model, base, train.rows, plan),
     )
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import embedded
+from . import embedded, optimizers
 from .errors import ArgumentError
 from .rows import TooLong
 from .training import ScheduleKind
@@ -23,7 +23,8 @@ class Options:
     compute: "fp8" for the products of a 4-bit or fp8 base in fp8. alpha: None is rank. dtype: what
     is computed in; None is float32 on a CPU and for "full", else bfloat16.
     label_smoothing, z_loss: see `nn.loss.next_token`; losses of held-out rows are without them.
-    learning_rate: None is 2e-4, for "full" 2e-5. warmup: steps if at least 1, else a share of them.
+    optimizer: see `optimizers.optimizer`. learning_rate: None is 2e-4, for "full" 2e-5. warmup:
+    steps if at least 1, else a share of them.
     max_steps: None trains for `epochs`. *_every: in steps, 0 is never; a run evaluates before its
     first step and after its last one anyway. packing: a batch's rows run as one row without
     padding; None does so where that is fastest (`training.packs`). graph: packed steps are replayed
@@ -52,6 +53,7 @@ class Options:
     graph: bool | None = None
     batch_size: int = 2
     accumulation: int = 4
+    optimizer: str = "adamw_torch_fused"
     learning_rate: float | None = None
     schedule: ScheduleKind = "cosine"
     warmup: float = 0.03
@@ -128,6 +130,7 @@ def check(options: Options) -> None:
     choices: dict[str, tuple[Any, ...]] = {
         "precision": ("4bit", "fp8", "16bit", "full"),
         "compute": (None, "fp8"),
+        "optimizer": optimizers.NAMES,
         "schedule": ("cosine", "linear", "constant"),
         "too_long": ("error", "truncate", "skip"),
         # Without a loss scale, gradients of float16 underflow.

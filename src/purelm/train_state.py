@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import optimizers
 from .convert import atomic
 from .convert.bridge import CausalLM
 from .convert.json_file import read_json
@@ -57,7 +58,7 @@ def save(
     """Write the state of a run after a step, in the place of the one before; raises SaveError."""
     entries = [atomic.entry(_PARAM + name, p.detach()) for name, p in trained(model).items()]
     for name, p in trained(model).items():
-        for key, value in optimizer.state[p].items():
+        for key, value in optimizers.kept(optimizer.state[p]).items():
             entries.append(atomic.entry(f"{key}.{name}", value))
     state = {
         "format": FORMAT,
@@ -103,31 +104,23 @@ def restore(
     _check_identity(state["identity"], identity, folder)
     infos, _ = read_header(folder / _TENSORS)
     params = trained(model)
-    values: dict[str, torch.Tensor] = {}
-    per_param: dict[int, dict[str, torch.Tensor]] = {}
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    index = {id(p): i for i, p in enumerate(order)}
-    expected = {
-        f"{key}.{name}" for key in ("param", "step", "exp_avg", "exp_avg_sq") for name in params
-    }
-    if set(infos) != expected:
-        differ = sorted(set(infos) ^ expected)
+    blank = optimizers.blank_states(optimizer)
+    expected: dict[str, torch.Tensor] = {}
+    for name, p in params.items():
+        expected[_PARAM + name] = p.detach()
+        expected |= {f"{key}.{name}": like for key, like in optimizers.kept(blank[p]).items()}
+    if infos.keys() != expected.keys():
+        differ = sorted(infos.keys() ^ expected.keys())
         raise CheckpointError(
             f"the tensors are not those of this run; first difference: {differ[0]}",
             file=folder / _TENSORS,
         )
-    for name, p in params.items():
-        values[name] = _tensor(infos[_PARAM + name], p)
-        per_param[index[id(p)]] = {
-            "step": read(infos[f"step.{name}"]),
-            "exp_avg": _tensor(infos[f"exp_avg.{name}"], p),
-            "exp_avg_sq": _tensor(infos[f"exp_avg_sq.{name}"], p),
-        }
+    values = {name: _tensor(infos[name], like) for name, like in expected.items()}
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(values[name])
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": per_param, "param_groups": groups})
+            p.copy_(values[_PARAM + name])
+            state_of_p = {key: values[f"{key}.{name}"] for key in optimizers.kept(blank[p])}
+            optimizers.put(optimizer, p, blank[p], state_of_p)
     model.dropout_seed, model.dropout_step = state["dropout_seed"], state["dropout_step"]
     return Progress(state["step"], state["notes"])
 

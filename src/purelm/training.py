@@ -99,18 +99,6 @@ def trained(model: CausalLM) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def adamw(model: CausalLM, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trained, in one fused kernel; norms and biases do not decay."""
-    params = list(trained(model).values())
-    if not params:
-        raise ArgumentError("the model has no trainable parameters; add adapters to it first")
-    groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
-
-
 def packs(model: CausalLM) -> bool:
     """Whether packed rows cost this model no more than their tokens.
 
@@ -161,9 +149,12 @@ def train_step(
     began = model.dropout_step
     try:
         if graphs is not None:
-            total = torch.stack([graphs.loss(rows, count) for rows in window]).sum()
-            return _checked(StepResult(*graphs.update(total, rate), tokens), step, rate)
-        losses = [_backward(model, batch(rows)) for rows in window]
+            losses = [graphs.loss(rows, count) for rows in window]
+            if graphs.update is not None:
+                total = torch.stack(losses).sum()
+                return _checked(StepResult(*graphs.update(total, rate), tokens), step, rate)
+        else:
+            losses = [_backward(model, batch(rows)) for rows in window]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm else math.inf)
         result = StepResult(float(torch.stack(losses).sum()), float(norm), tokens)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from bridged import ids
 
-from purelm import FastLanguageModel, training
+from purelm import FastLanguageModel, optimizers, training
 from purelm.convert import peft_config
 from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed import GraphedStep, uncapturable, value_of
@@ -152,7 +152,7 @@ def test_a_run_from_graphs(folder: Path) -> None:
     found = []
     for graphed in (False, True):
         model = load(folder, "cuda")
-        optimizer = training.adamw(model, 0.01)
+        optimizer = optimizers.optimizer(model, weight_decay=0.01)
         graphs = Graphs(model, optimizer, 1.0) if graphed else None
         options: Any = {"max_grad_norm": 1.0, "pad_id": 0, "packing": True, "graphs": graphs}
         losses = []

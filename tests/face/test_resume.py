@@ -36,7 +36,7 @@ def final_state() -> Iterator[dict[str, torch.Tensor]]:
             for name, p in training.trained(model).items():
                 seen[name] = p.detach().clone()
                 for key, value in optimizer.state[p].items():
-                    seen[f"{key}.{name}"] = value.clone()
+                    seen[f"{key}.{name}"] = torch.as_tensor(value).clone()
             return result
 
         patch.setattr(training, "train_step", watched)
@@ -80,9 +80,14 @@ def losses(output: Path) -> list[tuple[str, int, float]]:
     return [(m["kind"], m["step"], m["loss"]) for m in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize("precision", ["4bit", "full"])
-def test_resumed_equals_straight(folder: Path, data: Path, tmp_path: Path, precision: str) -> None:
-    run = options(folder, data, tmp_path / "straight", precision=precision)
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("4bit", "adamw_torch_fused"), ("full", "adamw_torch_fused"), ("full", "adamw_8bit")],
+)
+def test_resumed_equals_straight(
+    folder: Path, data: Path, tmp_path: Path, precision: str, optimizer: str
+) -> None:
+    run = options(folder, data, tmp_path / "straight", precision=precision, optimizer=optimizer)
     if precision == "full":
         run = replace(run, learning_rate=1e-3)
     with final_state() as straight:
@@ -95,6 +100,8 @@ def test_resumed_equals_straight(folder: Path, data: Path, tmp_path: Path, preci
         result = train(replace(stopped, resume=True))
     assert straight.keys() == resumed.keys() and len(straight) > 10
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    eight = any(name.startswith("state") and t.dtype == torch.uint8 for name, t in straight.items())
+    assert eight == (optimizer == "adamw_8bit")
     assert losses(tmp_path / "straight") == losses(tmp_path / "resumed")
     assert whole is not None and result is not None
     assert replace(whole, metrics=result.metrics) == replace(

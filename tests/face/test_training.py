@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import FastLanguageModel, graphed, training
+from purelm import FastLanguageModel, graphed, optimizers, training
 from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed_training import Graphs, graphs_for
 from purelm.graphed_update import GraphedUpdate
@@ -88,7 +88,7 @@ def test_cosine_and_linear_equal_torch() -> None:
 
 
 def step_once(model: Any, window: list[list[Row]], rate: float = 1e-2) -> training.StepResult:
-    optimizer = training.adamw(model.train(), 0.01)
+    optimizer = optimizers.optimizer(model.train(), weight_decay=0.01)
     return training.train_step(
         model, optimizer, window, step=0, rate=rate, max_grad_norm=1.0, pad_id=3
     )
@@ -110,7 +110,7 @@ def test_smoothed_labels_and_z_loss(folder: Path, packing: bool) -> None:
     norm = torch.stack([g.norm() for g in torch.autograd.grad(total, params)]).norm()
     found = training.train_step(
         model,
-        training.adamw(model, 0.0),
+        optimizers.optimizer(model, weight_decay=0.0),
         [rows[:3], rows[3:]],
         step=0,
         rate=1e-3,
@@ -138,7 +138,7 @@ def test_accumulation_equals_one_large_batch(folder: Path) -> None:
 def test_packed_rows_make_the_same_step(folder: Path) -> None:
     rows = drawn(6)
     padded, packed = load(folder), load(folder)
-    optimizer = training.adamw(packed.train(), 0.01)
+    optimizer = optimizers.optimizer(packed.train(), weight_decay=0.01)
     want = step_once(padded, [rows[:4], rows[4:]])
     given = {"step": 0, "rate": 1e-2, "max_grad_norm": 1.0, "pad_id": 3, "packing": True}
     found = training.train_step(packed, optimizer, [rows[:4], rows[4:]], **given)
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder: Path) -> None
     with torch.no_grad():
         next(iter(training.trained(model).values())).fill_(float("nan"))
     before = {name: p.detach().clone() for name, p in training.trained(model).items()}
-    optimizer = training.adamw(model.train(), 0.0)
+    optimizer = optimizers.optimizer(model.train(), weight_decay=0.0)
     with pytest.raises(TrainingError, match="step 8"):
         training.train_step(
             model, optimizer, [drawn(2)], step=7, rate=1.0, max_grad_norm=0.0, pad_id=3
@@ -217,14 +217,14 @@ def test_a_step_that_fails_leaves_no_gradients_to_the_next(folder: Path) -> None
 def test_a_model_with_nothing_to_train_is_refused(folder: Path) -> None:
     model, _ = FastLanguageModel.from_pretrained(str(folder), dtype=torch.float32)
     with pytest.raises(ArgumentError, match="no trainable parameters"):
-        training.adamw(model, 0.0)
+        optimizers.optimizer(model, weight_decay=0.0)
 
 
 def test_norms_do_not_decay(folder: Path) -> None:
     model, _ = FastLanguageModel.from_pretrained(
         str(folder), dtype=torch.float32, full_finetuning=True
     )
-    groups = training.adamw(model, 0.1).param_groups
+    groups = optimizers.optimizer(model, weight_decay=0.1).param_groups
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert all(p.ndim == 1 for p in groups[1]["params"]) and groups[1]["params"]
     assert sum(len(g["params"]) for g in groups) == len(training.trained(model))
@@ -236,7 +236,7 @@ def test_the_update_that_is_captured_is_the_step_s_own(folder: Path) -> None:
     rows = [drawn(4, seed) for seed in range(3)]
     for captured in (False, True):
         model = load(folder)
-        optimizer = training.adamw(model, 0.01)
+        optimizer = optimizers.optimizer(model, weight_decay=0.01)
         update = GraphedUpdate(optimizer, 0.5)
         results = []
         for step, some in enumerate(rows):
@@ -275,7 +275,7 @@ def test_a_step_is_not_replayed_from_graphs_of_another(
     monkeypatch.setattr(graphed, "uncapturable", lambda model: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     model = load(folder)
-    optimizer = training.adamw(model, 0.0)
+    optimizer = optimizers.optimizer(model, weight_decay=0.0)
     graphs = Graphs(model, optimizer, 1.0, label_smoothing=0.1)
     asked: dict[str, Any] = {"max_grad_norm": 1.0, "packing": True, "label_smoothing": 0.1}
     same = {"step": 0, "rate": 0.1, "pad_id": 0, "graphs": graphs}
@@ -288,13 +288,15 @@ def test_a_step_is_not_replayed_from_graphs_of_another(
         with pytest.raises(ArgumentError, match=f"{name} is .* replay"):
             training.train_step(model, optimizer, [drawn(2)], **same, **{**asked, name: value})
     with pytest.raises(ArgumentError, match="another model or optimizer"):
-        training.train_step(model, training.adamw(model, 0.0), [drawn(2)], **same, **asked)
+        training.train_step(
+            model, optimizers.optimizer(model, weight_decay=0.0), [drawn(2)], **same, **asked
+        )
     graphs.check(model, optimizer, **asked, z_loss=0.0)
 
 
 def test_graphs_that_cannot_be(folder: Path) -> None:
     model = load(folder)
-    optimizer, said = training.adamw(model, 0.0), []
+    optimizer, said = optimizers.optimizer(model, weight_decay=0.0), []
     options: Any = {"packing": True, "say": said.append}
     assert graphs_for(model, optimizer, 1.0, asked=None, **options) is None
     assert graphs_for(model, optimizer, 1.0, asked=False, **options) is None

@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as a flat dict."""
     import torch
 
-    from purelm import FastLanguageModel, training
+    from purelm import FastLanguageModel, optimizers, training
     from purelm.graphed_training import graphs_for
     from purelm.rows import Row
 
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with torch.no_grad():
             for key, p in training.trained(model).items():
                 p.copy_(begun[key])
-        optimizer = training.adamw(model, 0.0)
+        optimizer = optimizers.optimizer(model, weight_decay=0.0)
         graphs = graphs_for(
             model, optimizer, 1.0, packing=packing, asked=None if graph else False, say=print
         )

@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, backward = (_ours if args.peer == OURS else _theirs)(args, result)
     trained = [p for p in model.parameters() if p.requires_grad]
     result["trainable"] = sum(p.numel() for p in trained)
-    optimizer = _optimizer(args.optimizer, trained, args.learning_rate, cuda)
+    optimizer = _optimizer(args, model, trained, cuda)
     device = trained[0].device
     generator = torch.Generator(device).manual_seed(1)
     high = min(128000, model.config.vocab_size)
@@ -250,14 +250,19 @@ def _beside(argv: list[str], args: argparse.Namespace) -> int:
     return int(any("error" in row for row in rows))
 
 
-def _optimizer(name: str, trained: list[Any], learning_rate: float, cuda: bool) -> Any:
+def _optimizer(args: argparse.Namespace, model: Any, trained: list[Any], cuda: bool) -> Any:
     import torch
 
-    if name == "adamw8bit":
+    if args.peer == OURS:
+        from purelm.optimizers import optimizer
+
+        name = {"adamw8bit": "adamw_8bit", "adamw": "adamw_torch_fused"}[args.optimizer]
+        return optimizer(model, name, lr=args.learning_rate)
+    if args.optimizer == "adamw8bit":
         from bitsandbytes import optim
 
-        return optim.AdamW8bit(trained, lr=learning_rate)
-    return torch.optim.AdamW(trained, lr=learning_rate, fused=cuda)
+        return optim.AdamW8bit(trained, lr=args.learning_rate)
+    return torch.optim.AdamW(trained, lr=args.learning_rate, fused=cuda)
 
 
 def _trace(step: Any, path: Path) -> None:
