@@ -104,7 +104,7 @@ def test_every_option_of_a_run_is_on_the_command_line() -> None:
     given += " --weight-decay 0 --max-grad-norm 0 --seed 1 --no-recompute --max-seq-length 9"
     given += " --skip-long --eval-fraction 0.1 --eval-every 1 --save-every 1 --prompt p"
     given += " --no-merge --resume --overwrite --no-packing --no-graph --compute fp8"
-    given += " --label-smoothing 0.1 --z-loss 1e-4"
+    given += " --label-smoothing 0.1 --z-loss 1e-4 --optimizer adamw_8bit"
     found = vars(cli._parser().parse_args(given.split()))
     apart = {"max_steps", "eval_data"}
     assert found.keys() - {"run"} == {f.name for f in fields(Options)} - apart
