@@ -47,10 +47,16 @@ class Config:
             return fields[name]
         if name in _DEFAULTS:
             return _DEFAULTS[name]
+        if name == "_attn_implementation":
+            raise AttributeError(
+                "this config has no '_attn_implementation', which TRL asks for to load the model a "
+                "second time, by transformers; give it ref_model=model.reference(), or set the "
+                "field to have it do so"
+            )
         raise AttributeError(f"this config has no field {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "name_or_path":
+        if name == "name_or_path" or name.startswith("_"):  # the latter are in no file
             self.__dict__[name] = value
         else:
             self.fields[name] = value

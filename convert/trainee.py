@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,6 +11,9 @@ from ..nn import tree
 from ..nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from .arguments import Auto
+
+if TYPE_CHECKING:
+    from .bridge import CausalLM
 
 
 class Trainee(nn.Module):
@@ -112,6 +115,13 @@ class Trainee(nn.Module):
             )
         # Not self.forward, which such a trainer replaces.
         return partial(type(self).forward, self)
+
+    def reference(self) -> "CausalLM":
+        """A frozen model of what this one is now, over the same base: TRL's `ref_model`."""
+        from .reference import frozen
+
+        model: CausalLM = self  # type: ignore[assignment]
+        return frozen(model)
 
     def activation_checkpointing_enable(
         self,
