@@ -5,6 +5,7 @@ says the scale. DoRA's magnitudes are `<module>.lora_magnitude_vector`. Copies o
 whole are `<module>.weight`, biases `<module>.bias`, or `<module>.base_layer.bias` beside one.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from .trained_base import LOFTQ
 STEM = "adapter_model"
 # Which ranks of a fused projection's adapter are of which part, in the header.
 RANKS = "purelm.ranks"
+# What purelm trains it with where peft takes none, as beside adapters of experts.
+DROPOUT = "purelm.dropout"
 _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector(?:\.weight)?)")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -103,7 +106,21 @@ def read_adapter(
     trained = _stacked(copies, place)
     if apart is not None or any(name in fused.modules(spec, names) for name in pairs):
         config = _of_parts(config, made, trained, spec, names, place)
+    if (text := checkpoint.metadata.get(DROPOUT)) is not None and not config.lora_dropout:
+        dropout = _fraction(text, place)
+        made = tree.map(lambda leaf: replace(leaf, dropout=dropout), made)
+        config = replace(config, lora_dropout=dropout)
     return made, trained, config
+
+
+def _fraction(text: str, file: Path) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < 1:
+        raise AdapterError(f"{DROPOUT} is {text!r:.60}, expected 0 to below 1", file=file)
+    return found
 
 
 def _finite(info: TensorInfo) -> torch.Tensor:

@@ -15,9 +15,15 @@ from ..nn.spec import ModelSpec
 from . import atomic, base_mark, expert_adapters, fused_adapters, named_adapters, rope_override
 from .adapter_check import MAGNITUDE, PREFIX
 from .adapter_config import CONFIG
-from .adapter_file import RANKS, STEM
+from .adapter_file import DROPOUT, RANKS, STEM
 from .adapter_fit import fitted_stored
-from .expert_parts import has_place, is_joined_by_peft, namesakes, put_together
+from .expert_parts import (
+    has_place,
+    is_joined_by_peft,
+    namesakes,
+    put_together,
+    without_dropout,
+)
 from .fused_adapters import Stored
 from .lora_config import PeftConfig
 from .named_adapters import Adapter
@@ -134,6 +140,9 @@ def _files(
     by_parameter: bool = True,
 ) -> _Files:
     config, ranks = config or PeftConfig(), dict[str, fused_adapters.Ranks]()
+    dropout = 0.0
+    if by_parameter:
+        adapters, config, dropout = without_dropout(adapters, config, spec, names)
     by_parameter &= has_place(config, [leaf for _, leaf in tree.items(adapters)])
     if by_parameter and not is_joined_by_peft(adapters, spec, names):
         adapters, config, ranks = put_together(adapters, config, spec, names)
@@ -151,6 +160,8 @@ def _files(
     entries = [atomic.entry(name, tensor.detach()) for name, tensor in tensors.items()]
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     header = {"format": "pt", **{f"purelm.{k}": v for k, v in (metadata or {}).items()}}
+    if dropout:
+        header[DROPOUT] = str(dropout)
     if ranks := {**ranks, **stored.ranks}:
         header[RANKS] = fused_adapters.to_text(ranks)
     return _Files(text + "\n", entries, header)

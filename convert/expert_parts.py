@@ -26,9 +26,25 @@ def has_place(config: PeftConfig, leaves: Iterable[LoRA]) -> bool:
     return plain and not any(leaf.magnitude is not None or leaf.dropout for leaf in leaves)
 
 
+def without_dropout(
+    adapters: tree.Tree, config: PeftConfig, spec: ModelSpec, names: Names
+) -> tuple[tree.Tree, PeftConfig, float]:
+    """Both without the dropout that peft refuses beside adapters of experts, and which that was.
+
+    It acts in training alone: what is made of the file elsewhere stays the same.
+    """
+    parents = {path.rpartition(".")[0] for path in parameters(spec, names)}
+    dropped = {leaf.dropout for _, leaf in tree.items(adapters)} | {config.lora_dropout}
+    beside = any(path.rpartition(".")[0] in parents for path, _ in tree.items(adapters))
+    if not beside or dropped == {0.0}:
+        return adapters, config, 0.0
+    adapters = tree.map(lambda leaf: replace(leaf, dropout=0.0), adapters)
+    return adapters, replace(config, lora_dropout=0.0), max(dropped)
+
+
 def is_joined_by_peft(adapters: tree.Tree, spec: ModelSpec, names: Names) -> bool:
     """Whether peft makes adapters of parameters of these itself, and the right ones: of gate and up
-    alike, and of no other module that is called like theirs.
+    alike, with down, in every layer, and of no other module that is called like theirs.
     """
     if not names.peft_joins:
         return False
@@ -36,11 +52,13 @@ def is_joined_by_peft(adapters: tree.Tree, spec: ModelSpec, names: Names) -> boo
     every = projections(spec, names)
     if any(path in every and every[path][-1] in shared for path in flat):
         return False
+    shown = set()
     for path in filter(_is_both, parameters(spec, names)):
         gate, up = (flat.get(part) for part in _parts(path))
         if _kind(gate) != _kind(up):
             return False
-    return True
+        shown.add((gate is None, flat.get(f"{path.rpartition('.')[0]}.down") is None))
+    return len(shown) == 1 and (False, True) not in shown
 
 
 def _kind(leaf: LoRA | None) -> tuple[int, float] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ArgumentError
+from ..nn import stacks
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from . import adapter_start, peft_targets
@@ -160,6 +161,7 @@ def apply(
             "the model already wears adapters with other settings; load it again without them, "
             f"or give the settings they have: {worn.to_dict()}"
         )
+    notes += _of_experts(config, found)
     # What can fail comes before the model changes.
     fresh = _fresh(model, config, found, random_state) if worn is None else None
     model.round_weights(qat_scheme)
@@ -192,7 +194,16 @@ def begun(
         "revision": model.origin.revision,
     }
     config, notes = configure(model.spec, names, **arguments)
-    return _fresh(model, config, plan(config, model.spec, names), random_state), notes
+    found = plan(config, model.spec, names)
+    notes += _of_experts(config, found)
+    return _fresh(model, config, found, random_state), notes
+
+
+def _of_experts(config: PeftConfig, found: Plan) -> tuple[str, ...]:
+    """A note, where peft will not load what is trained."""
+    if not config.use_dora or not any(stacks.place(path) for path in found.adapted):
+        return ()
+    return ("peft has no DoRA of experts over transformers 5: merge them for other libraries",)
 
 
 def _fresh(model: "CausalLM", config: PeftConfig, found: Plan, random_state: int) -> Adapter:

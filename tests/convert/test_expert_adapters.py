@@ -30,6 +30,12 @@ PARTS = ["gate_proj", "up_proj", "down_proj"]
 # takes shared experts and dense MLPs for them, and gate for gate and up.
 SINGLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {}, {"target_modules": ["q_proj", "gate_proj", "down_proj"]}),
+    "gate and up": ("mixtral", {}, {"target_modules": ["w1", "w3"]}),
+    "a layer": (
+        "qwen3_moe",
+        {},
+        {"target_modules": [*PARTS, "v_proj"], "layers_to_transform": [1]},
+    ),
     "ranks": (
         "qwen3_moe",
         {},
@@ -202,15 +208,45 @@ def test_single_experts_that_peft_trained_on(tmp_path: Path) -> None:
     assert config.target_parameters == ("block_sparse_moe.experts.gate_up_proj",)
 
 
-def test_experts_with_dropout_stay_single(tmp_path: Path) -> None:
-    """Parameters have none in peft."""
-    _, model = base("granitemoe", tmp_path)
-    adapted(model, target_modules=["gate_proj", "up_proj"], lora_dropout=0.1)
+@pytest.mark.parametrize("family", ["granitemoe", "qwen3_moe"])
+def test_dropout_beside_experts_is_kept_where_peft_does_not_look(
+    family: str, tmp_path: Path
+) -> None:
+    """Parameters have none in peft, and in use there is none: it makes of the file what we do."""
+    folder, model = base(family, tmp_path)
+    adapted(model, target_modules=["q_proj", "gate_proj", "up_proj"], lora_dropout=0.1)
     model.save_pretrained(tmp_path / "adapter")
-    assert any(".experts.3.up_proj." in n for n in load_file(adapter_tensors(tmp_path)))
-    made, _, config = read_adapter(tmp_path / "adapter", model.spec, model.origin.family.names)
-    model.set_adapters(made, config=config)
+    assert (read_config(tmp_path / "adapter") or {})["lora_dropout"] == 0.0
+    theirs = peft.PeftModel.from_pretrained(hf(folder), tmp_path / "adapter").eval()
+    bridged.same_logits(theirs(bridged.ids()).logits.detach(), logits(model))
+    names, again = model.origin.family.names, bridged.bridge(folder)
+    made, _, config = read_adapter(tmp_path / "adapter", model.spec, names)
+    again.set_adapters(made, config=config)
     assert config.lora_dropout == 0.1
+    assert {leaf.dropout for leaf in tree.leaves(again.adapters)} == {0.1}
+    peft_config.apply(
+        again,
+        r=3,
+        lora_alpha=6,
+        lora_dropout=0.1,
+        target_modules=["q_proj", "gate_proj", "up_proj"],
+    )
+    file = adapter_tensors(tmp_path)
+    for text in ("x", "1", "-0.1", "nan"):
+        save_file(load_file(file), file, {"format": "pt", "purelm.dropout": text})
+        with pytest.raises(AdapterError, match=r"purelm\.dropout is"):
+            read_adapter(tmp_path / "adapter", model.spec, names)
+
+
+def test_dora_of_experts_is_for_purelm_alone(tmp_path: Path) -> None:
+    _, model = base("qwen3_moe", tmp_path)
+    adapted(model, target_modules=PARTS, use_dora=True)
+    assert "peft has no DoRA of experts over transformers 5" in model.report()
+    model.save_pretrained(tmp_path / "adapter")
+    made, _, config = read_adapter(tmp_path / "adapter", model.spec, model.origin.family.names)
+    want = logits(model)
+    model.set_adapters(made, config=config)
+    assert torch.equal(logits(model), want)
 
 
 def adapter_tensors(folder: Path) -> Path:
