@@ -90,15 +90,6 @@ def choose_quantize(
     return "nf4"
 
 
-def not_yet(**given: tuple[Any, Any]) -> None:
-    """Raise NotImplementedError for the first name=(value, default) whose value is another."""
-    for name, (value, default) in given.items():
-        if value is not default and value != default:
-            raise NotImplementedError(
-                f"{name}={value!r} is not implemented yet; the default is {default!r}"
-            )
-
-
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """The dtype to compute in: as asked, else bfloat16 where the device has it, else float16."""
     if isinstance(dtype, str):

@@ -14,6 +14,7 @@ import torch
 from ..errors import ArgumentError
 from ..nn import decoder, loss, pinned, qat, tree, watch
 from ..nn.kept_steps import KeptSteps
+from ..nn.params import param_specs
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
@@ -96,10 +97,17 @@ class CausalLM(Saving, Wearing):
         self.kept_steps = KeptSteps()
         self.tokenizer: Any = None
         self._dtype = dtype
+        # What adapters and trained copies are in; None: as they come, which is fp32.
+        self.adapter_dtype: torch.dtype | None = None
         # The dropout of step n is drawn from (seed, n), so that it can be repeated and resumed.
         self.dropout_seed, self.dropout_step = seed, 0
         self._worn, self._active, self._disabled = {}, (), False
         self._params = self._wear(params, lambda path: train_all)
+        # Full fine-tuning in mixed precision: weights that are trained in more than is computed in.
+        self._wide = {path for path, p in tree.items(param_specs(spec)) if p.wide}
+        self.mixed = train_all and any(
+            leaf.dtype != dtype for path, leaf in tree.items(params) if path not in self._wide
+        )
 
     def keep_embedding_on_host(self) -> None:
         """Leave the embeddings in host memory; a pass copies the rows that it uses.
@@ -131,6 +139,8 @@ class CausalLM(Saving, Wearing):
     def derives(self) -> bool:
         """Whether `computed_params` or `adapters` hold tensors made of its own, anew each time."""
         worn = self.acting
+        if self.mixed:
+            return True
         several = len(worn) > 1 or any(one.trained or one.start for one in worn)
         return several or self.qat_scheme is not None
 
@@ -233,15 +243,23 @@ class CausalLM(Saving, Wearing):
         return torch.autocast(self.device.type, enabled=False)
 
     def computed_params(self) -> tree.Tree:
-        """`params` as a pass computes with them: fp32 trained copies in the model's dtype, weights
-        rounded under a `qat_scheme`.
+        """`params` as a pass computes with them: fp32 trained copies, or all weights where they are
+        fp32, in the model's dtype, weights rounded under a `qat_scheme`.
         """
-        params = self._params
+        params = self.in_dtype()
         trained = self.trained
         if trained:
             cast = tree.map(lambda leaf: leaf.to(self._dtype), trained)
             params = tree.combine(cast, params)
         return qat.wrap(params, self.spec, self.qat_scheme) if self.qat_scheme else params
+
+    def in_dtype(self) -> tree.Tree:
+        """`base_params` in the dtype that is computed in."""
+        if not self.mixed:
+            return self._params
+        return tree.map_with_path(
+            lambda path, leaf: leaf if path in self._wide else leaf.to(self._dtype), self._params
+        )
 
     def _next_seed(self) -> int | None:
         leaves = [leaf for one in self.acting for leaf in tree.leaves(one.adapters)]

@@ -137,6 +137,8 @@ def _casts(model: "CausalLM") -> int:
     others = [t for one in adapters for t in (one.a, one.b)] + copies
     cast = {id(t): t for t in [*scaled, *(t for t in others if t.dtype != model.dtype)]}
     count: int = sum(t.numel() for t in cast.values())
+    if model.mixed:
+        count += sum(leaf.numel() for leaf in tree.leaves(model.base_params))
     return count * model.dtype.itemsize
 
 

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from .bridge import CausalLM
 
 _INDEX = "model.safetensors.index.json"
-_NOT_YET = ("torchao", "fp8")
+# Formats that other libraries make of a merged model.
+_ELSEWHERE = {
+    "fp8": "serve it with vLLM's quantization='fp8', or load it with load_in_fp8=True",
+    "torchao": "quantize it with torchao's quantize_, which transformers' TorchAoConfig does while "
+    "it loads",
+}
 _FOUR_BITS = ("merged_4bit", "merged_4bit_forced")
 _DEQUANTIZED = "merged_16bit_dequantized"
 # A whole model must not lie beside an adapter, which its readers would apply once more.
@@ -65,13 +70,16 @@ def save_merged(
     same adapters, are not made again.
 
     Raises SaveError when the source files changed or vanished, for values that are not finite in
-    the stored dtype, and when the check or the disk fails; NotImplementedError for other methods.
+    the stored dtype, and when the check or the disk fails, and ArgumentError for other methods.
     """
     if save_method == "lora":
         save_adapter(model, folder, tokenizer)
         return
-    if save_method in _NOT_YET:
-        raise NotImplementedError(f"save_method={save_method!r} is not implemented yet")
+    if save_method in _ELSEWHERE:
+        raise ArgumentError(
+            f"save_method={save_method!r} is not written here: save with 'merged_16bit' and "
+            f"{_ELSEWHERE[save_method]}"
+        )
     if save_method == "gguf":
         raise ArgumentError("GGUF files are written by save_pretrained_gguf")
     if save_method not in ("merged_16bit", _DEQUANTIZED, *_FOUR_BITS):

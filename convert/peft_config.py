@@ -15,7 +15,7 @@ from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
 from . import adapter_start, peft_targets
 from .adapter_config import parse
-from .arguments import Auto, check_scheme, not_yet
+from .arguments import Auto, check_scheme
 from .lora_config import DEFAULT_TARGETS, PeftConfig, check_texts, checked_mapping, wrong
 from .named_adapters import DEFAULT, Adapter
 from .names import Names
@@ -34,6 +34,7 @@ _SETTINGS = (
     *("layers_pattern", "target_parameters", "rank_pattern", "alpha_pattern"),
 )
 _EMBEDDINGS = ("embed", "head")
+_FROM_DATA = ("eva", "corda", "lora_ga", "mica")
 _STARTS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", LOFTQ)
 
 
@@ -348,8 +349,12 @@ def _start(given: Any) -> bool | str:
     kind = given.lower() if isinstance(given, str) else given
     known = isinstance(kind, bool) or kind in _STARTS
     if not known and not (isinstance(kind, str) and re.fullmatch(r"pissa_niter_\d{1,4}", kind)):
-        if kind in ("eva", "corda", "lora_ga", "mica"):
-            not_yet(init_lora_weights=(given, True))
+        if kind in _FROM_DATA:
+            raise ArgumentError(
+                f"init_lora_weights={given!r} starts from passes over data, of which none is made "
+                "here: begin with peft and save that as plain LoRA, which is loaded by its folder, "
+                "or use 'pissa', 'olora' or, in 4 bits, 'loftq', which start from the weights"
+            )
         raise wrong("init_lora_weights", given, ", ".join(map(repr, _STARTS)))
     result: bool | str = kind
     return result

@@ -21,7 +21,6 @@ from .arguments import (
     choose_dtype,
     choose_quantize,
     choose_residuals,
-    not_yet,
 )
 from .bridge import CausalLM, Origin
 from .config import Config
@@ -104,10 +103,9 @@ class FastLanguageModel:
         offload_embedding: the embedding stays in host memory and the rows that a batch uses are
         copied, which waits for tokens that are on the device, so that no CUDA graph holds it; of a
         model whose head is the embedding only the layers' own embeddings (Gemma 4), and not for one
-        that trains it. float32_mixed_precision: True
-        says what holds in any case where adapters are trained: all that is trained is fp32, and
-        products are in `dtype`; False what holds with full_finetuning: weights are trained in
-        `dtype`, in which products are too. qat_scheme: with full_finetuning, train for
+        that trains it. float32_mixed_precision: True trains what is trained in fp32, with products
+        in `dtype`; False trains it in `dtype`. None is True for adapters, and False with
+        full_finetuning. qat_scheme: with full_finetuning, train for
         being stored in that format later: "int4", "int8", "int8-int4", "fp8-fp8" or
         "fp8-int4" as torchao rounds (weights, or activations-weights).
         prefer_prequantized: of a model that `ready_repositories` has in 4 bits load those
@@ -149,15 +147,13 @@ class FastLanguageModel:
             load_in_fp8=load_in_fp8,
             full_finetuning=full_finetuning,
         )
-        not_yet(
-            # What holds in any case: adapters in fp32, a whole model's weights in `dtype`.
-            float32_mixed_precision=(
-                None
-                if float32_mixed_precision is (not full_finetuning)
-                else float32_mixed_precision,
-                None,
-            ),
-        )
+        if float32_mixed_precision not in (None, True, False):
+            raise ArgumentError(
+                f"float32_mixed_precision is {float32_mixed_precision!r}, expected True, False or "
+                "None"
+            )
+        # All weights are trained in fp32 where that is asked for, adapters where it is not refused.
+        in_fp32 = full_finetuning and bool(float32_mixed_precision)
         fast = FastInference(gpu_memory_utilization, max_lora_rank, not disable_log_stats)
         check_tiled(unsloth_tiled_mlp)
         check_scheme(qat_scheme)
@@ -207,7 +203,7 @@ class FastLanguageModel:
             base.folder,
             quantize=quantize,
             compute=compute,
-            dtype=choose_dtype(dtype, device),
+            dtype=torch.float32 if in_fp32 else choose_dtype(dtype, device),
             device=device,
             quant_skip=quant_skip,
             overrides=rope_override.overrides(config, config_file, family, rope_scaling),
@@ -247,6 +243,8 @@ class FastLanguageModel:
             memory_budget=memory_budget,
             seed=random_state,
         )
+        if float32_mixed_precision is False:
+            model.adapter_dtype = model.dtype
         model.tile = spec.dim if unsloth_tiled_mlp else None
         model.cache_dtype = cache_dtype
         if fast_inference:

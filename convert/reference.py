@@ -23,7 +23,7 @@ def frozen(model: "CausalLM") -> "CausalLM":
 
     params = model.base_params
     if model.train_all:
-        params = tree.map_tensors(torch.clone, params)
+        params = tree.map_tensors(torch.clone, model.in_dtype())
     made = CausalLM(
         model.spec,
         params,

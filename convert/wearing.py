@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Wearing(Trainee):
     _worn: dict[str, Adapter]
     _active: tuple[str, ...]
     _disabled: bool
+    adapter_dtype: torch.dtype | None
 
     # The trees.
 
@@ -123,6 +125,11 @@ class Wearing(Trainee):
         for a rank over `max_lora_rank`.
         """
         self._check_rank(adapter.adapters)
+        if self.adapter_dtype is not None:
+            to = partial(torch.Tensor.to, dtype=self.adapter_dtype)
+            parts = (adapter.adapters, adapter.trained, adapter.start)
+            halves = [tree.map_tensors(to, part) for part in parts]
+            adapter = Adapter(halves[0], halves[1], halves[2], adapter.config)
         within = "" if named_adapters.check_name(name, list(self._worn)) == DEFAULT else name
         made: dict[str, LoRA] = {}
         shared: dict[int, nn.Parameter] = {}

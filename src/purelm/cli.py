@@ -51,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "chat", "talk to a model or an adapter", _chat, _chat_arguments)
     _add(commands, "generate", "answer one prompt", _generate, _generate_arguments)
     _add(commands, "serve", "answer over HTTP in OpenAI's API", _serve, _serve_arguments)
-    _add(commands, "families", "list the model families that can be loaded", _families)
+    _add(
+        commands,
+        "families",
+        "list the model families that can be loaded, and which have GGUF files",
+        _families,
+    )
     _add(commands, "bench", "measure this machine", _bench, _bench_arguments)
     return parser
 
@@ -314,11 +319,16 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _families(_: argparse.Namespace) -> int:
+    from .convert.gguf_architectures import of_family
     from .convert.registry import FAMILIES
 
-    width = max(map(len, FAMILIES))
-    for family in FAMILIES.values():
-        print(f"{family.model_type:<{width}}  {family.hf_class}")
+    rows = [("model_type", "class in transformers", "GGUF")]
+    for name, family in FAMILIES.items():
+        files = of_family(name)
+        rows.append((name, family.hf_class, "-" if files is None else files.name))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True)).rstrip())
     return 0
 
 

@@ -388,8 +388,8 @@ def test_what_save_pretrained_takes(tmp_path: Path) -> None:
 
 def test_methods(tmp_path: Path) -> None:
     model = adapted(base(tmp_path))
-    for method in ("torchao", "fp8"):
-        with pytest.raises(NotImplementedError, match=f"save_method='{method}'"):
+    for method, way in (("torchao", "TorchAoConfig"), ("fp8", "quantization='fp8'")):
+        with pytest.raises(ArgumentError, match=f"save_method='{method}'.*'merged_16bit'.*{way}"):
             model.save_pretrained_merged(tmp_path / "x", save_method=method)
     with pytest.raises(ArgumentError, match="save_method is 'merged'"):
         model.save_pretrained_merged(tmp_path / "x", save_method="merged")

@@ -290,16 +290,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
     assert not model.peft_config and not model.adapters
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("init_lora_weights", "eva"),
-    ],
-)
-def test_what_is_not_there_yet(name: str, value: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["eva", "corda", "lora_ga", "mica"])
+def test_what_is_begun_elsewhere(value: str, tmp_path: Path) -> None:
     _, folder = hf("llama", {}, tmp_path)
-    with pytest.raises(NotImplementedError, match=f"{name}="):
-        adapted(folder, **{name: value})
+    with pytest.raises(ArgumentError, match=f"init_lora_weights='{value}'.*begin with peft"):
+        adapted(folder, init_lora_weights=value)
     with pytest.raises(TypeError, match="unexpected keyword argument 'lora_aplha'"):
         adapted(folder, lora_aplha=3)
 

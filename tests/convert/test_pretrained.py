@@ -71,10 +71,7 @@ OURS = [
     "compute",
     "memory_budget",
 ]
-NOT_YET = {
-    "float32_mixed_precision": False,
-    "device_map": "balanced",
-}
+NOT_YET = {"device_map": "balanced"}
 
 
 @pytest.fixture(scope="module")
@@ -692,15 +689,61 @@ def test_the_embedding_is_looked_up(tied: bool, tmp_path: Path) -> None:
     assert ("head: float32, dense product" in lines) != tied
 
 
-def test_float32_mixed_precision_is_how_adapters_train(folder: Path) -> None:
-    model, _ = load(folder, dtype=torch.bfloat16, float32_mixed_precision=True)
-    model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["lm_head"])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert trained and {p.dtype for p in trained} == {torch.float32}
-    assert model(ids()).logits.dtype == torch.bfloat16
-    with pytest.raises(NotImplementedError, match="float32_mixed_precision=True"):
-        load(folder, float32_mixed_precision=True, full_finetuning=True)
-    whole, _ = load(
-        folder, dtype=torch.bfloat16, float32_mixed_precision=False, full_finetuning=True
-    )
-    assert {p.dtype for p in whole.parameters() if p.requires_grad} == {torch.bfloat16}
+def test_float32_mixed_precision(folder: Path) -> None:
+    """What is trained is in fp32 where that is asked for, and what is computed in elsewhere."""
+
+    def trained(model: Any) -> set[torch.dtype]:
+        model.train()(ids(), labels=ids()).loss.backward()
+        found = [p for p in model.parameters() if p.requires_grad]
+        assert found and all(p.grad is not None and p.grad.dtype == p.dtype for p in found)
+        assert model(ids()).logits.dtype == torch.bfloat16
+        return {p.dtype for p in found}
+
+    half = {"dtype": torch.bfloat16}
+    for asked, want in ((None, torch.float32), (True, torch.float32), (False, torch.bfloat16)):
+        model, _ = load(folder, float32_mixed_precision=asked, **half)
+        model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["lm_head"])
+        assert trained(model) == {want}
+    for asked, want in ((None, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
+        model, _ = load(folder, float32_mixed_precision=asked, full_finetuning=True, **half)
+        assert trained(model) == {want}
+    with pytest.raises(ArgumentError, match="float32_mixed_precision is 'yes'"):
+        load(folder, float32_mixed_precision="yes")
+
+
+def test_weights_in_fp32_learn_what_bf16_cannot_hold(folder: Path, tmp_path: Path) -> None:
+    """Steps smaller than half a step of bf16 add up; generating and saving see them."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "full_finetuning": True}
+    mixed, _ = load(folder, float32_mixed_precision=True, **options)
+    plain, _ = load(folder, **options)
+    torch.testing.assert_close(mixed.eval()(ids()).logits, plain.eval()(ids()).logits)
+    start = plain.params["layers"][0]["mlp"]["up"]["weight"].detach().clone()
+    with torch.no_grad():
+        for model in (mixed, plain):
+            weight = model.params["layers"][0]["mlp"]["up"]["weight"]
+            for _ in range(64):
+                weight.add_(start.to(weight.dtype) * 2**-10)
+    assert torch.equal(plain.params["layers"][0]["mlp"]["up"]["weight"], start)
+    before = mixed.reference()(ids()).logits
+    assert torch.equal(before, mixed(ids()).logits)
+    assert not torch.equal(before, plain(ids()).logits)
+    made = mixed.generate(ids(), max_new_tokens=4)
+    assert torch.equal(made, mixed.reference().generate(ids(), max_new_tokens=4))
+    mixed.save_pretrained(tmp_path / "saved")
+    again, _ = load(tmp_path / "saved", dtype=torch.bfloat16)
+    assert torch.equal(again(ids()).logits, before)
+
+
+def test_adapters_in_half_are_saved_and_read(folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "float32_mixed_precision": False}
+    model, _ = load(folder, **options)
+    model = FastLanguageModel.get_peft_model(model, r=4, init_lora_weights="gaussian").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = load(tmp_path / "adapter", **options)
+    found = {p.dtype for n, p in again.named_parameters() if "lora_" in n}
+    assert found == {torch.bfloat16}
+    assert torch.equal(again(ids()).logits, model(ids()).logits)

@@ -13,6 +13,7 @@ import pytest
 
 import purelm as package
 from purelm import cli
+from purelm.convert.gguf_architectures import families
 from purelm.convert.registry import FAMILIES
 
 # The package that the tests run on, from whatever folder a command is started in.
@@ -116,8 +117,10 @@ def test_every_option_of_a_run_is_on_the_command_line() -> None:
 
 def test_families_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["families"]) == 0
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert printed == [[f.model_type, f.hf_class] for f in FAMILIES.values()]
+    title, *printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert title[0] == "model_type" and title[-1] == "GGUF"
+    assert [row[:2] for row in printed] == [[f.model_type, f.hf_class] for f in FAMILIES.values()]
+    assert {row[0] for row in printed if row[2] != "-"} == set(families())
 
 
 def test_help_imports_no_torch() -> None:
