@@ -47,7 +47,8 @@ class Architecture:
     the root of their head's width, but by that of the model's over the heads at this depth (the
     27B models). modules: of a layer, which are called
     otherwise, or hold several of ours -> ours, or the name in a checkpoint. tensors: the same of
-    tensors of a layer. by_layer: layers differ, and gguf_layers has what says how.
+    tensors of a layer. full: models without windows alone, which their config says by layer.
+    by_layer: layers differ, and gguf_layers has what says how.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Architecture:
     modules: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
     by_layer: bool = False
+    full: bool = False
 
 
 _OUT_BIAS = {"attention_bias": "blk.0.attn_output.bias"}
@@ -174,6 +176,7 @@ ARCHITECTURES = (
         permuted=True,
         divided=True,
     ),
+    Architecture("exaone4", "exaone4", full=True),
     Architecture("olmo2", "olmo2"),
     Architecture("olmo2", "olmo3", marker=WINDOW, fields=(_SLIDING,), windows=True),
     Architecture(

@@ -122,6 +122,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         raise CheckpointError("the tensor is missing", tensor="token_embd.weight", file=gguf.file)
     fields["vocab_size"] = embed.shape[0]
     fields["tie_word_embeddings"] = architecture.tied or "output.weight" not in gguf.tensors
+    if architecture.full:
+        full = ["full_attention"] * fields["num_hidden_layers"]
+        fields |= {"sliding_window": None, "layer_types": full}
     if layers:
         fields.update(layers)
         del fields["rope_theta"]

@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.4},
     "granitemoe": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "olmo2": {},
     "olmo3": {"num_hidden_layers": 4, "layer_types": None},
     "phi3": {},

@@ -17,7 +17,7 @@ from purelm.convert.gguf_file import open_gguf
 from purelm.convert.gguf_model import config_fields
 from purelm.convert.gguf_names import to_ggml
 from purelm.convert.registry import FAMILIES
-from purelm.errors import CheckpointError, SaveError
+from purelm.errors import CheckpointError, ConfigError, SaveError
 from purelm.nn import decoder
 
 # One of each kind of thing that differs: these are checked in the quick lane too.
@@ -124,3 +124,12 @@ def test_llama_cpp_has_the_same_longrope(original: int, tmp_path: Path) -> None:
     ids = bridged.ids(rows=1, length=23)
     found = llama_cpp_logits(path, ids)
     bridged.same_logits(found, model(ids).logits.detach()[0])
+
+
+def test_windows_by_layer_that_llama_cpp_takes_from_the_depth_are_refused(tmp_path: Path) -> None:
+    """Of EXAONE 4 with windows, whose other layers have no positions."""
+    fields = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    model = gguf_models.model_of(tmp_path, "exaone4", **fields)
+    with pytest.raises(ConfigError, match="a GGUF file cannot express this model"):
+        model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    assert not (tmp_path / "out").exists()
