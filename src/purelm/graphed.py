@@ -15,7 +15,7 @@ from .convert.bridge import CausalLM
 from .errors import ArgumentError
 from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
-from .nn.graph import capture
+from .nn.graph import Pool, capture
 from .nn.layout import Layout
 from .nn.residuals import Residuals, per_layer
 
@@ -84,7 +84,7 @@ class GraphedStep:
         reason = uncapturable(model)
         if reason is not None:
             raise ArgumentError(f"a step of this model cannot be captured: {reason}")
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = Pool()
         self._shapes: dict[_Key, _Captured] = {}
         self._trained = self._live()
         self._grads = [torch.zeros_like(p) for p in self._trained]

@@ -1,6 +1,7 @@
 """What is captured is replayed on what its inputs then hold; what cannot be captured is told of."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,47 +9,76 @@ import pytest
 import torch
 
 from purelm.nn import graph
-from purelm.nn.graph import capture
+from purelm.nn.graph import Pool, capture
+
+
+class Cuda:
+    """Captures nothing, and remembers what was asked; `broken`: the first capture cannot end."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.asked: list[Any] = []
+        self.broken = False
+        stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0)
+        fakes: dict[str, Any] = {"CUDAGraph": self.graph, "stream": nullcontext}
+        fakes |= {"current_stream": lambda device: stream, "empty_cache": lambda: None}
+        fakes |= {"graph_pool_handle": lambda: (0, len(self.asked))}
+        for name, fake in fakes.items():
+            patch.setattr(torch.cuda, name, fake)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            fake = partial(lambda name, index, pool: self.asked.append((name, pool)), name)
+            patch.setattr(torch._C, name, fake, raising=False)
+        patch.setattr(graph, "capture_stream", lambda index: stream)
+
+    def graph(self) -> Any:
+        def end() -> None:
+            self.asked.append("end")
+            if self.broken and self.asked.count("end") == 1:
+                raise RuntimeError("the capture was invalidated")
+
+        def begin(pool: Any = None, **_: Any) -> None:
+            self.asked.append(("begin", pool))
+
+        return SimpleNamespace(capture_begin=begin, capture_end=end)
 
 
 @pytest.fixture
-def cuda_that_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
-        raise RuntimeError("the capture was invalidated")
-
-    captured = SimpleNamespace(capture_begin=lambda pool, **_: None, capture_end=broken)
-    stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0)
-    fakes: dict[str, Any] = {"CUDAGraph": lambda: captured, "stream": nullcontext}
-    fakes |= {"current_stream": lambda device: stream, "empty_cache": lambda: None}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(graph, "capture_stream", lambda index: stream)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
 
 
-@pytest.mark.usefixtures("cuda_that_captures_nothing")
-def test_what_cannot_be_captured_is_told(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_cannot_be_captured_is_told(
+    cuda: Cuda, broken: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it began is ended, where the driver says that it is broken too."""
+
     def step() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    assert capture(step, torch.device("cpu")) is None
+    cuda.broken, pool = broken, Pool()
+    first = pool.handle
+    assert capture(step, torch.device("cpu"), pool=pool) is None
     assert "without a CUDA graph" in caplog.text and "not permitted" in caplog.text
+    ended = [("_cuda_endAllocateToPool", first), ("_cuda_releasePool", first)]
+    again = [*ended, ("begin", None), "end"]
+    assert cuda.asked == [("begin", first), "end", *(again if broken else [])]
+    assert (pool.handle == first) is not broken
 
 
-@pytest.mark.usefixtures("cuda_that_captures_nothing")
-def test_other_errors_of_a_step_stay(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_errors_of_a_step_stay(cuda: Cuda, caplog: pytest.LogCaptureFixture) -> None:
     def step() -> None:
         raise KeyError("defect")
 
     for _ in range(2):  # the first leaves no capture under way
         with pytest.raises(KeyError, match="defect"):
             capture(step, torch.device("cpu"))
-    assert not caplog.text
+    assert not caplog.text and cuda.asked.count("end") == 2
 
 
 @pytest.mark.gpu
 def test_a_replay_reads_its_inputs_anew() -> None:
     """A forward with its backward, of two graphs that share memory."""
-    device, pool = torch.device("cuda"), torch.cuda.graph_pool_handle()
+    device, pool = torch.device("cuda"), Pool()
     x, w = (torch.ones(64, 64, device=device) for _ in range(2))
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,13 +98,21 @@ def test_a_replay_reads_its_inputs_anew() -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_that_waits_leaves_the_memory_to_others(caplog: pytest.LogCaptureFixture) -> None:
-    device, pool = torch.device("cuda"), torch.cuda.graph_pool_handle()
+def test_a_step_that_waits_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """Its pool serves others, the generator draws, and memory that is free is given back."""
+    device, pool = torch.device("cuda"), Pool()
     x = torch.ones(64, device=device)
-    assert capture(lambda: x.sum().item(), device, pool=pool) is None
-    assert "without a CUDA graph" in caplog.text
+    assert capture(lambda: (x * 2).sum().item(), device, pool=pool) is None
+    assert "without a CUDA graph" in caplog.text and "occupied" not in caplog.text
     replay = capture(lambda: x.sum(), device, pool=pool)
     assert replay is not None and replay().item() == 64
+    assert torch.rand(8, device=device).unique().numel() > 1
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    large = torch.ones(1 << 26, device=device)
+    del large
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
 
 
 @pytest.mark.gpu
