@@ -1,9 +1,9 @@
 """Compile every kernel in every configuration for one GPU architecture, with no GPU; print a CSV
 line each.
 
-Run as a program, `python compile_lane.py 90 [--all]`, without TRITON_INTERPRET: a process either
-interprets or compiles. Columns: kernel, variant, registers a thread, stack bytes (more than 0:
-spills), shared memory bytes, widest global access.
+Run as a program, `python compile_lane.py 90 [--few | --all]`, without TRITON_INTERPRET: a process
+either interprets or compiles. --few: some configurations of each kernel. Columns: kernel, variant,
+registers a thread, stack bytes (more than 0: spills), shared memory bytes, widest global access.
 """
 
 from __future__ import annotations
@@ -813,6 +813,16 @@ def launched(every: bool, arch: int) -> Iterator[Case]:
     yield from other_cases(every)
 
 
+def spread(found: Iterator[Case], most: int = 4) -> Iterator[Case]:
+    """Of each kernel at most so many of its cases, from its first to its last."""
+    by_name: dict[str, list[Case]] = {}
+    for case in found:
+        by_name.setdefault(case.name.split()[0], []).append(case)
+    for of in by_name.values():
+        count = min(most, len(of))
+        yield from (of[i * (len(of) - 1) // max(count - 1, 1)] for i in range(count))
+
+
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, stack bytes a thread) of a cubin's kernel."""
     import triton
@@ -829,7 +839,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(arch: int, every: bool) -> int:
+def main(arch: int, every: bool, few: bool) -> int:
     """1 if one of them did not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -848,7 +858,8 @@ def main(arch: int, every: bool) -> int:
 
     triton.runtime.driver.set_active(Driver())
     failed = 0
-    for case in cases(every, arch):
+    found = cases(every, arch)
+    for case in spread(found) if few else found:
         try:
             row = compiled(case)
         except Exception as error:  # whatever a compiler raises: the others are to be seen too
@@ -882,4 +893,4 @@ def compiled(case: Case) -> tuple[int, int, int, int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), "--all" in sys.argv))
+    sys.exit(main(int(sys.argv[1]), "--all" in sys.argv, "--few" in sys.argv))
