@@ -1,5 +1,5 @@
-"""A new token's heads made ready in one launch: q and k normalised and rotated, k and v written to
-the cache.
+"""A new token's heads made ready in one launch: q and k normalised and rotated, v normalised, k and v
+written to the cache.
 
 The arithmetic and its roundings are those of rms_norm.py over each head and of rope.py. Forward
 only.
@@ -11,6 +11,7 @@ only.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
@@ -34,8 +35,13 @@ def head_step(
     *,
     interleaved: bool = False,
     norm: HeadNorm | None = None,
+    value_eps: float | None = None,
+    keys_as_values: bool = False,
 ) -> Tensor:
     """qkv [b, h d + 2 k d], a new token of every row, to q [b, h, d], ready to attend.
+
+    With `value_eps` each head of v is divided by its root mean square; with `keys_as_values` it is
+    what there is of k, neither weighed nor rotated, and qkv is [b, h d + k d].
 
     keys and values [b, capacity, k, d] or [n, page, k, d] get the token's at places [b] int64 of
     their first two axes in one, in e4m3 the nearest number that it has. cos, sin fp32 [b, rot],
@@ -43,12 +49,13 @@ def head_step(
     """
     b = qkv.shape[0]
     heads_k, dim = keys.shape[2:]
-    heads = qkv.shape[-1] // dim - 2 * heads_k
+    heads = _heads(qkv, keys, keys_as_values)
+    made = heads_k if keys_as_values else 2 * heads_k
     fits = (
         keys.shape == values.shape
         and keys.is_contiguous()
         and values.is_contiguous()
-        and qkv.shape == (b, (heads + 2 * heads_k) * dim)
+        and qkv.shape == (b, (heads + made) * dim)
         and heads > 0
         and cos.shape == sin.shape == (b, cos.shape[-1])
         and cos.shape[-1] % 2 == 0
@@ -61,15 +68,20 @@ def head_step(
         raise KernelError(
             f"qkv {qkv.dtype} {list(qkv.shape)}, cos {list(cos.shape)}, keys {keys.dtype} "
             f"{list(keys.shape)}, values {list(values.shape)}, at {list(at.shape)}: expected "
-            "[b, (h + 2 k) d], [b, rot], twice [b, capacity, k, d] in memory without gaps, [b], "
+            "[b, (h + 2 k) d] ([b, (h + k) d] where keys are values), [b, rot], twice [b, capacity, k, d] in memory without gaps, [b], "
             "of one dtype, or keys and values in e4m3"
         )
     if not on_gpu(qkv, cos, sin, keys, values, at):
         return head_step_reference(
-            qkv, cos, sin, keys, values, at, interleaved=interleaved, norm=norm
+            *(qkv, cos, sin, keys, values, at),
+            interleaved=interleaved,
+            norm=norm,
+            value_eps=value_eps,
+            keys_as_values=keys_as_values,
         )
     how = (None, None, 0.0, 0.0, True) if norm is None else tuple(norm)
-    q: Tensor = ops.head_step(qkv, cos, sin, keys, values, at, *how, interleaved)
+    more = interleaved, value_eps, keys_as_values
+    q: Tensor = ops.head_step(qkv, cos, sin, keys, values, at, *how, *more)
     return q
 
 
@@ -83,12 +95,17 @@ def head_step_reference(
     *,
     interleaved: bool = False,
     norm: HeadNorm | None = None,
+    value_eps: float | None = None,
+    keys_as_values: bool = False,
 ) -> Tensor:
     """Plain torch for the launch."""
     heads_k, dim = keys.shape[2:]
     every = qkv.view(qkv.shape[0], -1, dim)
-    heads = every.shape[1] - 2 * heads_k
-    q, k, v = every[:, :heads], every[:, heads : heads + heads_k], every[:, heads + heads_k :]
+    heads = every.shape[1] - (heads_k if keys_as_values else 2 * heads_k)
+    q, k, v = every[:, :heads], every[:, heads : heads + heads_k], every[:, -heads_k:]
+    if value_eps is not None:
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
+        v = F.rms_norm(wide, (dim,), eps=value_eps).to(v.dtype)
     if norm is not None:
         eps, offset, first = norm[2:]
         q = rms_norm_reference(q, norm.q, eps, offset=offset, cast_first=first)
@@ -135,6 +152,8 @@ def _head_kernel(
     OFFSET: tl.constexpr,
     CAST_FIRST: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    VALUE_EPS: tl.constexpr,
+    KEYS_AS_VALUES: tl.constexpr,
     NARROW: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -145,10 +164,18 @@ def _head_kernel(
     dtype: tl.constexpr = p_out.dtype.element_ty
     o_d = tl.arange(0, WIDTH)
     m_d = o_d < DIM
-    p_head = p_in + (row * (heads + 2 * heads_k) + head) * DIM
+    if KEYS_AS_VALUES:
+        made = tl.where(head >= heads + heads_k, head - heads_k, head)
+        p_head = p_in + (row * (heads + heads_k) + made) * DIM
+    else:
+        p_head = p_in + (row * (heads + 2 * heads_k) + head) * DIM
     b_x = tl.load(p_head + o_d, mask=m_d, other=0.0)
     o_kv = tl.load(p_at + row) * heads_k + head - heads
     if head >= heads + heads_k:
+        if VALUE_EPS is not None:
+            b_value = b_x.to(tl.float32)
+            b_value *= tl.rsqrt(tl.sum(b_value * b_value, axis=0) / DIM + VALUE_EPS)
+            b_x = b_value.to(b_x.dtype)
         p_v = p_values + (o_kv - heads_k) * DIM + o_d
         tl.store(p_v, _stored(b_x, p_values.dtype.element_ty, NARROW), mask=m_d)
     else:
@@ -195,12 +222,18 @@ def _weighed(b_x, b_rms, p_weight, mask, OFFSET: tl.constexpr, CAST_FIRST: tl.co
     return _weigh(b_x.to(tl.float32) * b_rms, b_scale, b_x.dtype, CAST_FIRST).to(b_x.dtype)
 
 
+def _heads(qkv: Tensor, keys: Tensor, keys_as_values: bool) -> int:
+    """How many heads of q there are."""
+    heads_k, dim = keys.shape[2:]
+    return qkv.shape[1] // dim - (heads_k if keys_as_values else 2 * heads_k)
+
+
 @operator(
     "head_step(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor at,"
     " Tensor? q_weight, Tensor? k_weight, float eps, float offset, bool cast_first,"
-    " bool interleaved) -> Tensor",
-    fake=lambda qkv, cos, sin, keys, *_: qkv.new_empty(
-        (qkv.shape[0], qkv.shape[1] // keys.shape[3] - 2 * keys.shape[2], keys.shape[3])
+    " bool interleaved, float? value_eps, bool keys_as_values) -> Tensor",
+    fake=lambda qkv, cos, sin, keys, *how: qkv.new_empty(
+        (qkv.shape[0], _heads(qkv, keys, how[-1]), keys.shape[3])
     ),
     mutates=("keys", "values"),
 )
@@ -217,9 +250,11 @@ def _launch(
     offset: float,
     cast_first: bool,
     interleaved: bool,
+    value_eps: float | None,
+    keys_as_values: bool,
 ) -> Tensor:
     heads_k, dim = keys.shape[2:]
-    heads = qkv.shape[1] // dim - 2 * heads_k
+    heads = _heads(qkv, keys, keys_as_values)
     out = qkv.new_empty((qkv.shape[0], heads, dim))
     _head_kernel(
         (qkv.shape[0], heads + 2 * heads_k),
@@ -239,6 +274,8 @@ def _launch(
         OFFSET=offset,
         CAST_FIRST=cast_first,
         INTERLEAVED=interleaved,
+        VALUE_EPS=value_eps,
+        KEYS_AS_VALUES=keys_as_values,
         NARROW=keys.dtype == torch.float8_e4m3fn,
         DIM=dim,
         WIDTH=power_of_two(dim),

@@ -59,13 +59,16 @@ def decode(
     for i, (layer, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
         own, table, sight = tree.get(adapters, "layers", i), tables[layer.rope], seen[layer.sight]
         buffers = (cache.layers[i], at)
+        fused = decode_layer.covers(x[:, 0], p, own, table, layer)
+        if layer.lends and not fused.attention:
+            mixer.lent(x, p, own, table, spec=layer, buffers=buffers)
         if layer.lends:
-            shared[i] = mixer.lent(x, p, own, table, spec=layer, buffers=buffers)
+            shared[i] = cache.layers[i]["keys"], cache.layers[i]["values"]
         heads = shared.get(i if layer.lends else layer.kv_from)
-        if table is not None and decode_layer.covers(x[:, 0], p, own, table, layer):
-            x = decode_layer.layer(x[:, 0], p, own, table, sight, buffers, layer)[:, None]
+        more = sight, None, heads, further[i]
+        if any(fused):
+            x = decode_layer.layer(x, p, own, table, *more, fused, spec=layer, buffers=buffers)
         else:
-            more = sight, None, heads, further[i]
             x = decoder.layer(x, p, own, table, *more, spec=layer, buffers=buffers)
     x = norm(x, params.get("norm"), spec.norm)
     return decoder.logits(params, spec, x[:, 0]), cache

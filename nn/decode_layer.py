@@ -1,8 +1,11 @@
-"""A layer of a decoding step in few launches, for plain layers of packed weights.
+"""A layer of a decoding step in few launches, where its weights are packed.
 
-Norm, q with k and v, heads and cache, attention in its two parts, o with the residual, norm, gate
-with up, down with the residual: nine. Other layers run as `decoder.layer` has them.
+Norm, q with k and v, heads and cache, attention in its two parts, o with the residual; norm, gate
+with up, down with the residual: nine. A norm of what a branch makes is one more each. Each half
+runs so by itself; the other, and other layers, run as `decoder.layer` has them.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -10,14 +13,24 @@ from ..kernels.decode_attention import decode_attention
 from ..kernels.gated import ACTIVATIONS
 from ..kernels.head_step import head_step
 from . import packed, rope, tree
-from .attention import Span, head_norm, reach, terms
+from .attention import Heads, Span, head_norm, queries, reach, terms
 from .cache import Buffers
+from .decoder import fed
+from .layer_inputs import ended
 from .lora import LoRA
-from .norm import norm
+from .mixer import mixer
+from .norm import add, norm
 from .products import Projection
-from .spec import AttentionSpec, LayerSpec, MLPSpec
+from .spec import AttentionSpec, LayerSpec, MLPSpec, MoESpec
 
 Group = tuple[list[Projection], list[LoRA | None]]
+
+
+class Fused(NamedTuple):
+    """Which halves of a layer run in few launches."""
+
+    attention: bool
+    mlp: bool
 
 
 def covers(
@@ -26,33 +39,34 @@ def covers(
     adapters: tree.Tree,
     table: rope.Table | None,
     spec: LayerSpec,
-) -> bool:
-    """Whether `layer` can run it for x [b, e]."""
-    if not _plain(spec) or table is None or table.query_scale is not None:
-        return False
-    return all(packed.takes_all(x, *group) for group in _groups(p, adapters))
+) -> Fused:
+    """Which halves `layer` can run so for x [b, e]."""
+    if spec.parallel:
+        return Fused(False, False)
+
+    def taken(part: str, *groups: tuple[str, ...]) -> bool:
+        return all(packed.takes_all(x, *_group(p, adapters, part, *names)) for names in groups)
+
+    how = spec.attention if spec.recurrent is None else None
+    turned = table is not None and table.query_scale is None
+    attention = turned and how is not None and _plain_attention(how)
+    if attention and how is not None:
+        attention = taken("attn", how.projections, ("o",))
+    return Fused(attention, _plain_mlp(spec.mlp) and taken("mlp", ("gate", "up"), ("down",)))
 
 
-def _plain(spec: LayerSpec) -> bool:
-    """Whether the layer is made of what is here and nothing else."""
-    attention, mlp = spec.attention, spec.mlp
-    if attention is None or spec.recurrent is not None or not isinstance(mlp, MLPSpec):
+def _plain_mlp(mlp: MLPSpec | MoESpec) -> bool:
+    """Whether the MLP is made of what is here and nothing else."""
+    if not isinstance(mlp, MLPSpec) or not mlp.gated or mlp.activation not in ACTIVATIONS:
         return False
-    if not spec.pre_norm or spec.post_norm or spec.parallel or spec.scaled:
-        return False
-    if spec.inputs is not None:
-        return False
-    if not mlp.gated or mlp.activation not in ACTIVATIONS:
-        return False
-    return (mlp.gate_scale, mlp.down_scale) == (1.0, 1.0) and _plain_attention(attention)
+    return (mlp.gate_scale, mlp.down_scale) == (1.0, 1.0)
 
 
 def _plain_attention(spec: AttentionSpec) -> bool:
+    """Whether attention is."""
     if spec.rope is None or not spec.rope.dim or spec.latent is not None or spec.clip is not None:
         return False
-    if (spec.in_scale, spec.out_scale) != (1.0, 1.0) or spec.gated or spec.v_norm is not None:
-        return False
-    if spec.lends or spec.projections != ("q", "k", "v"):
+    if (spec.in_scale, spec.out_scale) != (1.0, 1.0) or spec.gated:
         return False
     how = spec.qk_norm
     if how is None:
@@ -62,51 +76,95 @@ def _plain_attention(spec: AttentionSpec) -> bool:
     )
 
 
-def _groups(p: tree.Tree, adapters: tree.Tree) -> tuple[Group, Group, Group, Group]:
-    """The projections that run together, with their adapters."""
-
-    def group(part: str, *names: str) -> Group:
-        own = tree.get(adapters, part) or {}
-        return [p[part][name] for name in names], [own.get(name) for name in names]
-
-    return (
-        group("attn", "q", "k", "v"),
-        group("attn", "o"),
-        group("mlp", "gate", "up"),
-        group("mlp", "down"),
-    )
+def _group(p: tree.Tree, adapters: tree.Tree, part: str, *names: str) -> Group:
+    """Projections that run together, with their adapters."""
+    own = tree.get(adapters, part) or {}
+    return [p[part][name] for name in names], [own.get(name) for name in names]
 
 
 def layer(
     x: torch.Tensor,
     p: tree.Tree,
     adapters: tree.Tree,
+    table: rope.Table | None,
+    seen: Span,
+    starts: None,
+    heads: Heads | None,
+    given: torch.Tensor | None,
+    fused: Fused,
+    *,
+    spec: LayerSpec,
+    buffers: Buffers,
+) -> torch.Tensor:
+    """`decoder.layer` of one token a row, x [b, 1, e] -> [b, 1, e], of which the halves that are
+    `fused` run so. The token's keys and values are written to `buffers`, those of `heads` were.
+    """
+    inner = norm(x, p.get("attn_norm"), spec.norm) if spec.pre_norm else x
+    if fused.attention:
+        assert table is not None
+        own = table, seen, buffers, None if spec.lends else heads
+        mid = _attended(x[:, 0], inner[:, 0], p, adapters, *own, spec)[:, None]
+    else:
+        branch = mixer(
+            *(inner, p, adapters or {}, table, seen, starts),
+            **{"spec": spec, "buffers": buffers, "heads": heads},
+        )
+        mid = add(x, branch, p.get("attn_post_norm"), spec)
+    inner = norm(mid, p.get("mlp_norm"), spec.norm) if spec.mlp_normed else mid
+    if fused.mlp:
+        assert isinstance(spec.mlp, MLPSpec)
+        gate_up = _group(p, adapters, "mlp", "gate", "up")
+        hidden = packed.project(inner[:, 0], *gate_up, activation=spec.mlp.activation)
+        made = _onto(mid[:, 0], hidden, p, adapters, ("mlp", "down"), spec)[:, None]
+    else:
+        made = fed(mid, inner, p, adapters, spec)
+    return ended(made, p, adapters, given, spec)
+
+
+def _attended(
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
     table: rope.Table,
     seen: Span,
     buffers: Buffers,
+    heads: Heads | None,
     spec: LayerSpec,
 ) -> torch.Tensor:
-    """x [b, e], one token a row -> [b, e]; the token's keys and values are written to `buffers`."""
-    how, mlp = spec.attention, spec.mlp
-    assert how is not None and how.rope is not None and isinstance(mlp, MLPSpec)
-    state, at = buffers
-    assert isinstance(at, torch.Tensor)
-    keys, values = state["keys"], state["values"]
-    qkv, o, gate_up, down = _groups(p, adapters)
-    q = head_step(
-        packed.project(norm(x, p.get("attn_norm"), spec.norm), *qkv),
-        table.cos[:, 0],
-        table.sin[:, 0],
-        keys,
-        values,
-        at,
-        interleaved=how.rope.interleaved,
-        norm=head_norm(p["attn"], how),
-    )
+    """x [b, e] and what attention makes of inner [b, e]."""
+    how = spec.attention
+    assert how is not None and how.rope is not None
+    made = packed.project(inner, *_group(p, adapters, "attn", *how.projections))
+    if heads is not None:
+        keys, values = heads
+        q = queries(made.view(x.shape[0], 1, how.heads, -1), p["attn"], how, table)[:, 0]
+    else:
+        state, at = buffers
+        assert isinstance(at, torch.Tensor)
+        keys, values = state["keys"], state["values"]
+        q = head_step(
+            *(made, table.cos[:, 0], table.sin[:, 0], keys, values, at),
+            interleaved=how.rope.interleaved,
+            norm=head_norm(p["attn"], how),
+            value_eps=None if how.v_norm is None else how.v_norm.eps,
+            keys_as_values=how.keys_as_values,
+        )
     own = terms(how, p["attn"], reach(keys, seen), keys.device)
     out = decode_attention(q, keys, values, *seen, **own).flatten(1)
-    scale = spec.residual_scale
-    x = packed.project(out, *o, residual=x, residual_scale=scale)
-    inner = norm(x, p.get("mlp_norm"), spec.norm)
-    hidden = packed.project(inner, *gate_up, activation=mlp.activation)
-    return packed.project(hidden, *down, residual=x, residual_scale=scale)
+    return _onto(x, out, p, adapters, ("attn", "o"), spec)
+
+
+def _onto(
+    x: torch.Tensor,
+    made: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    path: tuple[str, str],
+    spec: LayerSpec,
+) -> torch.Tensor:
+    """x [b, e] and the branch that the projection at `path` makes, normalised if the layer does."""
+    group = _group(p, adapters, *path)
+    if not spec.post_norm:
+        return packed.project(made, *group, residual=x, residual_scale=spec.residual_scale)
+    return add(x, packed.project(made, *group), p.get(f"{path[0]}_post_norm"), spec)

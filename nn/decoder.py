@@ -56,12 +56,26 @@ def layer(
     if spec.own_norms or not spec.parallel:
         source = x if spec.parallel else mid
         inner = norm(source, p.get("mlp_norm"), spec.norm) if spec.mlp_normed else source
-    mlp_args = inner, p["mlp"], adapters.get("mlp")
+    made = fed(mid, inner, p, adapters, spec, seed, tile)
+    return ended(made, p, adapters, given, spec, seed)
+
+
+def fed(
+    mid: torch.Tensor,
+    inner: torch.Tensor,
+    p: tree.Tree,
+    adapters: tree.Tree,
+    spec: LayerSpec,
+    seed: int | None = None,
+    tile: int | None = None,
+) -> torch.Tensor:
+    """mid [b, s, e] and what the layer's MLP or mixture makes of inner [b, s, e]."""
+    mlp_args = inner, p["mlp"], (adapters or {}).get("mlp")
     if isinstance(spec.mlp, MoESpec):
         branch = moe(*mlp_args, spec.mlp, seed_after(seed, 4))
     else:
         branch = mlp(*mlp_args, spec.mlp, seed_after(seed, 4), tile)
-    return ended(add(mid, branch, p.get("mlp_post_norm"), spec), p, adapters, given, spec, seed)
+    return add(mid, branch, p.get("mlp_post_norm"), spec)
 
 
 def hidden(

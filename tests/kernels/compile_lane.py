@@ -483,8 +483,9 @@ def rope_cases(every: bool) -> Iterator[Case]:
 
 
 def head_step_cases(every: bool, arch: int) -> Iterator[Case]:
+    shapes = ((32, 8, 128, 128), (8, 4, 256, 256), (8, 8, 80, 32), (16, 1, 512, 512))
     for (heads, heads_k, dim, rot), normed, interleaved in itertools.product(
-        ((32, 8, 128, 128), (8, 4, 256, 256), (8, 8, 80, 32)), (False, True), (False, True)
+        shapes, (False, True), (False, True)
     ):
         for dtype in (F32, F16, BF16) if every else (BF16,):
             weights = (dtype, dtype) if normed else (None, None)
@@ -495,6 +496,7 @@ def head_step_cases(every: bool, arch: int) -> Iterator[Case]:
                     head_step._head_kernel,
                     (dtype, F32, F32, kept, kept, I64, *weights, dtype, heads, heads_k, rot),
                     {"EPS": 1e-5, "OFFSET": 0.0, "CAST_FIRST": True, "INTERLEAVED": interleaved}
+                    | {"VALUE_EPS": 1e-6 if heads_k == 1 else None, "KEYS_AS_VALUES": heads_k == 1}
                     | {"NARROW": kept is E4M3, "DIM": dim, "WIDTH": power_of_two(dim)}
                     | {"num_warps": 1 if dim <= 128 else 2},
                 )

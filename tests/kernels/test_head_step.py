@@ -31,17 +31,33 @@ def drawn(b, heads, heads_k, dim, rot, normed, dtype, seed):
     partial=st.booleans(),
     interleaved=st.booleans(),
     normed=st.booleans(),
+    value_eps=st.sampled_from([None, 1e-5]),
+    one=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
 def test_launch(
-    interpreted, poisoned, b, heads_k, groups, dim, partial, interleaved, normed, dtype, seed
+    interpreted,
+    poisoned,
+    b,
+    heads_k,
+    groups,
+    dim,
+    partial,
+    interleaved,
+    normed,
+    value_eps,
+    one,
+    dtype,
+    seed,
 ):
     rot = dim // 4 * 2 if partial else dim
     *args, norm = drawn(b, heads_k * groups, heads_k, dim, rot, normed, dtype, seed)
+    if one:  # of k and v
+        args[0] = args[0][:, : -heads_k * dim].contiguous()
     copies = [[t.clone() for t in args] for _ in range(2)]
     wide = [t.double() if t.is_floating_point() else t for t in args]
-    how = {"interleaved": interleaved}
+    how = {"interleaved": interleaved, "value_eps": value_eps, "keys_as_values": one}
     q = head_step(*copies[0], **how, norm=norm)
     eager = head_step_reference(*copies[1], **how, norm=norm)
     if norm is not None:

@@ -14,15 +14,19 @@ from purelm.nn import decode as steps
 from purelm.nn import decode_layer, lora, params, tree
 from purelm.nn.spec import (
     AttentionSpec,
+    LayerInputSpec,
     LayerSpec,
     MLPSpec,
     ModelSpec,
+    MoESpec,
     NormSpec,
     RopeSpec,
 )
 from purelm.quant.nf4 import NF4, dequantize, quantize
 
 NORM = NormSpec(1e-5)
+GEMMA = NormSpec(1e-6, offset=1.0, cast_first=False)
+UNWEIGHTED = NormSpec(1e-5, weight=False)
 ATTENTION = AttentionSpec(4, 2, 16, 0.25, RopeSpec(16, 1e4))
 LAYER = LayerSpec(NORM, ATTENTION, MLPSpec(64))
 
@@ -44,7 +48,27 @@ PLAIN = {
             rope=RopeSpec(8, 1e4, interleaved=True),
         ),
     ),
+    "norms after": replace(
+        LAYER,
+        norm=GEMMA,
+        attention=replace(ATTENTION, qk_norm=GEMMA, softcap=20.0, window=2),
+        mlp=MLPSpec(64, "gelu_tanh"),
+        post_norm=True,
+    ),
+    "norms after alone": replace(LAYER, pre_norm=False, post_norm=True, residual_scale=0.5),
+    "shared": replace(
+        LAYER,
+        attention=replace(
+            ATTENTION, qk_norm=NORM, v_norm=UNWEIGHTED, keys_as_values=True, lends=True
+        ),
+        inputs=LayerInputSpec(16, 32, NORM),
+        scaled=True,
+    ),
+    "a mixture": replace(LAYER, mlp=MoESpec(4, 2, MLPSpec(64))),
+    "clipped": replace(LAYER, attention=replace(ATTENTION, clip=1.0)),
 }
+# Which halves are fused, where not both of all layers.
+HALVES = {"a mixture": (True, False), "clipped": (False, True)}
 
 
 @pytest.fixture
@@ -56,16 +80,25 @@ def interpreted():
 
 
 def model(layer: LayerSpec, seed: int) -> tuple[ModelSpec, Any]:
-    spec = ModelSpec(32, 64, (layer,), NORM, 64, init_std=0.1)
-    made = params.init(spec, generator=torch.Generator().manual_seed(seed), dtype=torch.bfloat16)
-    for p in made["layers"]:
-        for part in ("attn", "mlp"):
-            for name, own in p[part].items():
-                if name in ("q", "k", "v", "o", "gate", "up", "down"):
-                    own["weight"] = quantize(own["weight"])
-                    if "bias" in own:
-                        own["bias"] = torch.randn_like(own["bias"])
-    return spec, made
+    """One layer, and one that reads its keys where it lends them."""
+    layers = (layer,)
+    if layer.attention is not None and layer.attention.lends:
+        reads = replace(layer.attention, lends=False, kv_from=0)
+        layers = (layer, replace(layer, attention=reads))
+    spec = ModelSpec(32, 64, layers, NORM, 64, init_std=0.1)
+    g = torch.Generator().manual_seed(seed)
+    made = params.init(spec, generator=g, dtype=torch.bfloat16)
+
+    def spread(path: str, x: torch.Tensor, may: bool) -> Any:
+        drawn = torch.randn(x.shape, generator=g).to(x.dtype)
+        if path.startswith("layers") and may and "experts" not in path:
+            return quantize(x)
+        if path.endswith("bias"):
+            return drawn
+        return x + drawn * 0.2 if "norm" in path else x
+
+    may = tree.map(lambda p: p.quantize, params.param_specs(spec))
+    return spec, tree.map_with_path(lambda path, x: spread(path, x, tree.at(may, path)), made)
 
 
 def steps_of(
@@ -93,7 +126,16 @@ def wide(x: Any) -> Any:
     return x.double() if x.is_floating_point() else x
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("llama", 0), ("biases", 4), ("head norms, window", 0)])
+RANKS = {"biases": 4, "norms after": 4, "shared": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        pytest.param(kind, RANKS.get(kind, 0), marks=[] if kind in RANKS else pytest.mark.full)
+        for kind in PLAIN
+    ],
+)
 def test_steps_are_those_of_the_general_layer(interpreted, monkeypatch, kind, rank):
     spec, made = model(PLAIN[kind], 1)
     adapters = None
@@ -102,12 +144,17 @@ def test_steps_are_those_of_the_general_layer(interpreted, monkeypatch, kind, ra
         adapters = lora.init(spec, generator=g, rank=rank)
         adapters = tree.map_tensors(lambda x: torch.randn(x.shape, generator=g) * 0.1, adapters)
     called, fused = [], decode_layer.layer
-    monkeypatch.setattr(decode_layer, "layer", lambda *a: called.append(1) or fused(*a))
+
+    def noted(*args: Any, **more: Any) -> Any:
+        called.append(args[-1])
+        return fused(*args, **more)
+
+    monkeypatch.setattr(decode_layer, "layer", noted)
     ours = steps_of(spec, made, adapters, torch.bfloat16)
-    assert len(called) == 2
-    monkeypatch.setattr(decode_layer, "covers", lambda *_: False)
+    assert called == [HALVES.get(kind, (True, True))] * 2 * len(spec.layers)
+    monkeypatch.setattr(decode_layer, "covers", lambda *_: decode_layer.Fused(False, False))
     general = steps_of(spec, made, adapters, torch.bfloat16)
-    assert len(called) == 2
+    assert len(called) == 2 * len(spec.layers)
     exact = steps_of(
         spec,
         tree.map(wide, made),
@@ -118,29 +165,34 @@ def test_steps_are_those_of_the_general_layer(interpreted, monkeypatch, kind, ra
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "left"),
     [
-        {"post_norm": True},
-        {"parallel": True},
-        {"pre_norm": False},
-        {"mlp": MLPSpec(64, gated=False)},
-        {"mlp": MLPSpec(64, down_scale=2.0)},
-        {"attention": replace(ATTENTION, rope=None)},
-        {"attention": replace(ATTENTION, clip=1.0)},
-        {"attention": replace(ATTENTION, qk_norm=NORM, qk_norm_over="width")},
-        {"attention": replace(ATTENTION, qk_norm=NORM, qk_norm_after=True)},
-        {"attention": replace(ATTENTION, qk_norm=NormSpec(1e-5, kind="layer"))},
-        {"attention": replace(ATTENTION, out_scale=2.0)},
+        ({"parallel": True}, (False, False)),
+        ({"mlp": MLPSpec(64, gated=False)}, (True, False)),
+        ({"mlp": MLPSpec(64, down_scale=2.0)}, (True, False)),
+        *(
+            ({"attention": replace(ATTENTION, **change)}, (False, True))
+            for change in (
+                {"rope": None},
+                {"clip": 1.0},
+                {"qk_norm": NORM, "qk_norm_over": "width"},
+                {"qk_norm": NORM, "qk_norm_after": True},
+                {"qk_norm": NormSpec(1e-5, kind="layer")},
+                {"out_scale": 2.0},
+                {"gated": True},
+            )
+        ),
     ],
 )
-def test_what_it_leaves_to_the_general_layer(interpreted, change):
+def test_what_it_leaves_to_the_general_layer(interpreted, change, left):
     spec, made = model(LAYER, 1)
     x, p = torch.zeros(2, 64, dtype=torch.bfloat16), made["layers"][0]
     table = steps.rope.table(ATTENTION.rope, torch.zeros(2, 1, dtype=torch.int64))
     with torch.inference_mode():
-        assert decode_layer.covers(x, p, None, table, LAYER)
-        assert not decode_layer.covers(x, p, None, table, replace(LAYER, **change))
-        assert not decode_layer.covers(x.float(), p, None, table, LAYER)
+        assert decode_layer.covers(x, p, None, table, LAYER) == (True, True)
+        assert decode_layer.covers(x, p, None, table, replace(LAYER, **change)) == left
+        assert decode_layer.covers(x, p, None, None, LAYER) == (False, True)
+        assert not any(decode_layer.covers(x.float(), p, None, table, LAYER))
         mixed = {**p, "mlp": {**p["mlp"], "up": {"weight": torch.zeros(64, 64)}}}
-        assert not decode_layer.covers(x, mixed, None, table, LAYER)
-    assert not decode_layer.covers(x, p, None, table, LAYER)  # a graph may be built
+        assert decode_layer.covers(x, mixed, None, table, LAYER) == (True, False)
+    assert not any(decode_layer.covers(x, p, None, table, LAYER))  # a graph may be built
