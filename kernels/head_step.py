@@ -1,5 +1,5 @@
-"""A new token's heads made ready in one launch: q and k normalised and rotated, v normalised, k and v
-written to the cache.
+"""A new token's heads made ready in one launch: q and k normalised and rotated, v normalised, keys
+and values written to the cache.
 
 The arithmetic and its roundings are those of rms_norm.py over each head and of rope.py. Forward
 only.
@@ -68,7 +68,8 @@ def head_step(
         raise KernelError(
             f"qkv {qkv.dtype} {list(qkv.shape)}, cos {list(cos.shape)}, keys {keys.dtype} "
             f"{list(keys.shape)}, values {list(values.shape)}, at {list(at.shape)}: expected "
-            "[b, (h + 2 k) d] ([b, (h + k) d] where keys are values), [b, rot], twice [b, capacity, k, d] in memory without gaps, [b], "
+            "[b, (h + 2 k) d], or (h + k) d where keys are values, [b, rot], twice "
+            "[b, capacity, k, d] in memory without gaps, [b], "
             "of one dtype, or keys and values in e4m3"
         )
     if not on_gpu(qkv, cos, sin, keys, values, at):

@@ -105,10 +105,8 @@ def layer(
         own = table, seen, buffers, None if spec.lends else heads
         mid = _attended(x[:, 0], inner[:, 0], p, adapters, *own, spec)[:, None]
     else:
-        branch = mixer(
-            *(inner, p, adapters or {}, table, seen, starts),
-            **{"spec": spec, "buffers": buffers, "heads": heads},
-        )
+        args = inner, p, adapters or {}, table, seen, starts
+        branch = mixer(*args, spec=spec, buffers=buffers, heads=heads)
         mid = add(x, branch, p.get("attn_post_norm"), spec)
     inner = norm(mid, p.get("mlp_norm"), spec.norm) if spec.mlp_normed else mid
     if fused.mlp:

@@ -1,5 +1,7 @@
 """The gated delta net: a short convolution, then a state that each token decays and corrects."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..kernels import delta_rule_reference
@@ -7,36 +9,29 @@ from ..kernels.delta_rule import delta_rule, rates
 from ..kernels.gated_norm import gated_norm
 from ..kernels.state_step import delta_step
 from . import tree
-from .linear import linear, project, seed_after
 from .short_conv import causal_conv, conv_state
 from .spec import DeltaNetSpec
 
 State = dict[str, torch.Tensor]
 
 
-def mix(
-    x: torch.Tensor,
+def core(
+    made: Sequence[torch.Tensor],
     p: tree.Tree,
-    adapters: tree.Tree,
     spec: DeltaNetSpec,
     starts: torch.Tensor | None,
     state: State | None,
-    seed: int | None,
 ) -> torch.Tensor:
     """Yang, Kautz and Hatamizadeh, arXiv 2412.06464, sec. 3.3, as in transformers'
-    `Qwen3NextGatedDeltaNet` and `Qwen3_5GatedDeltaNet`; see `recurrent.mix`. The rule, its rates
+    `Qwen3NextGatedDeltaNet` and `Qwen3_5GatedDeltaNet`; see `recurrent.core`. The rule, its rates
     and decays and the norm after it are fp32.
     """
-    get = (adapters or {}).get
-    names = spec.inputs
-    made = project(x, [p[name] for name in names], [get(name) for name in names], seed)
     qkv, gate, beta, decay = _taken_apart(made, spec) if spec.by_key_head else made
     mixed = causal_conv(qkv, p["conv"], starts, state, spec.activation)
     y = _ruled(mixed, beta, decay, p, spec, starts, state)
-    y = gated_norm(
+    return gated_norm(
         y.flatten(-2), gate, p["norm"]["weight"], spec.norm.eps, spec.value_dim, norm_first=True
     )
-    return linear(y, p["out"], get("out"), seed_after(seed, len(names)))
 
 
 def empty(spec: DeltaNetSpec, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
@@ -63,7 +58,7 @@ def working_bytes(spec: DeltaNetSpec, itemsize: int) -> int:
     return projected + 4 * (wide + solved + inside + states)
 
 
-def _taken_apart(made: tuple[torch.Tensor, ...], spec: DeltaNetSpec) -> tuple[torch.Tensor, ...]:
+def _taken_apart(made: Sequence[torch.Tensor], spec: DeltaNetSpec) -> tuple[torch.Tensor, ...]:
     """What two projections make for each key head in turn, all of a kind side by side."""
     keys, values = spec.widths
     each = values // spec.key_heads

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from . import dora, rope, tree
 from .attention import Heads, Visible
 from .fast_attention import SHARED
+from .fast_recurrent import MADE
 from .half import Half, Residuals
 from .halves import PARTS, by_hand, halves
 from .lora import LoRA
@@ -49,7 +50,8 @@ class Layer:
 
     def fate(self, name: str) -> str:
         # Others are kept: places of rows, and narrow products, which spare a pass over an input.
-        fate: str = getattr(self.policy, "mid" if name in LIKE_MID else name, "keep")
+        like = "mid" if name in LIKE_MID else "qkv" if name == MADE else name
+        fate: str = getattr(self.policy, like, "keep")
         return "keep" if fate == "offload" and self.stays else fate
 
     def run(

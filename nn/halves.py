@@ -16,6 +16,7 @@ from .fast_attention import FastAttention
 from .fast_experts import FastExperts
 from .fast_latent import FastLatent
 from .fast_mlp import FastMLP
+from .fast_recurrent import FastRecurrent
 from .half import Function, Half
 from .linear import seed_after
 from .mixer import attention
@@ -49,7 +50,9 @@ def halves(
         if "attn" not in again:
             mixers["attn"] = _fast_attention(spec.attention, table, seen, policy, heads)
     if spec.recurrent is not None:
-        mixers["recurrent"] = Again(partial(recurrent.mix, spec=spec.recurrent, starts=starts))
+        mixers["recurrent"] = FastRecurrent(spec.recurrent, starts, policy)
+        if "recurrent" in again:
+            mixers["recurrent"] = Again(partial(recurrent.mix, spec=spec.recurrent, starts=starts))
     mixer = Half(mixers, spec.norm if spec.pre_norm else None, "attn_norm", seed)
     function: Function
     tile = None
@@ -122,15 +125,14 @@ def runs_again(
     whether weights are rounded in training; waits: why experts run one after the other.
     """
     found: dict[str, str] = {}
-    if spec.recurrent is not None:
-        found["recurrent"] = "mixers other than attention"
     if spec.attention is not None and masked:
         found["attn"] = "a mask"
     if isinstance(spec.mlp, MoESpec) and spec.mlp.norms is not None and spec.mlp.shared_gate:
         found["mlp"] = "a shared MLP with a gate and norms"
     elif isinstance(spec.mlp, MoESpec) and waits is not None:
         found["mlp"] = f"experts one after the other ({waits})"
-    for part in ("attn", "mlp") if spec.attention is not None else ("mlp",):
+    there = {"attn": spec.attention, "recurrent": spec.recurrent, "mlp": spec.mlp}
+    for part in (name for name, own in there.items() if own is not None):
         worn = [f for f in tree.leaves(tree.get(adapters, part)) if f.magnitude is not None]
         if worn and part == "mlp" and isinstance(spec.mlp, MoESpec):
             found.setdefault(part, "DoRA in a mixture")

@@ -1,5 +1,6 @@
 """The Mamba 2 mixer: a short convolution, then a state that each token decays and adds to."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -9,36 +10,30 @@ from ..kernels.gated_norm import gated_norm
 from ..kernels.ssd import rates, ssd
 from ..kernels.state_step import ssd_step
 from . import tree
-from .linear import linear, seed_after
 from .short_conv import causal_conv, conv_state
 from .spec import Mamba2Spec
 
 State = dict[str, torch.Tensor]
 
 
-def mix(
-    x: torch.Tensor,
+def core(
+    made: Sequence[torch.Tensor],
     p: tree.Tree,
-    adapters: tree.Tree,
     spec: Mamba2Spec,
     starts: torch.Tensor | None,
     state: State | None,
-    seed: int | None,
 ) -> torch.Tensor:
     """Dao and Gu, arXiv 2405.21060, sec. 7, as in transformers' `FalconH1Mixer` and
-    `GraniteMoeHybridMambaLayer`; see `recurrent.mix`. Steps, decays, states and sums are fp32.
+    `GraniteMoeHybridMambaLayer`; see `recurrent.core`. Steps, decays, states and sums are fp32.
     """
-    get = (adapters or {}).get
-    inner = linear(x if spec.in_scale == 1.0 else x * spec.in_scale, p["in"], get("in"), seed)
+    (inner,) = made
     if any(scale != 1.0 for scale in spec.scales):
         inner = inner * _scales(spec, inner.dtype, inner.device)
     gate, mixed, dt = inner.split_with_sizes([spec.dim, spec.channels, spec.heads], -1)
     mixed = causal_conv(mixed, p["conv"], starts, state, spec.activation)
     y = _scanned(mixed, dt, p, spec, starts, state)
     weight, eps = (None, 0.0) if spec.norm is None else (p["norm"]["weight"], spec.norm.eps)
-    y = gated_norm(y, gate, weight, eps, spec.dim // spec.groups, norm_first=spec.norm_first)
-    out = linear(y, p["out"], get("out"), seed_after(seed, 1))
-    return out if spec.out_scale == 1.0 else out * spec.out_scale
+    return gated_norm(y, gate, weight, eps, spec.dim // spec.groups, norm_first=spec.norm_first)
 
 
 def empty(spec: Mamba2Spec, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

@@ -141,7 +141,7 @@ def _recurrent(r: RecurrentSpec, e: int) -> dict[str, Any]:
 
 def _mamba2(r: Mamba2Spec, e: int) -> dict[str, Any]:
     made = {
-        "in": _linear(r.dim + r.channels + r.heads, e, "ce", r.in_bias),
+        **{name: _linear(width, e, "ce", r.in_bias) for name, width in r.inputs.items()},
         "conv": _conv(r.channels, r.kernel, r.conv_bias),
         "dt_bias": ParamSpec((r.heads,), "h", init="ones"),
         "A_log": ParamSpec((r.heads,), "h", init="log_range"),
@@ -166,7 +166,7 @@ def _delta_net(r: DeltaNetSpec, e: int) -> dict[str, Any]:
 
 def _short_conv(r: ShortConvSpec, e: int) -> dict[str, Any]:
     return {
-        "in": _linear(3 * r.dim, e, "ce", r.bias),
+        **{name: _linear(width, e, "ce", r.bias) for name, width in r.inputs.items()},
         "conv": _conv(r.dim, r.kernel, r.bias),
         "out": _linear(e, r.dim, "ec", r.bias),
     }

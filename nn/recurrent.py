@@ -1,14 +1,15 @@
 """Mixers whose state has one size however many tokens it has seen: which function runs which."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import delta_net, mamba2, short_conv, tree
-from .linear import seed_after
+from .linear import linear, project, scaled, seed_after
 from .spec import DeltaNetSpec, Mamba2Spec, RecurrentSpec, ShortConvSpec
 
-# Each a module with `mix`, `empty` and `working_bytes`.
+# Each a module with `core`, `empty` and `working_bytes`.
 _MIXERS: dict[type, Any] = {
     ShortConvSpec: short_conv,
     Mamba2Spec: mamba2,
@@ -33,10 +34,36 @@ def mix(
     starts [b, s]: the tokens that see none before them (None: no token of these but, without a
     state, the first). With a `state` x goes on where that ended, and it is written in place.
     """
-    mixed: torch.Tensor = _MIXERS[type(spec)].mix(
-        x, p, adapters, spec, starts, state, seed_after(seed, _SEED_STEP)
-    )
-    return mixed
+    get, names = (adapters or {}).get, tuple(spec.inputs)
+    before, after = scales(spec)
+    first, last = seeds(spec, seed)
+    own = [p[name] for name in names], [get(name) for name in names]
+    made = project(scaled(x, before), *own, first)
+    y = core(made, p, spec, starts, state)
+    return scaled(linear(y, p["out"], get("out"), last), after)
+
+
+def core(
+    made: Sequence[torch.Tensor],
+    p: tree.Tree,
+    spec: RecurrentSpec,
+    starts: torch.Tensor | None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """What the input projections make [b, s, ...] -> what the output projection reads."""
+    y: torch.Tensor = _MIXERS[type(spec)].core(made, p, spec, starts, state)
+    return y
+
+
+def scales(spec: RecurrentSpec) -> tuple[float, float]:
+    """What multiplies a mixer's input and what it gives."""
+    return (spec.in_scale, spec.out_scale) if isinstance(spec, Mamba2Spec) else (1.0, 1.0)
+
+
+def seeds(spec: RecurrentSpec, seed: int | None) -> tuple[int | None, int | None]:
+    """The dropout seeds of the projections of the input and of the output."""
+    first = seed_after(seed, _SEED_STEP)
+    return first, seed_after(first, len(spec.inputs))
 
 
 def empty(

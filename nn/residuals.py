@@ -1,11 +1,12 @@
 """What becomes of a layer's residuals between its forward and its backward.
 
-A backward needs a layer's input x, the raw q, k and v, the attention output with its log-sum-exp,
-the middle residual, and gate and up, of every expert that a token passes; each is kept, sent to the
-host and brought back, or recomputed. Nothing runs the output projections (o, down) again: their
-results are not needed, or, where a norm or a gate follows them, share the fate of the middle
-residual. What is narrow is kept: latents, adapters' narrow products, the places of experts' rows.
-A part that autograd runs again (`halves.runs_again`) has none of these, but the half's input.
+A backward needs a layer's input x, the raw q, k and v (of a recurrent mixer all that its input is
+projected to), the attention output with its log-sum-exp, the middle residual, and gate and up, of
+every expert that a token passes; each is kept, sent to the host and brought back, or recomputed.
+Nothing runs the output projections (o, out, down) again: their results are not needed, or, where a
+norm or a gate follows them, share the fate of the middle residual. What is narrow is kept: latents,
+adapters' narrow products, the places of experts' rows. A part that autograd runs again
+(`halves.runs_again`) has none of these, but the half's input.
 """
 
 from dataclasses import dataclass
@@ -66,13 +67,14 @@ def bytes_per_token(spec: LayerSpec, dim: int, itemsize: int) -> dict[str, int]:
     made = 0 if a is None or a.lends else (len(a.projections) - 1) * kv
     if a is not None and a.latent is not None and a.rope is not None:
         made = a.heads * (a.head_dim - a.rope.dim + a.value_dim)
+    mixed = 0 if spec.recurrent is None else sum(spec.recurrent.inputs.values())
     within = 0  # what experts and a shared MLP make, for norms or a gate after them
     if isinstance(spec.mlp, MoESpec):
         normed = spec.mlp.norms is not None
         within = normed + (spec.mlp.shared_gate or (normed and spec.mlp.shared is not None))
     return {
         "x": dim * itemsize,
-        "qkv": (q * (2 if a is not None and a.gated else 1) + made) * itemsize,
+        "qkv": (q * (2 if a is not None and a.gated else 1) + made + mixed) * itemsize,
         "out": q * itemsize + heads * 4,
         "mid": ((not spec.parallel) + 2 * spec.post_norm + within) * dim * itemsize,
         "gate_up": sum((1 + mlp.gated) * mlp.dim for mlp in spec.mlps) * itemsize,

@@ -1,30 +1,27 @@
 """Short causal convolutions over the tokens of a row, each feature for itself."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..kernels.short_conv import short_conv
 from . import tree
 from .activation import act
-from .linear import linear, seed_after
 from .spec import Activation, ShortConvSpec
 
 State = dict[str, torch.Tensor]
 
 
-def mix(
-    x: torch.Tensor,
+def core(
+    made: Sequence[torch.Tensor],
     p: tree.Tree,
-    adapters: tree.Tree,
     spec: ShortConvSpec,
     starts: torch.Tensor | None,
     state: State | None,
-    seed: int | None,
 ) -> torch.Tensor:
-    """LFM2's gated convolution (transformers' `Lfm2ShortConv`): see `recurrent.mix`."""
-    get = (adapters or {}).get
-    b, c, inner = linear(x, p["in"], get("in"), seed).chunk(3, -1)
-    mixed = c * causal_conv(b * inner, p["conv"], starts, state)
-    return linear(mixed, p["out"], get("out"), seed_after(seed, 1))
+    """LFM2's gated convolution (transformers' `Lfm2ShortConv`): see `recurrent.core`."""
+    b, c, inner = made[0].chunk(3, -1)
+    return c * causal_conv(b * inner, p["conv"], starts, state)
 
 
 def empty(spec: ShortConvSpec, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

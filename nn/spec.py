@@ -176,6 +176,11 @@ class ShortConvSpec:
     kernel: int
     bias: bool = False
 
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The projection of the mixer's input, and what it makes."""
+        return {"in": 3 * self.dim}
+
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Spec:
@@ -213,6 +218,11 @@ class Mamba2Spec:
     def channels(self) -> int:
         """Features that the convolution mixes: x, b and c."""
         return self.dim + 2 * self.groups * self.state
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The projection of the mixer's input, and what it makes: gates, x, b and c, steps."""
+        return {"in": self.dim + self.channels + self.heads}
 
 
 @dataclass(frozen=True, slots=True)

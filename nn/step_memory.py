@@ -3,6 +3,7 @@ or the head at work needs beside them. Pure arithmetic; `plan` fits it into a bu
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..kernels.cross_entropy import chunk_rows
 from .halves import WHOLE
@@ -33,10 +34,13 @@ def peak(spec: ModelSpec, shape: Shape, policies: tuple[Policy, ...], fixed: int
 def residual_bytes(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> dict[str, int]:
     """Bytes of each residual of a layer: none of parts that run again."""
     parts = again(layer, shape)
-    gone = {"qkv", "out"} if "attn" in parts else set()
-    gone |= {"gate_up"} if "mlp" in parts else set()
+    gone = {"gate_up"} if "mlp" in parts else set()
     if WHOLE in parts:
         gone = {"qkv", "out", "mid", "gate_up"}
+    if "attn" in parts:
+        layer = replace(layer, attention=None)
+    if "recurrent" in parts:
+        layer = replace(layer, recurrent=None)
     each = bytes_per_token(layer, spec.dim, shape.itemsize)
     return {name: 0 if name in gone else shape.tokens * n for name, n in each.items()}
 

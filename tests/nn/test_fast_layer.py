@@ -27,12 +27,15 @@ from purelm.nn.halves import runs_again
 from purelm.nn.residuals import KEEP, OFFLOAD, RECOMPUTE, Policy, bytes_per_token
 from purelm.nn.spec import (
     AttentionSpec,
+    DeltaNetSpec,
     LatentSpec,
     LayerSpec,
+    Mamba2Spec,
     MLPSpec,
     ModelSpec,
     MoESpec,
     NormSpec,
+    RecurrentSpec,
     RopeSpec,
     ShortConvSpec,
 )
@@ -244,14 +247,23 @@ def test_a_path_for_everything() -> None:
         assert (got - want_grad).norm() <= 1e-5 * want_grad.norm()
 
 
+def with_magnitudes(adapters: Any) -> Any:
+    """LoRA as DoRA."""
+    g = torch.Generator().manual_seed(8)
+    return tree.map(
+        lambda leaf: replace(leaf, magnitude=torch.rand(len(leaf.b), generator=g).requires_grad_()),
+        adapters,
+    )
+
+
 MIXTURE = MoESpec(6, 2, MLPSpec(32), shared=MLPSpec(8), shared_gate=True)
 PARTS: dict[str, dict[str, Any]] = {
     "mlp": {"mlp": MIXTURE, "post_norm": True},
     "mlp-parallel": {"mlp": MIXTURE, "parallel": True},
-    "recurrent": {"recurrent": ShortConvSpec(32, 3)},
-    "recurrent-alone": {"recurrent": ShortConvSpec(32, 3), "attention": None},
     "attn-mask": {},
+    "attn-mask-beside": {"recurrent": ShortConvSpec(32, 3)},
     "attn-mlp-dora": {},
+    "attn-mlp-recurrent-dora": {"recurrent": ShortConvSpec(32, 3)},
 }
 
 
@@ -267,13 +279,7 @@ def test_parts_that_run_again(name: str) -> None:
         mask[0, 4:9] = 0
         more["layout"] = layout.from_mask(mask)
     if "dora" in name:
-        g = torch.Generator().manual_seed(8)
-        adapters = tree.map(
-            lambda leaf: replace(
-                leaf, magnitude=torch.rand(len(leaf.b), generator=g).requires_grad_()
-            ),
-            adapters,
-        )
+        adapters = with_magnitudes(adapters)
     waits = "dropout" if name.startswith("mlp") else None
     found = runs_again(spec.layers[0], adapters["layers"][0], masked="mask" in name, waits=waits)
     assert sorted(found) == [part for part in ("attn", "mlp", "recurrent") if part in name]
@@ -286,6 +292,52 @@ def test_parts_that_run_again(name: str) -> None:
     for policy in (RECOMPUTE, OFFLOAD, POLICIES[-1]):
         value, grads = run(built, policy, 5, **more)
         assert torch.equal(value, want)
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
+
+
+RECURRENT: dict[str, RecurrentSpec] = {
+    "conv": ShortConvSpec(32, 3, bias=True),
+    "mamba2": Mamba2Spec(
+        *(4, 8, 2, 5, 3),
+        norm=NormSpec(1e-5),
+        in_bias=True,
+        in_scale=1.3,
+        scales=(0.9, 1.2, 0.7, 1.4, 0.6),
+        out_scale=0.5,
+    ),
+    "delta": DeltaNetSpec(2, 4, 6, 5, 3, NormSpec(1e-5)),
+    "delta by head": DeltaNetSpec(2, 4, 6, 5, 3, NormSpec(1e-5), by_key_head=True),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_mixers(name: str, beside: bool) -> None:
+    """By hand around their scans: the gradients of plain autograd, packed and with dropout or with
+    DoRA, equal to the bit under every policy.
+    """
+    how: dict[str, Any] = {"recurrent": RECURRENT[name]}
+    more: dict[str, Any] = {}
+    if not beside:  # attention would need a mask
+        how["attention"] = None
+        places = torch.cat([torch.arange(6), torch.arange(11)]).expand(2, -1)
+        more["layout"] = layout.from_positions(places)
+    dropout = 0.0 if beside else 0.3
+    # In fp64: what a delta net normalises may be next to nothing.
+    kind = False, False, dropout, "silu"
+    spec, base, adapters = build(kind, torch.float64, nf4=False, **how)
+    if beside:
+        adapters = with_magnitudes(adapters)
+    assert runs_again(spec.layers[0], adapters["layers"][0]) == {}
+    built = spec, base, adapters
+    want, want_grads = run(built, None, 5, **more)
+    kept, kept_grads = run(built, KEEP, 5, **more)
+    torch.testing.assert_close(kept, want)
+    for got, grad in zip(kept_grads, want_grads, strict=True):
+        assert (got - grad).norm() <= 1e-5 * grad.norm()
+    for policy in (RECOMPUTE, OFFLOAD, POLICIES[-1]):
+        value, grads = run(built, policy, 5, **more)
+        assert torch.equal(value, kept)
         assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
 
 
