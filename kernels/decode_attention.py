@@ -40,7 +40,8 @@ def config_for(groups: int, dim: int, dtype: torch.dtype) -> Config:
     block, stages = 64 if dim <= 128 else 32, 2
     if dtype == torch.float32:  # more spills, at 256 features and over a cache in fp8
         block, stages = block // 2, 1
-    return Config(max(16, power_of_two(groups)), block, 4, stages)
+    warps = 8 if dim > 256 else 4  # in which 512 features would spill
+    return Config(max(16, power_of_two(groups)), block, warps, stages)
 
 
 def decode_attention(
