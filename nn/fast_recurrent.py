@@ -8,7 +8,8 @@ import torch
 from ..kernels.fp8 import Rows
 from . import recurrent, tree
 from .half import Residuals
-from .linear import products, scaled
+from .linear import scaled
+from .products import products
 from .pulling import Found, Lows, Puller, picked
 from .residuals import Policy
 from .spec import RecurrentSpec
