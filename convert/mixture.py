@@ -109,15 +109,18 @@ def with_sigmoid_experts(
     fields: Fields,
     spec: ModelSpec,
     *,
-    experts: int,
+    experts: int | None,
     width: int,
     scale: float,
-    dense: int,
+    dense: int | frozenset[int],
     groups: int = 1,
     best: int = 1,
+    active: int | None = 8,
+    normalise: bool = True,
 ) -> ModelSpec:
     """The spec with DeepSeek-V3's mixtures behind the first layers: routed by sigmoids and groups,
-    with shared experts as one MLP. The keywords are the family's own defaults.
+    with shared experts as one MLP. The keywords are the family's own defaults; where `dense` is no
+    number, they are the layers without experts, which no field tells.
     """
     each = mlp_spec(fields, "moe_intermediate_size", width)
     moe = moe_spec(
@@ -125,15 +128,25 @@ def with_sigmoid_experts(
         each,
         count="n_routed_experts",
         experts=experts,
-        active=8,
+        active=active,
         router="sigmoid",
-        normalise=fields.flag("norm_topk_prob", True),
+        wide_router=True,
+        choice_bias=True,
+        normalise=fields.flag("norm_topk_prob", normalise),
+        normalise_eps=1e-20,
         scale=fields.number("routed_scaling_factor", scale),
         shared=replace(each, dim=each.dim * fields.integer("n_shared_experts", 1)),
-        **grouped(fields, fields.integer("n_routed_experts", experts), groups=groups, best=best),
+        **grouped(
+            fields,
+            fields.integer("n_routed_experts", experts),
+            groups=groups,
+            best=best,
+            active=active or 8,
+        ),
     )
-    first = fields.integer("first_k_dense_replace", dense, low=0)
-    return with_experts(spec, moe, frozenset(range(first)))
+    if isinstance(dense, int):
+        dense = frozenset(range(fields.integer("first_k_dense_replace", dense, low=0)))
+    return with_experts(spec, moe, dense)
 
 
 def with_experts(spec: ModelSpec, moe: MoESpec, dense: frozenset[int] = frozenset()) -> ModelSpec:

@@ -194,7 +194,7 @@ def _moe(moe: MoESpec, e: int) -> dict[str, Any]:
     router = {"weight": ParamSpec((moe.experts, e), "xe")}
     if moe.router_bias:
         router["bias"] = ParamSpec((moe.experts,), "x", init="zeros")
-    if moe.router == "sigmoid":
+    if moe.choice_bias:
         router["bias"] = ParamSpec((moe.experts,), "x", init="zeros", wide=True)
     if moe.router_norm is not None:
         router["scale"] = ParamSpec((e,), "e", init="ones")

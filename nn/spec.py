@@ -291,19 +291,19 @@ class MLPSpec:
 class MoESpec:
     """A mixture: of `experts` MLPs each token passes `active`, chosen and weighed by a router.
 
-    The router's logits are x W^T [x], plus a bias where `router_bias`, in x's dtype (in fp32 for
-    "sigmoid"), all that follows is fp32. By `router`,
-    "softmax": the largest of softmax(logits) are taken, and are the weights; "top_softmax": the
-    largest logits are taken, the weights are their softmax; "top_sigmoid": are their sigmoids;
-    "sigmoid": the weights are sigmoids,
-    taken are the largest of sigmoid + bias (a trained [x]) within the `active_groups` best of
-    `groups` equal groups, of which each counts with the sum of its two largest; "sparse_mixer": the
+    The router's logits are x W^T [x], plus a bias where `router_bias`, in x's dtype (in fp32 where
+    `wide_router`), all that follows is fp32. By `router`,
+    "softmax": the largest of softmax(logits) are taken, and are the weights; "sigmoid": of their
+    sigmoids. With `choice_bias` those are taken whose weight plus a bias (a trained [x]) is
+    largest; with `groups` those within the `active_groups` best of these equal groups, of which
+    each counts with the sum of its `group_best` largest. "top_softmax": the largest logits are
+    taken, the weights are their softmax; "top_sigmoid": are their sigmoids; "sparse_mixer": the
     largest logits are taken one after the other, and the weight of each is its share of the softmax
     over those not taken before it and within `tolerance` of it (SparseMixer, arXiv 2409.12136,
-    without the noise of its training). `normalise`: the
-    weights are divided by their sum; then they are multiplied with `scale`. `shared` is an MLP that
-    every token passes, times sigmoid(x w^T) where `shared_gate`. `weigh_inputs`: weights multiply
-    what goes into the experts, not what comes out.
+    without the noise of its training). `normalise`: the weights are divided by their sum plus
+    `normalise_eps`; then they are multiplied with `scale`. `shared` is an MLP that every token
+    passes, times sigmoid(x w^T) where `shared_gate`. `weigh_inputs`: weights multiply what goes
+    into the experts, not what comes out.
 
     `norms`: the input is not normalised yet; experts and `shared` each have a norm of their own for
     it, and one for what they make. `router_norm`, without a weight: the router reads the input
@@ -316,10 +316,14 @@ class MoESpec:
     expert: MLPSpec
     router: Router = "softmax"
     router_bias: bool = False
+    wide_router: bool = False
+    choice_bias: bool = False
     normalise: bool = True
+    normalise_eps: float = 0.0
     scale: float = 1.0
     groups: int = 1
     active_groups: int = 1
+    group_best: int = 2
     tolerance: float = 0.0
     weigh_inputs: bool = False
     shared: MLPSpec | None = None

@@ -71,6 +71,7 @@ NOT_THROWN = {
     "layers_block_type": _OLD,
     "granitemoehybrid.output_router_logits": _TRAINING,
     "granitemoehybrid.mlp_bias": _UNREAD,
+    "granitemoeshared.mlp_bias": _UNREAD,
     "gpt_oss.experts_per_token": _OLD,
     "gpt_oss.initial_context_length": _UNREAD,
     "lfm2.block_ff_dim": _OLD,

@@ -19,6 +19,14 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 EXPERTS = {"num_experts": 6, "moe_intermediate_size": 64}
 DELTA_NET = {
     "pad_token_id": None,
@@ -98,7 +106,6 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3",
         {
-            "num_key_value_heads": 4,
             "n_routed_experts": 8,
             "moe_intermediate_size": 64,
             "num_experts_per_tok": 3,
@@ -106,11 +113,58 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 2,
             "first_k_dense_replace": 1,
             "hidden_size": 64,
-            "q_lora_rank": 64,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 12,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 16,
+            **LATENT,
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 64,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "hidden_size": 64,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **LATENT,
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 64,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "hidden_size": 64,
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "num_experts_per_tok": 3,
+            "hidden_size": 64,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": MIXED,
+        },
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {"num_local_experts": 5, "attention_multiplier": 0.2, "shared_intermediate_size": 64},
+    ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            "pad_token_id": None,
+            "num_experts": 6,
+            "moe_intermediate_size": 64,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
         },
     ),
     "llama4_text": (
@@ -205,11 +259,15 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 _FROM_ONE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Families whose scores are not scaled by the root of their width.
 _UNSCALED = ("gemma4_text",)
+# Biases of routers.
+_CHOICES = ("correction_bias", "expert_bias")
 # Other numbers around 1.
 _FACTORS = ("mamba.D", "layer_scalar", "router.scale", "per_expert_scale")
 # Families that call a size otherwise, or (None) compute it.
 _SIZES: dict[str, dict[str, str | None]] = {
     "deepseek_v3": {"head_dim": None},
+    "deepseek_v2": {"head_dim": None},
+    "glm4_moe_lite": {"head_dim": None},
     "gpt2": {
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
@@ -243,7 +301,7 @@ def spread(model: Any, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     family = model.config.get_text_config().model_type
     with torch.no_grad():
-        biases = (b for b in model.named_buffers() if b[0].endswith("correction_bias"))
+        biases = (b for b in model.named_buffers() if b[0].endswith(_CHOICES))
         for name, p in (*model.named_parameters(), *biases, *trained_buffers(model)):
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:

@@ -25,23 +25,32 @@ NAMES = names(
 )
 
 
-def spec(fields: Fields) -> ModelSpec:
-    """Matches transformers' `DeepseekV3ForCausalLM`."""
+def latent_spec(
+    fields: Fields,
+    *,
+    positions: int = 4096,
+    plain: int = 128,
+    value: int = 128,
+    q_rank: int = 1536,
+    eps: float = 1e-6,
+) -> ModelSpec:
+    """A decoder with latent attention; the keywords are the family's own defaults."""
     turned = fields.integer("qk_rope_head_dim", 64)
-    width = fields.integer("qk_nope_head_dim", 128) + turned
+    width = fields.integer("qk_nope_head_dim", plain) + turned
     # What transformers computes, and writes too.
     fields.put("head_dim", turned)
     fields.put("qk_head_dim", width)
     fields.take("qk_head_dim")
     heads = fields.integer("num_attention_heads")
     fields.expect("num_key_value_heads", heads)
-    positions = fields.integer("max_position_embeddings", 4096)
     interleaved = fields.flag("rope_interleave", True)
-    rope = rope_spec(fields, turned, positions, 10000.0, interleaved=interleaved)
+    context = fields.integer("max_position_embeddings", positions)
+    rope = rope_spec(fields, turned, context, 10000.0, interleaved=interleaved)
     bias = fields.flag("attention_bias", False)
     made = dense_spec(
         fields,
-        max_positions=4096,
+        max_positions=positions,
+        norm=NormSpec(fields.number("rms_norm_eps", eps)),
         qkv_bias=bias,
         out_bias=bias,
         scale=tempered_scale(rope, width),
@@ -49,11 +58,16 @@ def spec(fields: Fields) -> ModelSpec:
     )
     latent = LatentSpec(
         kv_rank=fields.integer("kv_lora_rank", 512),
-        q_rank=fields.integer_or_null("q_lora_rank", 1536),
-        value_dim=fields.integer("v_head_dim", 128),
+        q_rank=fields.integer_or_null("q_lora_rank", q_rank),
+        value_dim=fields.integer("v_head_dim", value),
         norm=NormSpec(1e-6),
     )
-    made = with_attention(made, latent=latent, head_dim=width)
+    return with_attention(made, latent=latent, head_dim=width)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    """Matches transformers' `DeepseekV3ForCausalLM`."""
+    made = latent_spec(fields)
     # Of published configs: the only way of choosing experts, and losses that no model code adds.
     fields.expect("topk_method", "noaux_tc")
     fields.expect("scoring_func", "sigmoid")

@@ -19,14 +19,19 @@ def _fused(path: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+# Of the MLP beside experts.
+SHARED_NAMES = {
+    f"layers.*.mlp.shared.{ours}": f"{_SHARED}.{theirs}" for ours, theirs in _PARTS.items()
+}
+SHARED_FUSED = _fused("layers.*.mlp.shared")
 NAMES = names(
     dict(granitemoe.NAMES.table),
     mamba2_names("mamba"),
     # Beside experts the MLP is their shared one, without experts it is the layer's own.
     {f"layers.*.mlp.{ours}": f"{_SHARED}.{theirs}" for ours, theirs in _PARTS.items()},
-    {f"layers.*.mlp.shared.{ours}": f"{_SHARED}.{theirs}" for ours, theirs in _PARTS.items()},
+    SHARED_NAMES,
     fused=dict(granitemoe.NAMES.fused) | _fused("layers.*.mlp"),
-    or_fused=_fused("layers.*.mlp.shared"),
+    or_fused=SHARED_FUSED,
     aliases=dict(granitemoe.NAMES.aliases),
 )
 _MAMBA = ("mamba", "linear_attention")

@@ -99,7 +99,7 @@ def contradictions(family: str) -> Iterator[tuple[str, dict[str, Any], tuple[str
         yield f"{name} zero", {name: 0}, (name,)
     if kv := KV_HEADS.get(family, "num_key_value_heads"):
         yield "kv heads do not divide", {kv: 3, **BESIDE.get(family, {})}, ("key_value_heads",)
-    if "head_dim" not in base:
+    if "head_dim" not in base and "kv_lora_rank" not in base:
         yield "heads do not divide the width", {width: base[width] + 1}, (width, heads)
     if "layer_types" in known:
         yield "too few layer types", {"layer_types": ["x"] * (depth - 1)}, ("layer_types",)

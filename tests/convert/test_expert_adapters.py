@@ -54,6 +54,8 @@ SINGLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {}, {"target_modules": ["o_proj", *PARTS]}),
     "glm4_moe": ("glm4_moe", {}, {"target_modules": "all-linear"}),
     "deepseek_v3": ("deepseek_v3", {}, {"target_modules": "all-linear"}),
+    "deepseek_v2": ("deepseek_v2", {}, {"target_modules": "all-linear"}),
+    "lfm2_moe": ("lfm2_moe", {}, {"target_modules": ["w1", "w2", "w3"]}),
     "llama4_text": ("llama4_text", {}, {"target_modules": ["v_proj", *PARTS]}),
     "phimoe": ("phimoe", {}, {"target_modules": ["w1", "w2", "w3"]}),
     "granitemoehybrid": (

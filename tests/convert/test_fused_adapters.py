@@ -29,6 +29,8 @@ from purelm.nn.lora import LoRA
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated",
+    # Ranks of experts' parameters, which peft finds where they are.
+    "ignore:The following rank_pattern keys did not match",
     "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
 MHA = {"hidden_size": 64, "num_attention_heads": 4, "num_kv_heads": 4}
@@ -56,6 +58,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], list[str]]] = {
         "granitemoehybrid",
         {"num_local_experts": 0},
         ["gate_proj", "output_linear"],
+        ["input_linear", "output_linear"],
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {},
+        ["shared_mlp.gate_proj", "output_linear"],
         ["input_linear", "output_linear"],
     ),
 }
@@ -152,7 +160,8 @@ def test_peft_loads_ours(case: str, variant: str, tmp_path: Path) -> None:
     bridged.spread_trained(model)
     model.save_pretrained(tmp_path / "adapter")
     modules = {
-        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        # A module of experts has one parameter adapted within what adapts the other.
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0].removesuffix(".base_layer")
         for name in peft_tensors(tmp_path / "adapter")
     }
     assert modules <= {name for name, _ in base.named_modules()}

@@ -23,7 +23,9 @@ F64 = torch.float64  # in which both ways agree closely
 SPECS = [
     MoESpec(X, 2, MLPSpec(24), normalise=False),
     MoESpec(X, 3, MLPSpec(24, "gelu", gated=False), router="top_softmax"),
-    MoESpec(X, 2, MLPSpec(24), router="sigmoid", groups=3, active_groups=2, scale=2.5),
+    MoESpec(
+        X, 2, MLPSpec(24), router="sigmoid", choice_bias=True, groups=3, active_groups=2, scale=2.5
+    ),
     MoESpec(X, 1, MLPSpec(24), shared=MLPSpec(8), shared_gate=True),
 ]
 specs = pytest.mark.parametrize("spec", SPECS, ids=["softmax", "top", "groups", "shared"])

@@ -413,7 +413,9 @@ def test_dora(name: str, nf4: bool) -> None:
 
 MIXTURES: dict[str, MoESpec] = {
     "softmax": MoESpec(6, 2, MLPSpec(32)),
-    "shared": MoESpec(6, 2, MLPSpec(32, "gelu"), "sigmoid", shared=MLPSpec(8), scale=2.5),
+    "shared": MoESpec(
+        6, 2, MLPSpec(32, "gelu"), "sigmoid", choice_bias=True, shared=MLPSpec(8), scale=2.5
+    ),
     "shared-gate": replace(MIXTURE, normalise=False),
     "inputs": MoESpec(6, 1, MLPSpec(32), "top_sigmoid", weigh_inputs=True, shared=MLPSpec(8)),
     "no-gate": MoESpec(6, 3, MLPSpec(32, "relu2", bias=True, gated=False), "top_softmax"),
