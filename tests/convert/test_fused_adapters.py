@@ -30,7 +30,7 @@ from purelm.nn.lora import LoRA
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated",
     # Ranks of experts' parameters, which peft finds where they are.
-    "ignore:The following rank_pattern keys did not match",
+    "ignore:The following (rank|alpha)_pattern keys did not match",
     "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
 MHA = {"hidden_size": 64, "num_attention_heads": 4, "num_kv_heads": 4}
