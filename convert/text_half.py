@@ -17,8 +17,8 @@ from .shards import Checkpoint
 
 _WRAPPERS = frozenset(
     """
-    gemma3 gemma4 llama4 llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe
-    qwen3_5 qwen3_5_moe
+    gemma3 gemma4 internvl lfm2_vl llama4 llava llava_next mistral3 qwen2_vl qwen2_5_vl
+    qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe
     """.split()
 )
 # Text halves that are called otherwise when they stand alone; and of configs without one of
@@ -54,6 +54,8 @@ DEFAULTS = {
     "qwen3_vl_text": (151936, 4096, 22016, 32, 32, 32),
     "qwen3_vl_moe_text": (151936, 2048, 5632, 24, 16, 16),
 }
+# What the text half of a whole model always does, and no field of its config says.
+_ALWAYS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 # Where text tensors stand -> where they stand alone.
 _PREFIXES = {
     "model.language_model.": "model.",
@@ -161,6 +163,12 @@ def text_half(config: Config, file: object = None) -> TextHalf | None:
     for name, size in zip(SIZES, DEFAULTS.get(own_type, ()), strict=False):
         if size is not None:
             fields.setdefault(name, size)
+    for name, value in _ALWAYS.get(own_type, {}).items():
+        if fields.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{name} is {fields[name]!r:.60}, and a {kind} model computes as with {value}",
+                file=file,
+            )
     fields.update(model_type=model_type, architectures=[FAMILIES[model_type].hf_class])
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(fields.get(name), dict):

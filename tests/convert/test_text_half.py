@@ -60,6 +60,25 @@ WHOLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
     ),
     "Mistral3": ("Mistral3Config", {**TEXT, "model_type": "mistral"}, VISION),
+    "Qwen2VL": ("Qwen2VLConfig", {**TEXT, "rope_parameters": MROPE}, {**QWEN, "embed_dim": 32}),
+    "Qwen3VLMoe": (
+        "Qwen3VLMoeConfig",
+        {
+            **{**TEXT, **tiny.EXPERTS, "num_experts_per_tok": 2, "head_dim": 12},
+            "rope_parameters": {**MROPE, "mrope_interleaved": True},
+        },
+        {**QWEN, "out_hidden_size": 48, "deepstack_visual_indexes": [0]},
+    ),
+    "LlavaNext": ("LlavaNextConfig", {**TEXT, "model_type": "mistral"}, VISION),
+    "InternVL": ("InternVLConfig", {**TEXT, "model_type": "qwen2"}, VISION),
+    "Lfm2Vl": (
+        "Lfm2VlConfig",
+        {
+            **{**TEXT, "model_type": "lfm2", "intermediate_size": 96, "block_multiple_of": 64},
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+        {**VISION, "num_patches": 16},
+    ),
     "Llava": ("LlavaConfig", {**TEXT, "model_type": "llama"}, VISION),
     "Qwen2_5_VL": (
         "Qwen2_5_VLConfig",
@@ -172,6 +191,10 @@ def test_a_text_half_trains_and_is_saved_as_a_text_model(tmp_path: Path) -> None
         ({"model_type": "mllama"}, "mllama.*known are gemma3"),
         ({"text_config": [1]}, "text_config is"),
         ({"text_config": {"model_type": "t5"}}, "text half.*'t5'"),
+        (
+            {"text_config": {"model_type": "qwen3_vl_moe_text", "norm_topk_prob": False}},
+            "norm_topk_prob is False",
+        ),
     ],
 )
 def test_wholes_that_are_not_known(changed: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -94,8 +94,7 @@ FARTHER: dict[str, dict[str, float]] = {
     "falcon_h1-mamba_rms_norm-rms_norm_eps-mamba_norm_before_gate-mlp_bias": {
         "recurrent.dt_bias": 1.8e-5,  # 1.5e-5
         "recurrent.D": 2.8e-5,  # 2.3e-5
-        "recurrent.in.weight": 1.4e-5,  # 1.1e-5
-        "recurrent.conv.weight": 1.3e-5,  # 1.02e-5
+        "": 1.8e-5,  # 1.4e-5, in what lies before a gated norm of next to nothing
     },
     "falcon_h1-mamba_proj_bias-projectors_bias-attention_bias": {
         "recurrent.A_log": 2.2e-5,  # 1.8e-5
