@@ -9,15 +9,21 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import ArgumentError, BusyError, InputError
+from ..nn.draft import NGrams
 from ..nn.pages import PAGE
+from ..nn.speculate import check_states
 from .bridge import CausalLM
 from .end_ids import end_ids
+from .engine_guesses import GuessedSteps
 from .engine_prompts import Prompts
 from .engine_request import Event, Request, Running, failed
 from .engine_rows import EngineRows, Launched
 from .engine_stats import Stats
 from .grammar import Grammar
 from .tokenizer import Tokenizer
+
+# Of how many last tokens the engine looks up what followed.
+LONGEST = 3
 
 
 class Engine:
@@ -28,15 +34,17 @@ class Engine:
     are enough for its prompt and all of max_new_tokens (None: as many as the slots can fill).
     cache_dtype: of keys and values; torch.float8_e4m3fn halves them. prefill_chunk: how many tokens
     of prompts are run between two steps of those that run, short ones together, and a long one in
-    pieces, which so never keeps the others waiting for long. graphs: on a GPU replay steps from
-    CUDA graphs. log_stats: while there is work, tell the logger "purelm.engine" every 10 seconds,
+    pieces, which so never keeps the others waiting for long. lookup_tokens: while few rows run,
+    check up to so many tokens a row at once that followed where its last ones stood before (prompt
+    lookup decoding); not of models with recurrent layers. graphs: on a GPU replay steps from CUDA
+    graphs. log_stats: while there is work, tell the logger "purelm.engine" every 10 seconds,
     as INFO, how it goes.
 
     Every request gets the tokens that `generate` gives it alone with the same sampling and seed:
-    its draws come from its own generator. Beginnings that prompts share with earlier ones are not
-    run again. No tokens are guessed ahead: what checking them takes, other rows use. Adapters and
-    trained weights are read from the model at every step, so updates are seen at once. On a GPU a
-    request's tokens come a step late, so that no step waits for the host.
+    its draws come from its own generator, and no guess changes them. Beginnings that prompts share
+    with earlier ones are not run again. Adapters and trained weights are read from the model at
+    every step, so updates are seen at once. On a GPU a request's tokens come a step late where none
+    are guessed, so that no step waits for the host.
 
     `add` and `cancel` may be called from other threads than the one that calls `step`. Raises
     ArgumentError.
@@ -52,6 +60,7 @@ class Engine:
         cache_blocks: int | None = None,
         cache_dtype: torch.dtype | None = None,
         prefill_chunk: int = 1024,
+        lookup_tokens: int = 0,
         graphs: bool = True,
         log_stats: bool = False,
     ) -> None:
@@ -60,6 +69,7 @@ class Engine:
             ("max_queue", max_queue, 0),
             ("cache_blocks", 1 if cache_blocks is None else cache_blocks, 1),
             ("prefill_chunk", prefill_chunk, 1),
+            ("lookup_tokens", lookup_tokens, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"{name} is {value!r}, expected a whole number from {least}")
@@ -78,7 +88,13 @@ class Engine:
         self._prompts = Prompts(self._rows, prefill_chunk)
         self._launched: Launched | None = None
         self._device = model.device
-        self._lags = model.device.type == "cuda"
+        self._guessed = None
+        if lookup_tokens:
+            check_states("the model", model.spec)
+            how = NGrams(lookup_tokens, LONGEST)
+            self._guessed = GuessedSteps(self._rows, how)
+        # What is guessed follows from what was read.
+        self._lags = model.device.type == "cuda" and not lookup_tokens
         self._stats = Stats() if log_stats else None
         self._cancelled: deque[int] = deque()
         self._mail: dict[int, deque[Event]] = {}
@@ -262,7 +278,11 @@ class Engine:
         try:
             begun = None
             if any(r.launched < r.request.max_new_tokens for r in self._rows.rows):
-                begun = self._rows.launch()
+                guessed = None if self._guessed is None else self._guessed.step()
+                if guessed is None:
+                    begun = self._rows.launch()
+                else:
+                    events += guessed
             if last is not None:
                 events += self._rows.read(last)
             if begun is not None and self._lags and not begun.on_host:

@@ -97,7 +97,7 @@ class Running:
 
     blocks: what it holds of the cache, of which the first `known` held its tokens before; content:
     which weights those are of; names: of the blocks of its prompt, once they were asked for.
-    launched: how many tokens were begun.
+    launched: how many tokens were begun. guesser: of tokens to come, once they were guessed.
     """
 
     id: int
@@ -113,6 +113,7 @@ class Running:
     names: list[Name] | None = None
     launched: int = 0
     ended: bool = False
+    guesser: Any = None
     _drawn: list[float] = field(default_factory=list)
 
     @classmethod
@@ -138,9 +139,14 @@ class Running:
 
     def draw(self) -> float:
         """The number that its next token is drawn by."""
-        if not self._drawn:  # the numbers are the same, drawn one by one or at once
-            self._drawn = rules.uniforms(32, self.generator).tolist()[::-1]
+        self.draws(1)
         return self._drawn.pop()
+
+    def draws(self, count: int) -> list[float]:
+        """The numbers that its next tokens will be drawn by."""
+        while len(self._drawn) < count:  # they are the same, drawn one by one or at once
+            self._drawn[:0] = rules.uniforms(32, self.generator).tolist()[::-1]
+        return self._drawn[: -count - 1 : -1]
 
     def on_host(self) -> bool:
         """Whether its next token is chosen by `next_token`, which waits for the logits."""
@@ -215,9 +221,7 @@ def next_token(running: Running, logits: torch.Tensor) -> Event:
         request, device = running.request, logits.device
         scores = running.scores(logits)
         if not bool(scores.amax().isfinite()):
-            raise InputError(
-                "the model's logits for this request are not finite, or its rules leave no token"
-            )
+            raise not_finite()
         if request.sampling.temperature == 0:
             chosen = scores.argmax(-1)
         else:
@@ -255,3 +259,10 @@ def _taken(running: Running, token: int) -> Event:
 def failed(running: Running, problem: Exception) -> Event:
     """The last event of a request that met a problem."""
     return Event(running.id, None, "error", error=problem)
+
+
+def not_finite() -> InputError:
+    """What a request is told whose next token cannot be chosen."""
+    return InputError(
+        "the model's logits for this request are not finite, or its rules leave no token"
+    )

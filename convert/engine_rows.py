@@ -6,7 +6,7 @@ powers of two) and set of sampling rules, and replayed. Where the model waits fo
 (`decode.waits_for`), and on the CPU, it runs as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from ..nn.pages import PAGE, Pages
 from ..nn.prompt_pass import PromptPass
 from ..nn.sample_rows import Controls
 from .bridge import CausalLM
-from .engine_request import Event, Running, failed, next_token
+from .engine_request import Event, Running, failed, next_token, not_finite
 from .live_weights import LiveWeights
 
 # Blocks that there is room for at first, and that tables are as long as at least.
@@ -76,8 +76,8 @@ class EngineRows:
         self._passes = KeptSteps(PASSES)
         self._covered: bool | None = None
         self._shares = all(layer.recurrent is None for layer in model.spec.layers)
-        self._pages: Pages | None = None
-        self._controls: Controls | None = None
+        self.pages: Pages | None = None
+        self.controls: Controls | None = None
         # A step that ran once can be captured: None until then.
         self._replays: dict[object, Callable[[], torch.Tensor] | None] = {}
 
@@ -137,8 +137,8 @@ class EngineRows:
                 )
             return False
         dtype = self.model.params["embed"]["weight"].dtype
-        if self._pages is None:
-            self._pages = pages.empty(
+        if self.pages is None:
+            self.pages = pages.empty(
                 self.model.spec,
                 self.most,
                 wanted,
@@ -146,23 +146,23 @@ class EngineRows:
                 columns=self._columns or dtype,
                 device=self.model.device,
             )
-            self._controls = Controls.empty(self.most, self.model.device)
+            self.controls = Controls.empty(self.most, self.model.device)
         else:
             self._replays.clear()
-            pages.grow(self._pages, wanted)
+            pages.grow(self.pages, wanted)
         self.blocks.grow(wanted)
         return True
 
     def stage(self, group: Sequence[Running]) -> Cache:
         """A cache of their own for prompts, a row each, with what is known of all of them."""
-        assert self._pages is not None
+        assert self.pages is not None
         known = [r.blocks[: r.known] for r in group]
         longest, padded = max(len(r.ids) for r in group), len({len(r.ids) for r in group}) > 1
         # Whole blocks from wherever the prompt of a row begins.
         capacity = -(-longest // PAGE) * PAGE + padded * PAGE
         dtype = self.model.params["embed"]["weight"].dtype
         spec = self.model.spec
-        return pages.staged(spec, self._pages, known, capacity, dtype, padded=padded)
+        return pages.staged(spec, self.pages, known, capacity, dtype, padded=padded)
 
     def passes(self, group: Sequence[Running]) -> bool:
         """Can `run_whole` run the prompts of these requests, which have their blocks?"""
@@ -181,7 +181,7 @@ class EngineRows:
         tokens have run; the logits [b, v] of what follows, which the next run overwrites.
         """
         self.look()
-        assert self._pages is not None
+        assert self.pages is not None
         spec, params, device = self.model.spec, self.weights.params, self.model.device
         count = prompt_pass.rows_of(len(group))
         length = prompt_pass.length_of(spec, max(len(r.ids) for r in group))
@@ -201,7 +201,7 @@ class EngineRows:
         own.tokens.copy_(tokens, non_blocking=True)
         own.last.copy_(last, non_blocking=True)
         logits = own.run(params, spec, self.weights.adapters, graphs=self._graphs)
-        pages.fill(self._pages, own.cache, table.flatten().to(device, non_blocking=True))
+        pages.fill(self.pages, own.cache, table.flatten().to(device, non_blocking=True))
         self._passes.give((count, length), own)
         return logits[: len(group)]
 
@@ -209,18 +209,18 @@ class EngineRows:
         """The request takes a row: row `at` of `cache` has its prompt, or its blocks have it, and
         its first token is chosen.
         """
-        assert self._pages is not None and self._controls is not None
+        assert self.pages is not None and self.controls is not None
         row = len(self.rows)
         ids = torch.tensor(running.ids)
         start, vocab = len(running.request.prompt), self.model.spec.vocab
-        if self._controls.place(row, running.device_sampling(), ids, start, vocab):
+        if self.controls.place(row, running.device_sampling(), ids, start, vocab):
             self._replays.clear()
         # The token that was chosen is one of its ids, and not in the cache.
         length = len(running.ids) - 1
         if cache is not None:
             begin = cache.length - length
-            pages.unstage(self._pages, cache, at, begin, row, running.blocks, running.known)
-        pages.place(self._pages, row, running.blocks, length, running.ids[-1])
+            pages.unstage(self.pages, cache, at, begin, row, running.blocks, running.known)
+        pages.place(self.pages, row, running.blocks, length, running.ids[-1])
         running.launched = 1
         self.rows.append(running)
         self._name(running)
@@ -238,14 +238,14 @@ class EngineRows:
             row = self.rows.index(running)
             last = self.rows.pop()
             if last is not running:
-                assert self._pages is not None and self._controls is not None
+                assert self.pages is not None and self.controls is not None
                 self.rows[row] = last
-                pages.move(self._pages, len(self.rows), row)
-                self._controls.move(len(self.rows), row)
+                pages.move(self.pages, len(self.rows), row)
+                self.controls.move(len(self.rows), row)
             self._name(running)
             self.release(running)
-        if gone and self._pages is not None:
-            pages.vacate(self._pages, len(self.rows))
+        if gone and self.pages is not None:
+            pages.vacate(self.pages, len(self.rows))
 
     def release(self, running: Running) -> None:
         """A request gives up its blocks."""
@@ -260,36 +260,44 @@ class EngineRows:
         self.blocks.forget()
         self._replays.clear()
         self._passes.clear()
-        if self._pages is not None:
-            pages.vacate(self._pages, 0)
+        if self.pages is not None:
+            pages.vacate(self.pages, 0)
         return gone
 
     # The step.
 
+    def rows_of_step(self) -> int:
+        """How many rows a step has, those that nobody stands in included."""
+        return min(self.most, _power_of_two(len(self.rows)))
+
+    def width_of_step(self, more: int = 0) -> int:
+        """How many blocks of each row a step sees, with room for so many more tokens."""
+        assert self.pages is not None
+        longest = max(len(r.request.prompt) + r.launched for r in self.rows) + more
+        widest = self.pages.table.shape[1]
+        return min(widest, max(FIRST, _power_of_two(-(-longest // PAGE))))
+
     def launch(self) -> Launched:
         """Begin one more token of every row."""
-        assert self._pages is not None and self._controls is not None
+        assert self.pages is not None and self.controls is not None
         self.look()
         rows = list(self.rows)
-        count = min(self.most, _power_of_two(len(rows)))
-        longest = max(len(r.request.prompt) + r.launched for r in rows)
-        widest = self._pages.table.shape[1]
-        width = min(widest, max(FIRST, _power_of_two(-(-longest // PAGE))))
+        count, width = self.rows_of_step(), self.width_of_step()
         needs = frozenset[str]().union(*(r.rules() for r in rows))
         host = {r.id for r in rows if r.on_host()}
         if "draw" in needs:
             draws = [r.draw() if "draw" in r.rules() else 0.0 for r in rows]
             # Not blocking: a copy from pageable memory is staged before the call returns.
             uniform = torch.tensor(draws, dtype=torch.float64)
-            self._controls.uniform[: len(rows)].copy_(uniform, non_blocking=True)
+            self.controls.uniform[: len(rows)].copy_(uniform, non_blocking=True)
         logits = self._step(count, width, needs)
         on_host = {}
         for i, running in enumerate(rows):
             running.launched += 1
             if running.id in host:
                 event = on_host[running.id] = next_token(running, logits[i : i + 1])
-                self._pages.token[i] = event.token or 0
-        tokens, ready = self._pages.chosen[: len(rows)], None
+                self.pages.token[i] = event.token or 0
+        tokens, ready = self.pages.chosen[: len(rows)], None
         if tokens.is_cuda:
             copy = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
             copy.copy_(tokens, non_blocking=True)
@@ -308,14 +316,14 @@ class EngineRows:
                 continue
             event = launched.on_host.get(running.id)
             if event is None:
-                event = running.take(token) if token >= 0 else failed(running, _not_finite())
+                event = running.take(token) if token >= 0 else failed(running, not_finite())
             running.ended = event.finish is not None
             events.append(event)
         return events
 
     def _step(self, count: int, width: int, needs: sample_rows.Rules) -> torch.Tensor:
         """Run or replay a step; its logits [count, v], which the next of its kind overwrites."""
-        own, controls = self._pages, self._controls
+        own, controls = self.pages, self.controls
         assert own is not None and controls is not None
         params, adapters, spec = self.weights.params, self.weights.adapters, self.model.spec
 
@@ -329,28 +337,29 @@ class EngineRows:
             own.token[:count] = own.chosen[:count].clamp(min=0)
             return logits
 
-        key = count, width, needs
+        return self.replayed((count, width, needs), step)
+
+    def replayed(self, key: Hashable, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`step()`, from its second time on a replay of what it was then."""
         replay = self._replays.get(key)
         if replay is not None:
             return replay()
         if key in self._replays:
-            replay = capture(step, own.token.device)
+            replay = capture(step, self.model.device)
             if replay is None:
                 self._graphs = False
                 self._replays.clear()
             else:
                 self._replays[key] = replay
                 return replay()
-        elif self._graphs and decode.waits_for(params, spec, adapters) is None:
+        elif self._graphs and self._replayable():
             self._replays[key] = None
         return step()
+
+    def _replayable(self) -> bool:
+        params, adapters = self.weights.params, self.weights.adapters
+        return decode.waits_for(params, self.model.spec, adapters) is None
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _not_finite() -> InputError:
-    return InputError(
-        "the model's logits for this request are not finite, or its rules leave no token"
-    )

@@ -105,16 +105,21 @@ def _check_model(spec: ModelSpec, draft: Draft, longest: int) -> None:
     if isinstance(draft, DraftModel):
         specs.append(("the draft model", draft.spec))
     for name, one in specs:
-        if any(layer.recurrent is not None for layer in one.layers):
-            raise ArgumentError(
-                f"{name} has recurrent layers, whose states cannot go back to before a guess that "
-                "was wrong; generate without speculation"
-            )
+        check_states(name, one)
     most = shared_length(spec)
     if longest > most:
         raise ArgumentError(
             f"{longest} tokens are more than the {most} up to which the model's rope scaling keeps "
             "its frequencies; generate so long an answer without speculation"
+        )
+
+
+def check_states(name: str, spec: ModelSpec) -> None:
+    """Raise ArgumentError for a model that cannot take back what it has seen."""
+    if any(layer.recurrent is not None for layer in spec.layers):
+        raise ArgumentError(
+            f"{name} has recurrent layers, whose states cannot go back to before a guess that "
+            "was wrong; generate without speculation"
         )
 
 

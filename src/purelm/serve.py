@@ -48,7 +48,13 @@ def app(model: CausalLM, tokenizer: Tokenizer, options: Options) -> Starlette:
     except ImportError:
         raise ArgumentError("serving needs an extra: pip install 'purelm[serve]'") from None
 
-    engine = Engine(model, tokenizer, slots=options.slots, max_queue=options.max_queue)
+    engine = Engine(
+        model,
+        tokenizer,
+        slots=options.slots,
+        max_queue=options.max_queue,
+        lookup_tokens=options.lookup_tokens,
+    )
     worker = Worker(engine)
     schemas = Schemas(engine, options.max_queue + 1)
     reading = Reading(options)

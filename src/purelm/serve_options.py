@@ -14,7 +14,7 @@ from .errors import ArgumentError
 class Options:
     """name: what clients call the model. host: only loopback goes without an api_key.
 
-    slots: answers made at once; max_queue: more that may wait. max_tokens: of one answer;
+    slots: answers made at once; max_queue: more that may wait; lookup_tokens: as of the engine. max_tokens: of one answer;
     max_choices: of one request; max_body: bytes of one request, which must come in body_seconds.
     allowed_hosts: names of this server's, beside those of loopback, that clients without a key may
     ask it by. grace: seconds that answers under way get to end in when the server stops.
@@ -26,6 +26,7 @@ class Options:
     api_key: str | None = None
     slots: int = 8
     max_queue: int = 64
+    lookup_tokens: int = 0
     max_tokens: int = 4096
     max_choices: int = 16
     max_body: int = 4 * 1024 * 1024
@@ -58,6 +59,7 @@ def loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+LOOKUP = "guess so many tokens ahead by what followed their like (default: none)"
 ALLOW = "another name of this server's that clients may ask it by without a key; repeatable"
 
 
@@ -75,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one("--allow-host", action="append", default=[], metavar="NAME", help=ALLOW)
     one("--slots", type=int, default=Options.slots, help="answers made at once (default: 8)")
     one("--max-queue", type=int, default=Options.max_queue, help="that wait (default: 64)")
+    one("--lookup-tokens", type=int, default=0, help=LOOKUP)
     one("--max-tokens", type=int, default=Options.max_tokens, help="of an answer (default: 4096)")
 
 
@@ -89,5 +92,6 @@ def from_arguments(args: argparse.Namespace) -> Options:
         allowed_hosts=tuple(name.lower() for name in args.allow_host),
         slots=args.slots,
         max_queue=args.max_queue,
+        lookup_tokens=args.lookup_tokens,
         max_tokens=args.max_tokens,
     )

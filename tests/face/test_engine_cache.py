@@ -1,13 +1,13 @@
 """The engine's cache and steps: prefixes, pieces of prompts, lagging reads, replays, weights."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import embedded_model
 import pytest
 import torch
-from hybrids import MIXERS, small
+from engines import WARM, alone, ready, recorded, stand_in, text
+from hybrids import MIXERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,58 +15,7 @@ from purelm import Engine, FastLanguageModel, Request, Sampling
 from purelm.convert import engine_rows
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import decoder, prompt_pass, tree
-from purelm.nn.generate import generate
 from purelm.nn.pages import PAGE
-
-WARM = Sampling(temperature=0.9, top_k=40, min_p=0.01)
-
-
-def text(seed: int, length: int, vocab: int = 50) -> tuple[int, ...]:
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(1, vocab, (length,), generator=g).tolist())
-
-
-def stand_in(kind: str = "full") -> Any:
-    """What the engine asks of a model, over a small one in fp64."""
-    spec, params = small(kind)
-    return SimpleNamespace(
-        spec=spec,
-        params=params,
-        adapters={},
-        device=torch.device("cpu"),
-        tokenizer=None,
-        config={},
-        generation_config={},
-        qat_scheme=None,
-        own_trees=lambda: (params,),
-        derives=lambda: False,
-        computed_params=lambda: params,
-    )
-
-
-def alone(model: Any, request: Request) -> list[int]:
-    seed = request.seed
-    out = generate(
-        model.params,
-        model.spec,
-        torch.tensor([request.prompt]),
-        max_new_tokens=request.max_new_tokens,
-        sampling=request.sampling,
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
-        eos_ids=request.eos_ids or (),
-    )
-    return [int(t) for t in out[0, len(request.prompt) :]]
-
-
-def ready(engine: Engine, *, lags: bool = False, replays: bool = False) -> Engine:
-    """The engine as on a GPU, as far as a CPU can be one."""
-    engine._lags, engine._rows._graphs, engine._rows._pads = lags, replays, replays
-    return engine
-
-
-def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """In the place of a capture: what is replayed is the step as it was then."""
-    return step
 
 
 @settings(max_examples=16, deadline=None)
@@ -76,6 +25,7 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     piece=st.integers(1, 40) | st.integers(60, 200),
     lags=st.booleans(),
     replays=st.booleans(),
+    lookup=st.sampled_from([0, 1, 5]),
     blocks=st.sampled_from([None, 5, 8]),
     shapes=st.lists(
         st.tuples(st.integers(0, 2), st.integers(1, 3 * PAGE), st.integers(1, 9), st.booleans()),
@@ -89,20 +39,24 @@ def test_equals_generate_whatever_is_beside(
     piece: int,
     lags: bool,
     replays: bool,
+    lookup: int,
     blocks: int | None,
     shapes: list[tuple[int, int, int, bool]],
 ) -> None:
     """Of few texts, so that prefixes are shared; in little memory, so that requests wait."""
     model = stand_in(kind)
+    lookup = lookup if MIXERS[kind][1] is None else 0
     requests = [
         Request(text(seed, n), new, sampling=WARM if warm else Sampling(), seed=i, eos_ids=(7,))
         for i, (seed, n, new, warm) in enumerate(shapes)
     ]
-    engine = Engine(model, slots=slots, prefill_chunk=piece, cache_blocks=blocks)
+    engine = Engine(
+        model, slots=slots, prefill_chunk=piece, cache_blocks=blocks, lookup_tokens=lookup
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module in (engine_rows, prompt_pass):
             patch.setattr(module, "capture", recorded)
-        got = ready(engine, lags=lags, replays=replays).run(requests)
+        got = ready(engine, lags=lags and not lookup, replays=replays).run(requests)
     assert got == [alone(model, r) for r in requests]
     assert engine.held_blocks == 0 and not engine.busy
 
@@ -220,7 +174,7 @@ def test_a_row_that_was_left_writes_to_nobodys_block() -> None:
         engine.add(request)
     for _ in range(5):
         engine.step()
-    pages = engine._rows._pages
+    pages = engine._rows.pages
     assert pages is not None and pages.end.tolist() == [10, 10, 10, 0, 0, 0, 0]
 
 

@@ -195,9 +195,12 @@ def test_the_command_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PURELM_API_KEY", KEY)
     served: list[Any] = []
     monkeypatch.setattr(serve, "run", lambda *arguments: served.append(arguments))
-    assert cli.main(["serve", "purelm/tiny", "--device", "cpu", "--slots", "3"]) == 0
+    more = ["--allow-host", "Lab", "--allow-host", "b", "--lookup-tokens", "4"]
+    assert cli.main(["serve", "purelm/tiny", "--device", "cpu", "--slots", "3", *more]) == 0
     ((model, tokenizer, options),) = served
     assert (options.name, options.api_key, options.slots) == ("purelm/tiny", KEY, 3)
+    assert options.allowed_hosts == ("lab", "b") and options.lookup_tokens == 4
+    assert serve.app(model, tokenizer, options).state.worker.engine._guessed is not None
     assert model.spec.vocab >= len(tokenizer)
 
 
