@@ -14,8 +14,9 @@ from .errors import ArgumentError
 class Options:
     """name: what clients call the model. host: only loopback goes without an api_key.
 
-    slots: answers made at once; max_queue: more that may wait; lookup_tokens: as of the engine. max_tokens: of one answer;
-    max_choices: of one request; max_body: bytes of one request, which must come in body_seconds.
+    slots: answers made at once; max_queue: more that may wait; lookup_tokens: as of the engine.
+    max_tokens: of one answer; max_choices: of one request; max_body: bytes of one request, which
+    must come in body_seconds.
     allowed_hosts: names of this server's, beside those of loopback, that clients without a key may
     ask it by. grace: seconds that answers under way get to end in when the server stops.
     """
