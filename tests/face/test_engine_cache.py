@@ -334,8 +334,9 @@ def test_another_adapter_or_none_is_seen_at_once(model: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lookup", [0, 4])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_replayed_steps_on_a_gpu_give_what_eager_ones_give(narrow: bool) -> None:
+def test_replayed_steps_on_a_gpu_give_what_eager_ones_give(narrow: bool, lookup: int) -> None:
     """To the bit, with reads that lag, rows that come and go, and every rule of the device."""
     made, _ = FastLanguageModel.from_pretrained(
         "purelm/tiny", max_seq_length=None, dtype="bfloat16", device_map="cuda"
@@ -346,6 +347,7 @@ def test_replayed_steps_on_a_gpu_give_what_eager_ones_give(narrow: bool) -> None
         for i in range(9)
     ]
     how: dict[str, Any] = {"cache_dtype": torch.float8_e4m3fn if narrow else None, "slots": 4}
+    how["lookup_tokens"] = lookup
     replaying = Engine(made, **how)
     got = replaying.run(requests)
     assert any(replaying._rows._replays.values())
