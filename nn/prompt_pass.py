@@ -190,4 +190,8 @@ def _columns(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    """Bytes of the device that tensors, or graphs, hold."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
