@@ -34,11 +34,11 @@ class Engine:
     are enough for its prompt and all of max_new_tokens (None: as many as the slots can fill).
     cache_dtype: of keys and values; torch.float8_e4m3fn halves them. prefill_chunk: how many tokens
     of prompts are run between two steps of those that run, short ones together, and a long one in
-    pieces, which so never keeps the others waiting for long. lookup_tokens: while few rows run,
-    check up to so many tokens a row at once that followed where its last ones stood before (prompt
-    lookup decoding); not of models with recurrent layers. graphs: on a GPU replay steps from CUDA
-    graphs. log_stats: while there is work, tell the logger "purelm.engine" every 10 seconds,
-    as INFO, how it goes.
+    pieces, which so never keeps the others waiting for long; where none runs, a GPU takes more.
+    lookup_tokens: while few rows run, check up to so many tokens a row at once that followed where
+    its last ones stood before (prompt lookup decoding); not of models with recurrent layers. graphs:
+    on a GPU replay steps from CUDA graphs. log_stats: while there is work, tell the logger
+    "purelm.engine" every 10 seconds, as INFO, how it goes.
 
     Every request gets the tokens that `generate` gives it alone with the same sampling and seed:
     its draws come from its own generator, and no guess changes them. Beginnings that prompts share

@@ -12,8 +12,12 @@ from ..nn import decode, decoder
 from ..nn.cache import Cache
 from ..nn.pages import PAGE
 from ..nn.prompt import layout_of
+from ..nn.prompt_pass import MOST
 from .engine_request import Event, Running, failed, next_token, next_tokens
 from .engine_rows import EngineRows
+
+# So many tokens take a GPU no longer than a few: up to there padding costs nothing.
+FREE = 512
 
 
 class Prompts:
@@ -48,6 +52,8 @@ class Prompts:
         """Run what is next of the prompts of those that find a slot."""
         events: list[Event] = []
         left = self.piece
+        if self.rows.pads and not self.rows.rows:
+            left = max(left, MOST)  # there is nobody whom a longer pass keeps waiting
         while left > 0:
             if self.under_way is None:
                 group = self._next_prompts(left, events)
@@ -56,10 +62,10 @@ class Prompts:
                 if len(group) > 1 or (group and self._whole(group[0], left)):
                     left -= self._begin_together(group, events)
                 elif group:
-                    left -= self._begin(group[0], left, events)
+                    left -= self._begin(group[0], min(left, self.piece), events)
                 continue
             (running, cache), self.under_way = self.under_way, None
-            left -= self._go_on(running, cache, left, events)
+            left -= self._go_on(running, cache, min(left, self.piece), events)
         return events
 
     def _begin_together(self, group: Sequence[Running], events: list[Event]) -> int:
@@ -171,7 +177,9 @@ class Prompts:
         if first and size != len(group[0].ids):
             return False
         longest = max(size, *(len(r.ids) for r in group)) - first * PAGE
-        if (len(group) + 1) * longest > budget:
+        padded = (len(group) + 1) * longest
+        real = size + sum(len(r.ids) for r in group) - (len(group) + 1) * first * PAGE
+        if padded > budget or padded > max(FREE, 2 * real):
             return False
         others = {name for r in group for name in self.rows.names_of(r)[first : first + 1]}
         return not others.intersection(mine[first : first + 1])

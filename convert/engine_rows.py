@@ -72,7 +72,7 @@ class EngineRows:
         self._columns = columns
         self._graphs = graphs and replayable(model.device)
         # Padded alike with graphs and without, so that both give the same to the bit.
-        self._pads = replayable(model.device)
+        self.pads = replayable(model.device)
         self._passes = KeptSteps(PASSES)
         self._covered: bool | None = None
         self._shares = all(layer.recurrent is None for layer in model.spec.layers)
@@ -166,7 +166,7 @@ class EngineRows:
 
     def passes(self, group: Sequence[Running]) -> bool:
         """Can `run_whole` run the prompts of these requests, which have their blocks?"""
-        if not self._pads or any(r.known for r in group):
+        if not self.pads or any(r.known for r in group):
             return False
         count, longest = prompt_pass.rows_of(len(group)), max(len(r.ids) for r in group)
         if not prompt_pass.fits(self.model.spec, count, longest):

@@ -119,6 +119,35 @@ def test_prompts_that_wait_are_run_together(monkeypatch: pytest.MonkeyPatch) -> 
     assert run(longer) == [(1, 2 * PAGE + 3), (1, 3), (1, 4), (1, 5)]
 
 
+def test_where_nobody_waits_prompts_are_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in one padded pass; beside a row that runs no more than a piece at once."""
+    monkeypatch.setattr(prompt_pass, "capture", recorded)
+    monkeypatch.setattr(engine_rows, "capture", recorded)
+    model, passes = stand_in(), []
+    run_whole = engine_rows.EngineRows.run_whole
+
+    def noted(rows: Any, group: Any) -> Any:
+        passes.append([len(r.ids) for r in group])
+        return run_whole(rows, group)
+
+    monkeypatch.setattr(engine_rows.EngineRows, "run_whole", noted)
+    engine = ready(Engine(model, slots=8, prefill_chunk=64), replays=True)
+    requests = [Request(text(i, n), 9, eos_ids=()) for i, n in enumerate((300, 290, 20, 70))]
+    assert engine.run(requests) == [alone(model, r) for r in requests]
+    assert passes == [[300, 290, 20, 70]]
+    passes.clear()
+    first = engine.add(Request(text(9, 10), 30, eos_ids=()))
+    engine.step()
+    rest = [Request(text(10 + i, n), 9, eos_ids=()) for i, n in enumerate((50, 90, 20))]
+    ids = [engine.add(r) for r in rest]
+    events: list[Any] = []
+    while engine.busy:
+        events += engine.step()
+    for i, request in zip(ids, rest, strict=True):
+        assert [e.token for e in events if e.id == i] == alone(model, request)
+    assert passes == [[10], [50], [20]] and any(e.id == first for e in events)
+
+
 def test_a_pass_over_prompts_that_fails_is_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is not to blame gets the answer, and who is alone an error."""
     model = stand_in()
