@@ -36,8 +36,8 @@ class Engine:
     of prompts are run between two steps of those that run, short ones together, and a long one in
     pieces, which so never keeps the others waiting for long; where none runs, a GPU takes more.
     lookup_tokens: while few rows run, check up to so many tokens a row at once that followed where
-    its last ones stood before (prompt lookup decoding); not of models with recurrent layers. graphs:
-    on a GPU replay steps from CUDA graphs. log_stats: while there is work, tell the logger
+    its last ones stood before (prompt lookup decoding); not of models with recurrent layers.
+    graphs: on a GPU replay steps from CUDA graphs. log_stats: while there is work, tell the logger
     "purelm.engine" every 10 seconds, as INFO, how it goes.
 
     Every request gets the tokens that `generate` gives it alone with the same sampling and seed:

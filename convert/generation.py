@@ -77,6 +77,7 @@ def generate(
     max_matching_ngram_size: int | None = None,
     assistant_model: CausalLM | None = None,
     num_assistant_tokens: int | None = None,
+    num_assistant_tokens_schedule: str | None = None,
     assistant_confidence_threshold: float | None = None,
     return_dict_in_generate: bool | None = None,
     output_scores: bool | None = None,
@@ -110,7 +111,9 @@ def generate(
     prompt_lookup_num_tokens or assistant_model: guess so many tokens ahead and check them in one
     pass, by what followed the last max_matching_ngram_size (2) tokens or fewer before, or by a
     smaller model with the same tokens, which guesses num_assistant_tokens (20) and stops at one
-    less likely than assistant_confidence_threshold (0.4). Greedy ids are those without guesses;
+    less likely than assistant_confidence_threshold (0.4). num_assistant_tokens_schedule:
+    "constant", or "heuristic", where they become two more after all were right and else one fewer,
+    in every call anew ("heuristic_transient" says the same). Greedy ids are those without guesses;
     samples are other draws from the same distribution. It pays for few rows: all go on by what the
     row keeps that keeps fewest.
 

@@ -31,7 +31,6 @@ WAITING: dict[str, tuple[Any, ...]] = {
     "max_time": (),
     "negative_prompt_attention_mask": (),
     "negative_prompt_ids": (),
-    "num_assistant_tokens_schedule": ("constant",),
     "num_beam_groups": (1,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),

@@ -10,6 +10,7 @@ from .generation_keywords import Settings
 
 # transformers' defaults.
 NGRAM, GUESSES, CONFIDENCE = 2, 20, 0.4
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 # So many tokens of two vocabularies are compared.
 COMPARED = 1024
 
@@ -77,7 +78,16 @@ def draft_of(
         assistant.adapters,
         tokens=own("num_assistant_tokens", GUESSES),
         confidence=own("assistant_confidence_threshold", CONFIDENCE),
+        adapts=_adapts(own("num_assistant_tokens_schedule", "constant")),
     )
+
+
+def _adapts(schedule: Any) -> bool:
+    if schedule not in SCHEDULES:
+        raise ArgumentError(
+            f"num_assistant_tokens_schedule is {schedule!r}, expected one of {SCHEDULES}"
+        )
+    return bool(schedule != "constant")
 
 
 def _check_assistant(model: CausalLM, assistant: Any) -> None:

@@ -39,7 +39,8 @@ class DraftModel:
     """What a smaller model of the same tokens draws by the same rules.
 
     tokens: at most so many are drafted. confidence: none after one that had less than this
-    probability in some row.
+    probability in some row. adapts: from one draft to the next two more where all were kept, else
+    one fewer (transformers' "heuristic" schedule).
     """
 
     params: tree.Tree
@@ -47,6 +48,7 @@ class DraftModel:
     adapters: tree.Tree = None
     tokens: int = 5
     confidence: float = 0.0
+    adapts: bool = False
 
     def __post_init__(self) -> None:
         _require_whole("num_assistant_tokens", self.tokens)
@@ -143,14 +145,14 @@ def by_model(
     generator: torch.Generator | None,
     adjust: Adjust | None,
 ) -> Drafted:
-    """Up to min(count, how.tokens) guesses a row by the draft model, whose `passes` run on.
+    """Up to `count` guesses a row by the draft model, whose `passes` run on.
 
     They are drawn by the rules of `sampling`, or the likeliest at temperature 0. What the passes
     have seen beyond `rows` is cut off first. None are drafted where the draft model has no
     positions left, or its rope scaling would change its frequencies.
     """
     ids, end = rows.ids, rows.end
-    count = max(0, min(count, how.tokens, shared_length(how.spec) - end))
+    count = max(0, min(count, shared_length(how.spec) - end))
     if count == 0:
         return Drafted(ids[:, :0])
     passes.cut(end - 1)

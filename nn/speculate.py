@@ -177,6 +177,7 @@ def _run(
                     kept.give(at, one)
 
     ahead, drafted = passes.run(ids, start, last=True), Drafted(ids[:, :0])
+    wanted = draft.tokens
     rules_of_rows: dict[str, Any] = {"start": start, "real": real, "eos": eos, "adjust": adjust}
     while True:
         scores = _scores(ahead, ids, end, sampling, **rules_of_rows)
@@ -197,6 +198,11 @@ def _run(
                 raise_if_broken(broken)
                 keep()
                 return shown[:, start:end]
+        if isinstance(draft, DraftModel) and draft.adapts and drafted.tokens.shape[1]:
+            right = taken.shape[1] > drafted.tokens.shape[1]
+            wanted = wanted + 2 if right else max(1, wanted - 1)
+            if wanted >= passes.widest:  # by so much that it is seldom captured anew
+                passes.widest = 2 * wanted
         # What the last step saw after the tokens that were kept has not been.
         passes.cut(end - 1)
         most = limit - end - 1
@@ -209,7 +215,7 @@ def _run(
                 draft,
                 guessing,
                 Rows(ids, end, start, real, eos, ~ended),
-                most,
+                min(most, wanted),
                 sampling,
                 vocab=spec.vocab,
                 generator=generator,

@@ -115,9 +115,27 @@ def test_guesses_save_passes(monkeypatch: pytest.MonkeyPatch, ours: CausalLM) ->
     assert passes(monkeypatch, ours, **sure) == [21, 9]
     twin.generation_config = type(twin.generation_config)({"num_assistant_tokens": 9})
     assert passes(monkeypatch, ours, **sure) == [10] * 3
+    # More and more while it is right, in every call anew.
+    grows = {**sure, "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic"}
+    assert (
+        passes(monkeypatch, ours, **grows) == passes(monkeypatch, ours, **grows) == [4, 6, 8, 10, 2]
+    )
     # Of an unsure assistant one guess is checked at a time.
     assert passes(monkeypatch, ours, **ids, **asked) == [2] * 15
     assert passes(monkeypatch, ours, **ids, max_new_tokens=31, eos_token_id=[]) == []
+
+
+def test_who_is_wrong_guesses_less(
+    monkeypatch: pytest.MonkeyPatch, ours: CausalLM, assistant: tuple[Any, CausalLM]
+) -> None:
+    ids = {"input_ids": again([5, 17, 40, 8], 2)}
+    asked: dict[str, Any] = {"max_new_tokens": 31, "eos_token_id": []}
+    other = {"assistant_model": assistant[1], "assistant_confidence_threshold": 0.0}
+    shrinks = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "heuristic_transient"}
+    want = generate(ours, **ids, **asked)
+    assert torch.equal(generate(ours, **ids, **asked, **other, **shrinks), want)
+    widths = passes(monkeypatch, ours, **ids, **asked, **other, **shrinks)
+    assert widths[:4] == [5, 4, 3, 2]
 
 
 def test_its_adapters_guess_too(ours: CausalLM) -> None:
@@ -154,6 +172,11 @@ def test_what_cannot_guess(ours: CausalLM, assistant: tuple[Any, CausalLM], tmp_
         (ours, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1.5}, "is 1.5"),
         (ours, {"assistant_model": helper, "num_assistant_tokens": -1}, "num_assistant_tokens"),
         (ours, {"assistant_model": helper, "assistant_confidence_threshold": 2}, "in 0..1"),
+        (
+            ours,
+            {"assistant_model": helper, "num_assistant_tokens_schedule": "x"},
+            "schedule is 'x'",
+        ),
         (first, {"assistant_model": second}, f"has {len(tokens)} tokens, not {len(tokens) - 1}"),
     ):
         with pytest.raises(ArgumentError, match=says):
@@ -164,5 +187,3 @@ def test_what_cannot_guess(ours: CausalLM, assistant: tuple[Any, CausalLM], tmp_
         generate(first, ids, max_new_tokens=3, assistant_model=second)
     with pytest.raises(NotImplementedError, match="assistant_tokenizer"):
         generate(ours, ids, max_new_tokens=3, assistant_model=helper, assistant_tokenizer=tokens)
-    with pytest.raises(NotImplementedError, match="num_assistant_tokens_schedule"):
-        generate(ours, ids, max_new_tokens=3, num_assistant_tokens_schedule="heuristic")
