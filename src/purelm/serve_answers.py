@@ -17,6 +17,7 @@ from .convert.tokenizer import Tokenizer
 from .errors import PurelmError
 from .serve_requests import Asked, Refusal
 from .serve_text import AnswerText
+from .serve_tools import ToolText
 
 Json = dict[str, Any]
 
@@ -35,9 +36,11 @@ def _refusal(problem: Exception) -> Refusal:
 
 @dataclass
 class Choice:
-    """One answer as it grows; text and logprobs are what no chunk has given out yet."""
+    """One answer as it grows; out, calls and logprobs are what no chunk has given out yet."""
 
     text: AnswerText
+    tools: ToolText | None = None
+    calls: list[Json] = field(default_factory=list)
     out: str = ""
     tokens: int = 0
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
@@ -54,10 +57,17 @@ class Choice:
             if event.logprobs is not None:
                 self.logprobs.append((event.token, event.logprobs))
             if event.token not in eos or event.finish != "stop":
-                self.out += self.text.take(event.token)
+                self._add(self.text.take(event.token))
         if event.finish is not None:
-            self.out += self.text.finish()
+            self._add(self.text.finish())
             self.finish = "stop" if self.text.stopped else event.finish
+            if self.tools is not None:
+                rest, self.calls = self.tools.finish()
+                self.out += rest
+                self.finish = "tool_calls" if self.calls else self.finish
+
+    def _add(self, text: str) -> None:
+        self.out += text if self.tools is None else self.tools.take(text)
 
     def release(self) -> tuple[str, list[tuple[int, TokenLogprobs]]]:
         """What is new, which is then given out."""
@@ -75,7 +85,11 @@ class Answer:
         self.chat = kind == "chat"
         self.asked, self.tokenizer, self.eos = asked, tokenizer, eos
         self.choices = [
-            Choice(AnswerText(tokenizer, r.prompt, r.stop_strings)) for r in asked.requests
+            Choice(
+                AnswerText(tokenizer, r.prompt, r.stop_strings),
+                ToolText(asked.tools) if asked.tools else None,
+            )
+            for r in asked.requests
         ]
         prefix, name = ("chatcmpl", "chat.completion") if self.chat else ("cmpl", "text_completion")
         self.head = {
@@ -94,7 +108,10 @@ class Answer:
             text, logprobs = choice.release()
             body = self._choice(index, text, logprobs, choice.finish)
             if self.chat:
-                body["message"] = {"role": "assistant", "content": text, "refusal": None}
+                message: Json = {"role": "assistant", "content": text, "refusal": None}
+                if choice.calls:
+                    message |= {"content": text or None, "tool_calls": choice.calls}
+                body["message"] = message
             choices.append(body)
         return {**self.head, "choices": choices, "usage": self._usage()}
 
@@ -116,6 +133,9 @@ class Answer:
             body = self._choice(index, text, logprobs, choice.finish)
             if self.chat:
                 body["delta"] = {"content": text} if text else {}
+                if choice.calls:
+                    numbered = [{"index": i, **call} for i, call in enumerate(choice.calls)]
+                    body["delta"]["tool_calls"] = numbered
             yield {**head, "choices": [body]}
         if self.asked.usage_in_stream:
             yield {**head, "choices": [], "usage": self._usage()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .convert.constraint import Constraint
@@ -14,6 +14,7 @@ from .convert.tokenizer import Tokenizer
 from .errors import PurelmError
 from .nn.sampling import Sampling
 from .serve_options import Options
+from .serve_tools import ToolProblem, tools_of, with_objects
 
 MAX_SCHEMA = 64 * 1024  # characters of a JSON schema
 
@@ -30,12 +31,15 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """One request of each choice: prompt after prompt, n of each."""
+    """One request of each choice: prompt after prompt, n of each. tools: names of functions that
+    answers may call.
+    """
 
     requests: tuple[Request, ...]
     prompts: int
     stream: bool
     usage_in_stream: bool
+    tools: frozenset[str] = frozenset()
 
 
 # What says nothing about the answer, and what is taken only at the value that asks for nothing.
@@ -44,8 +48,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "modalities": (["text"],),
@@ -55,6 +57,8 @@ SHARED = frozenset(
     "frequency_penalty logit_bias logprobs seed top_k min_p repetition_penalty min_tokens "
     "response_format".split()
 )
+
+CHAT = frozenset("messages max_completion_tokens top_logprobs tools tool_choice".split())
 
 
 class Fields:
@@ -102,7 +106,7 @@ class Fields:
 
 def chat(body: Any, tokenizer: Tokenizer, options: Options, context: int) -> Asked:
     """Read the body of /v1/chat/completions; raises Refusal."""
-    fields = Fields(body, frozenset({"messages", "max_completion_tokens", "top_logprobs"}))
+    fields = Fields(body, CHAT)
     messages = fields.body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refusal("messages must be a list of messages, one or more", param="messages")
@@ -110,7 +114,12 @@ def chat(body: Any, tokenizer: Tokenizer, options: Options, context: int) -> Ask
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refusal("each message is an object with a role", param="messages")
     try:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        tools = tools_of(fields.body, tokenizer.get_chat_template(None, fields.body.get("tools")))
+        prompt = tokenizer.apply_chat_template(
+            with_objects(messages), tools or None, add_generation_prompt=True
+        )["input_ids"]
+    except ToolProblem as problem:
+        raise Refusal(str(problem), param=problem.param) from None
     except PurelmError as problem:
         raise Refusal(str(problem), param="messages") from None
     top = fields.whole("top_logprobs", None, 0, 20)
@@ -121,7 +130,8 @@ def chat(body: Any, tokenizer: Tokenizer, options: Options, context: int) -> Ask
     if most is None:
         most = max(1, min(options.max_tokens, context - len(prompt)))
     logprobs = (top or 0) if fields.flag("logprobs") else None
-    return _asked(fields, [tuple(prompt)], most, logprobs, options)
+    asked = _asked(fields, [tuple(prompt)], most, logprobs, options)
+    return replace(asked, tools=frozenset(tool["function"]["name"] for tool in tools))
 
 
 def completion(body: Any, tokenizer: Tokenizer, options: Options) -> Asked:

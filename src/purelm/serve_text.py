@@ -41,12 +41,12 @@ class AnswerText(TextStreamer):
         if found:
             self.stopped = True
             return self._held[: min(found)]
-        kept = 0 if final else max((_begun(self._held, stop) for stop in self.stops), default=0)
+        kept = 0 if final else max((begun(self._held, stop) for stop in self.stops), default=0)
         out, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return out
 
 
-def _begun(text: str, stop: str) -> int:
+def begun(text: str, stop: str) -> int:
     """How many characters at the end of text begin `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -7,12 +7,14 @@ from typing import Any
 import openai
 import pytest
 import torch
+from openai.types.chat import ChatCompletionMessageFunctionToolCall
 from served import KEY, NAME, TALK, Site
 
 from purelm import cli, serve
 from purelm.errors import ArgumentError
 from purelm.serve_options import Options
 from purelm.serve_text import AnswerText
+from purelm.serve_tools import ToolText
 
 
 def expected(loaded: Any, new: int) -> str:
@@ -144,6 +146,88 @@ def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
     texts.append("".join(c.choices[0].delta.content or "" for c in streamed))
     for text in texts:
         assert json.loads(text)["n"] in (3, 4, 5)
+
+
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def test_tools_are_called(
+    client: openai.OpenAI, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a template that shows them; the answer is made to be a call by its schema."""
+    tokenizer = loaded[1]
+    shown = "{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    for message in ("{% for m in messages %}{{ m.content }}", "{% if m.tool_calls %}"):
+        shown += message
+    shown += "{{ m.tool_calls[0].function.arguments.town }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", shown)
+    where = {"type": "object", "properties": {"town": {"enum": ["Dahl", "Galt"]}}}
+    where |= {"required": ["town"], "additionalProperties": False}
+    schema: Any = {"type": "object", "properties": {"name": {"const": "weather"}}}
+    schema["properties"]["arguments"] = where
+    schema |= {"required": ["name", "arguments"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "call", "schema": schema}}
+    earlier: Any = {"id": "c", "type": "function"}
+    earlier["function"] = {"name": "weather", "arguments": '{"town": "Brenn"}'}
+    talk: Any = [*TALK, {"role": "assistant", "content": None, "tool_calls": [earlier]}]
+    asked: Any = {"model": NAME, "messages": talk, "tools": [TOOL], "max_tokens": 150}
+    # JSON may be spaced at any length, which small models like.
+    blank = [i for i in range(4, len(tokenizer)) if not str(tokenizer.decode([i])).strip()]
+    asked["logit_bias"] = dict.fromkeys(map(str, blank), -100)
+    whole = client.chat.completions.create(**asked, response_format=wanted)
+    chunks = list(client.chat.completions.create(**asked, response_format=wanted, stream=True))
+    plain = client.chat.completions.create(**{**asked, "tool_choice": "none"})
+    choice = whole.choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls or ()
+    assert isinstance(call, ChatCompletionMessageFunctionToolCall)
+    assert call.function.name == "weather" and call.id
+    assert json.loads(call.function.arguments)["town"] in ("Dahl", "Galt")
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    (delta,) = chunks[-1].choices[0].delta.tool_calls or ()
+    assert delta.index == 0 and delta.function is not None and delta.function.name == "weather"
+    assert not any(c.choices[0].delta.content for c in chunks)
+
+    # The template was given the tools, and the earlier call's arguments as an object.
+    earlier["function"]["arguments"] = {"town": "Brenn"}
+    with_tools, without = (
+        len(tokenizer.apply_chat_template(talk, given, add_generation_prompt=True)["input_ids"])
+        for given in ([TOOL], None)
+    )
+    assert "Brenn" in tokenizer.apply_chat_template(talk, tokenize=False)
+    assert plain.usage is not None and whole.usage is not None
+    assert plain.usage.prompt_tokens == without < with_tools == whole.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "names"),
+    [
+        ('{"name": "f", "arguments": {"x": 1}}', "", ["f"]),
+        ('  [{"name": "f", "parameters": {}}, {"name": "g"}]', "", ["f", "g"]),
+        ('{"name": "h", "arguments": {}}', '{"name": "h", "arguments": {}}', []),
+        ('{"town": 3}', '{"town": 3}', []),
+        ("[1] says so", "[1] says so", []),
+        ('I look. <tool_call>\n{"name": "f"}\n</tool_call>', "I look. ", ["f"]),
+        (
+            '<tool_call>{"name": "f"}</tool_call>\n<tool_call>{"name": "g"}</tool_call>',
+            "",
+            ["f", "g"],
+        ),
+        ("a <tool_call> is no call", "a <tool_call> is no call", []),
+        ('Say {"name": "f"}', 'Say {"name": "f"}', []),
+        ("<tool_c", "<tool_c", []),
+        ("", "", []),
+    ],
+)
+def test_calls_in_an_answer(answer: str, text: str, names: list[str]) -> None:
+    """However it is cut into pieces; what is given out early is never part of a call."""
+    for size in (1, 3, 100):
+        tools = ToolText(frozenset({"f", "g"}))
+        early = "".join(tools.take(answer[i : i + size]) for i in range(0, len(answer), size))
+        rest, calls = tools.finish()
+        assert early + rest == text
+        assert [call["function"]["name"] for call in calls] == names
+        assert all(isinstance(call["function"]["arguments"], str) for call in calls)
 
 
 def test_many_at_once(site: Site) -> None:

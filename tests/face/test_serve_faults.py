@@ -41,7 +41,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 2}, "logprobs: true"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": 3}, "stream_options"),
-    ({"tools": [{"type": "function"}]}, "tools is not supported"),
+    ({"tools": [{"type": "function"}]}, "each tool is"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "template has none"),
+    ({"tool_choice": "required"}, "tool_choice is 'required'"),
     ({"response_format": {"type": "xml"}}, "response_format must be"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "with a schema"),
     (

@@ -174,7 +174,7 @@ def test_an_unsure_draft_model_says_no_more() -> None:
         seen = passes_of(draft, room, None)
         seen.begin(tree, spec, None, limit=18, graphs=False)
         how: dict[str, Any] = {"vocab": 50, "generator": None, "adjust": None}
-        drafted = by_model(draft, seen, rows, 9, GREEDY, **how)
+        drafted = by_model(draft, seen, rows, draft.tokens, GREEDY, **how)
         return drafted.tokens.shape[1]
 
     x = ids.clone()
