@@ -10,13 +10,16 @@ import torch
 
 from purelm import FastLanguageModel
 from purelm.nn import generate as generation
+from purelm.nn import prompt_pass
 
 PROMPT = torch.tensor([[3, 17, 29], [5, 40, 8]])
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """As on a GPU; which steps were captured. What is replayed is the step as it was then."""
+    """As on a GPU; which steps were captured, those of prompts aside. What is replayed is the step
+    as it was then.
+    """
     made: list[Any] = []
 
     def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -25,6 +28,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(generation, "capture", capture)
     monkeypatch.setattr(generation, "replayable", lambda device: True)
+    monkeypatch.setattr(prompt_pass, "capture", lambda step, device: step)
     return made
 
 
