@@ -77,6 +77,7 @@ class Prompts:
         logits: torch.Tensor | None
         try:
             if self.rows.passes(group):
+                longest -= group[0].known * PAGE
                 logits = self.rows.run_whole(group)
             else:
                 cache = self.rows.stage(group)
@@ -114,7 +115,8 @@ class Prompts:
 
     def _whole(self, running: Running, most: int) -> bool:
         """Is the prompt run in one pass, of at most so many tokens?"""
-        return len(running.ids) <= most and self.rows.passes([running])
+        left = len(running.ids) - running.known * PAGE
+        return left <= most and self.rows.passes([running])
 
     def _enter(
         self, running: Running, event: Event, cache: Cache | None, at: int, events: list[Event]

@@ -23,6 +23,7 @@ from ..nn.pages import PAGE, Pages
 from ..nn.prompt_pass import PromptPass
 from ..nn.sample_rows import Controls
 from .bridge import CausalLM
+from .engine_behind import Behind
 from .engine_request import Event, Running, failed, next_token, not_finite
 from .live_weights import LiveWeights
 
@@ -74,6 +75,7 @@ class EngineRows:
         # Padded alike with graphs and without, so that both give the same to the bit.
         self.pads = replayable(model.device)
         self._passes = KeptSteps(PASSES)
+        self._behind = Behind(self)
         self._covered: bool | None = None
         self._shares = all(layer.recurrent is None for layer in model.spec.layers)
         self.pages: Pages | None = None
@@ -166,8 +168,10 @@ class EngineRows:
 
     def passes(self, group: Sequence[Running]) -> bool:
         """Can `run_whole` run the prompts of these requests, which have their blocks?"""
-        if not self.pads or any(r.known for r in group):
+        if not self.pads:
             return False
+        if any(r.known for r in group):
+            return self._behind.covers(group)
         count, longest = prompt_pass.rows_of(len(group)), max(len(r.ids) for r in group)
         if not prompt_pass.fits(self.model.spec, count, longest):
             return False
@@ -177,11 +181,14 @@ class EngineRows:
         return self._covered
 
     def run_whole(self, group: Sequence[Running]) -> torch.Tensor:
-        """Run whole prompts into the requests' blocks, replayed where others of so many rows and
-        tokens have run; the logits [b, v] of what follows, which the next run overwrites.
+        """Run whole prompts, or what is not known of them, into the requests' blocks, replayed
+        where others of so many rows and tokens have run; the logits [b, v] of what follows, which
+        the next run overwrites.
         """
         self.look()
         assert self.pages is not None
+        if group[0].known:
+            return self._behind.run(group)
         spec, params, device = self.model.spec, self.weights.params, self.model.device
         count = prompt_pass.rows_of(len(group))
         length = prompt_pass.length_of(spec, max(len(r.ids) for r in group))
@@ -272,10 +279,13 @@ class EngineRows:
 
     def width_of_step(self, more: int = 0) -> int:
         """How many blocks of each row a step sees, with room for so many more tokens."""
-        assert self.pages is not None
         longest = max(len(r.request.prompt) + r.launched for r in self.rows) + more
-        widest = self.pages.table.shape[1]
-        return min(widest, max(FIRST, _power_of_two(-(-longest // PAGE))))
+        return self.width_of(-(-longest // PAGE))
+
+    def width_of(self, blocks: int) -> int:
+        """How many blocks of a row are seen where one has so many."""
+        assert self.pages is not None
+        return min(self.pages.table.shape[1], max(FIRST, _power_of_two(blocks)))
 
     def launch(self) -> Launched:
         """Begin one more token of every row."""

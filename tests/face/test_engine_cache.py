@@ -148,6 +148,32 @@ def test_where_nobody_waits_prompts_are_run_whole(monkeypatch: pytest.MonkeyPatc
     assert passes == [[10], [50], [20]] and any(e.id == first for e in events)
 
 
+def test_what_goes_on_is_run_behind_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, of conversations, one or several: as a step over the blocks that are there."""
+    monkeypatch.setattr(prompt_pass, "capture", recorded)
+    monkeypatch.setattr(engine_rows, "capture", recorded)
+    model, engine = stand_in(), ready(Engine(stand_in(), slots=4), replays=True)
+    runs: list[int] = []
+    run = engine._rows._behind.run
+
+    def noted(group: Any) -> torch.Tensor:
+        runs.append(len(group))
+        return run(group)
+
+    monkeypatch.setattr(engine._rows._behind, "run", noted)
+    talks = [text(i, 2 * PAGE + 3) for i in range(2)]
+    for turn in range(4):
+        requests = [Request(talk, 6 + turn, eos_ids=()) for talk in talks]
+        answers = engine.run(requests)
+        assert answers == [alone(model, r) for r in requests]
+        talks = [(*t, *a, *text(turn, 5)) for t, a in zip(talks, answers, strict=True)]
+    assert runs == [2, 2, 2]
+    # More than a step of 64 tokens has.
+    long = Request((*talks[0], *text(9, 80)), 3, eos_ids=())
+    assert engine.run([long]) == [alone(model, long)] and len(runs) == 3
+    assert engine.held_blocks == 0
+
+
 def test_a_pass_over_prompts_that_fails_is_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is not to blame gets the answer, and who is alone an error."""
     model = stand_in()
