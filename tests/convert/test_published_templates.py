@@ -54,17 +54,17 @@ def schema(draw: random.Random, name: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def content(draw: random.Random) -> Any:
+def content(draw: random.Random, blocks_only: bool) -> Any:
     """Mostly a text, now and then the blocks that newer templates read."""
-    if draw.random() < 0.85:
+    if not blocks_only and draw.random() < 0.9:
         return text(draw)
     blocks = [{"type": "text", "text": text(draw)} for _ in range(draw.randint(1, 2))]
     return blocks + [{"type": "image"}] * draw.randint(0, 1)
 
 
-def turns(draw: random.Random, tools: bool) -> Iterator[dict[str, Any]]:
+def turns(draw: random.Random, tools: bool, blocks: bool) -> Iterator[dict[str, Any]]:
     """A user's question, what the assistant called and got, and its answer."""
-    yield {"role": "user", "content": content(draw)}
+    yield {"role": "user", "content": content(draw, blocks)}
     if tools and draw.random() < 0.6:
         calls = []
         for i in range(draw.randint(1, 2)):
@@ -79,7 +79,7 @@ def turns(draw: random.Random, tools: bool) -> Iterator[dict[str, Any]]:
             result = text(draw) if draw.random() < 0.7 else json.dumps({"r": text(draw)})
             name = made["function"]["name"]
             yield {"role": "tool", "name": name, "tool_call_id": made["id"], "content": result}
-    answer = {"role": "assistant", "content": content(draw)}
+    answer = {"role": "assistant", "content": content(draw, blocks)}
     if draw.random() < 0.3:
         answer[draw.choice(["reasoning_content", "thinking", "reasoning"])] = text(draw)
     if draw.random() < 0.1:
@@ -92,10 +92,12 @@ def conversation(number: int) -> tuple[list[dict[str, Any]], dict[str, Any], dic
     draw = random.Random(number)
     tools = [schema(draw, f"f{i}") for i in range(draw.randint(1, 3))]
     with_tools = draw.random() < 0.4
-    messages = [m for _ in range(draw.randint(1, 3)) for m in turns(draw, with_tools)]
+    blocks = draw.random() < 0.2
+    messages = [m for _ in range(draw.randint(1, 3)) for m in turns(draw, with_tools, blocks)]
     if draw.random() < 0.5:
         role = "system" if draw.random() < 0.9 else "developer"
-        messages.insert(0, {"role": role, "content": text(draw)})
+        said = content(draw, True) if blocks else text(draw)
+        messages.insert(0, {"role": role, "content": said})
     given: dict[str, Any] = {"tools": tools if with_tools else None}
     how = draw.random()
     if how < 0.3:
