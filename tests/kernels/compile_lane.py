@@ -78,6 +78,10 @@ EXACT = (
 )
 
 
+# How the name of a kernel's case begins that has 1 for all of its numbers.
+ONES = "ones: "
+
+
 class Case(NamedTuple):
     """One specialization of a kernel: dtypes stand for pointers, numbers for themselves."""
 
@@ -790,7 +794,7 @@ def cases(every: bool, arch: int) -> Iterator[Case]:
         yield case
         if every and case.kernel not in seen:
             ones = tuple(1 if type(arg) is int else arg for arg in case.args)
-            yield case._replace(name=f"{case.name}, all numbers 1", args=ones)
+            yield case._replace(name=f"{ONES}{case.name}", args=ones)
             seen.add(case.kernel)
 
 

@@ -69,6 +69,8 @@ def check(rows: list[list[str]], arch: int) -> None:
         most = 101_376 if arch < 90 and name.startswith("flash") else SHARED[arch]
         assert int(shared) <= most, f"{name} wants {shared} bytes of shared memory"
         assert fused == "0", f"{name} fuses a product and a sum that must be rounded apart"
+        if name.startswith("ones: "):  # whose accesses no alignment is known of
+            continue
         assert int(widest) >= 4, name
         if name.startswith(("gated", "clamped", "rms_norm e=4096", "rms_norm_backward e=4096")):
             assert widest == "16", f"{name}: accesses of {widest} bytes"
