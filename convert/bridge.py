@@ -4,7 +4,7 @@ All computation is nn's pure functions over the tree; the Module holds the tenso
 Parameters without gradient), so that optimizers, trainers and `.to(device)` find them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from ..nn.params import param_specs
 from ..nn.plan import Plan
 from ..nn.residuals import RECOMPUTE, Residuals
 from ..nn.spec import ModelSpec
-from . import batch, memory_plan, report
+from . import batch, memory_plan, named_adapters, report
 from .arguments import Auto, choose_residuals
 from .config import Config
+from .named_adapters import Adapter
 from .output import CausalLMOutput
 from .registry import Family
 from .saving import Saving
@@ -215,7 +216,7 @@ class CausalLM(Saving, Wearing):
                 layout=layout,
                 adapters=self.adapters,
                 residuals=residuals,
-                seed=self._next_seed(),
+                seed=self.next_seed() if self.training else None,
                 debug=self.debug,
             )
             if labels is not None:
@@ -242,28 +243,35 @@ class CausalLM(Saving, Wearing):
         """Autocast off: every dtype is chosen here, also inside a trainer that casts."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def computed_params(self) -> tree.Tree:
+    def computed_params(
+        self,
+        worn: Sequence[Adapter] | None = None,
+        own: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tree.Tree:
         """`params` as a pass computes with them: fp32 trained copies, or all weights where they are
-        fp32, in the model's dtype, weights rounded under a `qat_scheme`.
+        fp32, in the model's dtype, weights rounded under a `qat_scheme`. worn, own: in place of
+        what acts, and of the base's tensors.
         """
-        params = self.in_dtype()
-        trained = self.trained
+        params = self.in_dtype(own)
+        trained = named_adapters.trained(self.acting if worn is None else worn)
         if trained:
             cast = tree.map(lambda leaf: leaf.to(self._dtype), trained)
             params = tree.combine(cast, params)
         return qat.wrap(params, self.spec, self.qat_scheme) if self.qat_scheme else params
 
-    def in_dtype(self) -> tree.Tree:
-        """`base_params` in the dtype that is computed in."""
+    def in_dtype(self, own: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tree.Tree:
+        """`base_params` in the dtype that is computed in; `own` in place of each tensor first."""
+        params = self._params if own is None else tree.map_tensors(own, self._params)
         if not self.mixed:
-            return self._params
+            return params
         return tree.map_with_path(
-            lambda path, leaf: leaf if path in self._wide else leaf.to(self._dtype), self._params
+            lambda path, leaf: leaf if path in self._wide else leaf.to(self._dtype), params
         )
 
-    def _next_seed(self) -> int | None:
+    def next_seed(self) -> int | None:
+        """What drives the dropout of the next pass of training; None where nothing drops."""
         leaves = [leaf for one in self.acting for leaf in tree.leaves(one.adapters)]
-        if not self.training or not any(leaf.dropout for leaf in leaves):
+        if not any(leaf.dropout for leaf in leaves):
             return None
         self.dropout_step += 1
         return (self.dropout_seed * 1_000_003 + self.dropout_step * 10_007) % 2**48

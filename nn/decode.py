@@ -74,8 +74,13 @@ def decode(
     return decoder.logits(params, spec, x[:, 0]), cache
 
 
-def waits_for(params: tree.Tree, spec: ModelSpec, adapters: tree.Tree = None) -> str | None:
-    """What of a step asks the device for a value, so that no graph can hold it; None: nothing."""
+def waits_for(
+    params: tree.Tree, spec: ModelSpec, adapters: tree.Tree = None, seed: int | None = None
+) -> str | None:
+    """What of a step asks the device for a value, so that no graph can hold it; None: nothing.
+
+    seed: of dropout in training, whichever it is.
+    """
     tables = [params[name] for name in ("embed", "inputs") if name in params]
     here = tree.tensors(params["layers"][0])[0].device
     if any(t.device != here for t in tree.tensors(tables)):
@@ -83,7 +88,7 @@ def waits_for(params: tree.Tree, spec: ModelSpec, adapters: tree.Tree = None) ->
     for i, layer in enumerate(spec.layers):
         if isinstance(layer.mlp, MoESpec):
             own = tree.get(adapters, "layers", i, "mlp", "experts")
-            if experts.waits_for(params["layers"][i]["mlp"]["experts"], own, layer.mlp):
+            if experts.waits_for(params["layers"][i]["mlp"]["experts"], own, layer.mlp, seed):
                 return "how many tokens each expert has"
     if any(isinstance(leaf, Int8) for leaf in tree.leaves(params)):
         return "which inputs of an int8 product are outliers"

@@ -41,13 +41,18 @@ def from_mask(mask: torch.Tensor, device: torch.device | str | None = None) -> L
     device = mask.device if device is None else device
     real = mask.bool()
     # Read where the mask lives: on the CPU this costs no synchronisation.
-    right_padded = bool((real[:, :-1] | ~real[:, 1:]).all())
+    padded_behind = right_padded(real)
     left_padded = bool((~real[:, :-1] | real[:, 1:]).all())
     real = real.to(device)
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-    if right_padded:
+    if padded_behind:
         return Layout(positions)
     return Layout(positions, real.long(), _padding_and_rows(real) if left_padded else None)
+
+
+def right_padded(real: torch.Tensor) -> bool:
+    """Whether in each row of [b, s], bool, no real token comes after one that is not."""
+    return bool((real[:, :-1] | ~real[:, 1:]).all())
 
 
 def _padding_and_rows(real: torch.Tensor) -> Documents:

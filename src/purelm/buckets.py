@@ -1,4 +1,4 @@
-"""Few shapes for many packed rows: what a batch is filled up to, so that a captured step fits it.
+"""Few shapes for many batches: what rows are filled up to, so that a captured step fits them.
 
 A packed row of any number of tokens and documents becomes one of a few shapes: padding tokens
 behind it, in documents of their own that teach nothing, and documents without tokens behind these.
@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 
+from .nn.layout import right_padded
 from .nn.loss import IGNORE
 
 _LEAST_TOKENS, _LEAST_LENGTH = 128, 64
@@ -59,6 +60,27 @@ def filled(
         "labels": torch.nn.functional.pad(labels, (0, padding), value=IGNORE),
         "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
     }
+
+
+def widened(
+    input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded rows [b, s] as wider ones, at most `most` if they were not wider; what is real comes
+    first in each row, so that they need no mask.
+    """
+    real = mask.bool()
+    if not right_padded(real):
+        order = (~real).int().argsort(dim=1, stable=True)
+        input_ids = input_ids.gather(1, order.to(input_ids.device))
+        labels = torch.where(real.to(labels.device), labels, IGNORE)
+        labels = labels.gather(1, order.to(labels.device))
+    wide = int(real.sum(1).max())
+    unit = max(_LEAST_LENGTH, _power_of_two(wide) // 8)
+    padding = min(-(-wide // unit) * unit, max(most, wide)) - input_ids.shape[1]
+    return (
+        torch.nn.functional.pad(input_ids, (0, padding)),
+        torch.nn.functional.pad(labels, (0, padding), value=IGNORE),
+    )
 
 
 def _power_of_two(n: int) -> int:

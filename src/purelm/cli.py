@@ -128,7 +128,7 @@ def _sft_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--graph",
         action=argparse.BooleanOptionalAction,
-        help="replay packed steps from CUDA graphs (default: where that can be)",
+        help="replay steps from CUDA graphs (default: where that can be)",
     )
     group(
         "--optimizer",

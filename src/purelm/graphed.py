@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import is_
+from typing import Any
 
 import torch
 
-from .buckets import bucket_for, filled
+from .buckets import bucket_for, filled, widened
 from .convert import batch, memory_plan, named_adapters
 from .convert.bridge import CausalLM
 from .errors import ArgumentError
+from .kernels.dropout import Ahead
 from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
 from .nn.graph import Pool, capture
@@ -24,6 +27,10 @@ _MOST_SHAPES = 32
 
 # Rows, tokens in a row, whether a count is given; of a packed row its documents and their longest.
 _Key = tuple[int, int, bool, int, int]
+
+
+class Uncapturable(ArgumentError):
+    """A step that no graph can hold; the message says why, and the model runs it as ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +48,15 @@ def uncapturable(model: CausalLM) -> str | None:
     """Why no step of `model` can be captured; None where one can."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
-    if any(leaf.dropout for leaf in tree.leaves(model.adapters)):
-        return "the adapters have dropout, drawn anew in each step"
-    if model.trained or model.train_all or not model.adapters:
-        return "only adapters can be trained by it"
-    found = waits_for(model.computed_params(), model.spec, model.adapters)
+    if not any(p.requires_grad for p in model.parameters()):
+        return "nothing of it is trained"
+    drops = 0 if _drops(model) else None
+    found = waits_for(model.computed_params(), model.spec, model.adapters, drops)
     return None if found is None else f"it asks the device in between: {found}"
 
 
-def unplayable(model: CausalLM, tokens: tuple[int, int]) -> str | None:
-    """Why a step of a batch of so many rows and tokens in each cannot be replayed; None if not."""
-    policies = memory_plan.residuals_for(model, *tokens)
-    if any(p.offloads for p in per_layer(policies, len(model.spec.layers))):
-        return (
-            "residuals that are sent to the host cannot be captured: use "
-            "use_gradient_checkpointing=False, True, or 'auto' with room for the batch"
-        )
-    return None
+def _drops(model: CausalLM) -> bool:
+    return any(leaf.dropout for one in model.acting for leaf in tree.leaves(one.adapters))
 
 
 class GraphedStep:
@@ -65,14 +64,17 @@ class GraphedStep:
 
     The first call with a shape runs eagerly, captures and replays; later calls with that shape
     replay. Losses and gradients are those of the eager step to the bit, as far as that repeats
-    itself (cuDNN's attention backward does not always). Packed rows are filled up to one of a few
-    shapes (`buckets`). Gradients are added to the parameters' `.grad`, so an optimizer, clipping
-    and `zero_grad` work as ever. The latest shapes keep their graphs; all share one pool of memory,
-    as large as the largest step, for as long as this object lives. A step that fails to be captured
-    runs eagerly, with a warning in the log.
+    itself (cuDNN's attention backward does not always). Packed and padded rows are filled up to one
+    of a few shapes (`buckets`). Gradients are added to the parameters' `.grad`, so an optimizer,
+    clipping and `zero_grad` work as ever. Dropout is drawn anew in each replay, as the model's next
+    pass would draw it. The latest shapes keep their graphs; all share one pool of memory, as large
+    as the largest step, for as long as this object lives. A step that fails to be captured runs
+    eagerly, with a warning in the log.
 
-    Raises ArgumentError for a model that is not on a GPU, has dropout or trains whole weights, or
-    sends residuals to the host: none of these can be replayed.
+    Where other tensors have come in the place of the model's, graphs are captured anew. Raises
+    ArgumentError where what is trained has changed, and Uncapturable for a model that is not on a
+    GPU, whose experts wait (`nn.experts.waits_for`: with DoRA, dropout or int8), whose embedding is
+    on the host, or whose plan sends residuals to the host: none of these can be replayed.
     """
 
     def __init__(
@@ -83,11 +85,14 @@ class GraphedStep:
         self.terms = {"smoothing": label_smoothing, "z_loss": z_loss}
         reason = uncapturable(model)
         if reason is not None:
-            raise ArgumentError(f"a step of this model cannot be captured: {reason}")
+            raise Uncapturable(f"a step of this model cannot be captured: {reason}")
         self._pool = Pool()
         self._shapes: dict[_Key, _Captured] = {}
         self._trained = self._live()
         self._grads = [torch.zeros_like(p) for p in self._trained]
+        # What the model's own seed of dropout is before each replay.
+        self._seed = torch.zeros((), dtype=torch.int64, device=model.device)
+        self._read = _Read(model)
 
     def __call__(
         self,
@@ -95,16 +100,19 @@ class GraphedStep:
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """ids and labels [b, s] -> the loss, fp32 []; full rows, or padded on the right with labels
-        of -100, or with cu_seqlens [documents + 1] one packed row. num_items_in_batch: a tensor []
-        to divide the summed loss by. Packed rows are read on the CPU: best given there.
+        """ids and labels [b, s] -> the loss, fp32 []; full rows, padded rows with their mask (or,
+        padded on the right, with labels of -100 alone, as they are), or with cu_seqlens
+        [documents + 1] one packed row. num_items_in_batch: a tensor [] to divide the summed loss
+        by. Packed and padded rows are read on the CPU: best given there.
 
-        Raises InputError as the model does, and ArgumentError where the step cannot be captured.
+        Raises InputError as the model does, and what the class says.
         """
         spec, longest = self.model.spec, 0
         batch.check_ids(input_ids, spec)
-        rows = batch.layout_of(input_ids, spec, input_ids.device, cu_seqlens=cu_seqlens)
+        given = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        rows = batch.layout_of(input_ids, spec, input_ids.device, **given)
         batch.check_labels(labels, rows, spec, num_items_in_batch)
         if cu_seqlens is not None:
             input_ids, labels, cu_seqlens = (t.cpu() for t in (input_ids, labels, cu_seqlens))
@@ -112,11 +120,16 @@ class GraphedStep:
             longest = bucket.longest
             made = filled(input_ids, labels, cu_seqlens, bucket)
             input_ids, labels, cu_seqlens = made["input_ids"], made["labels"], made["cu_seqlens"]
+        elif attention_mask is not None:
+            most = spec.max_positions
+            input_ids, labels = widened(input_ids, labels, attention_mask, most)
         live = self._live()
         if [id(p) for p in self._trained] != [id(p) for p in live]:
-            raise ArgumentError(
-                "the model wears other adapters than were captured; make a new step"
-            )
+            raise ArgumentError("the model trains others than were captured; make a new step")
+        if self._read.moved():
+            torch.cuda.synchronize(self.model.device)
+            self._shapes.clear()
+            self._pool = Pool()  # the other's memory goes with its graphs
         self._attach()
         documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         b, s = input_ids.shape
@@ -134,6 +147,9 @@ class GraphedStep:
             found.cu_seqlens.copy_(cu_seqlens)
         if found.count is not None and num_items_in_batch is not None:
             found.count.copy_(num_items_in_batch)
+        seed = self.model.next_seed()
+        if seed is not None:
+            self._seed.fill_(seed)
         return found.step().clone()
 
     def _live(self) -> list[torch.Tensor]:
@@ -159,49 +175,70 @@ class GraphedStep:
         cu_seqlens: torch.Tensor | None,
         longest: int,
     ) -> _Captured:
-        device, b, s = self.model.device, *input_ids.shape
-        reason = unplayable(self.model, (b, s))
-        if reason is not None:
-            raise ArgumentError(reason)
-        policies = memory_plan.residuals_for(self.model, b, s)
-        ids, targets = input_ids.to(device, copy=True), labels.to(device, copy=True)
-        held = None if count is None else count.to(device, copy=True)
+        model, device, (b, s) = self.model, self.model.device, input_ids.shape
         ends = None if cu_seqlens is None else cu_seqlens.to(device, copy=True)
 
-        def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        def places() -> Layout:
             if ends is None:
-                rows = layout.dense(b, s, device=device)
-            else:
-                rows = layout.from_cu_seqlens(ends, s, longest)
+                return layout.dense(b, s, device=device)
+            return layout.from_cu_seqlens(ends, s, longest)
+
+        masked = memory_plan.is_masked(model, places())
+        policies = memory_plan.residuals_for(model, b, s, masked=masked)
+        if any(p.offloads for p in per_layer(policies, len(model.spec.layers))):
+            raise Uncapturable(
+                "residuals that are sent to the host cannot be captured: use "
+                "use_gradient_checkpointing=False, True, or 'auto' with room for the batch"
+            )
+        ids, targets = input_ids.to(device, copy=True), labels.to(device, copy=True)
+        held = None if count is None else count.to(device, copy=True)
+        seed = Ahead(0, self._seed) if _drops(model) else None
+
+        def value() -> tuple[torch.Tensor, list[torch.Tensor]]:
             # Leaves of its own, over the same memory: what elsewhere still holds on to a graph of
             # the parameters' would tie this one to another stream.
             fresh = {id(p): p.detach().requires_grad_() for p in self._trained}
-            worn = [
-                replace(one, adapters=tree.map_tensors(lambda t: fresh.get(id(t), t), one.adapters))
-                for one in self.model.acting
-            ]
-            adapters = named_adapters.acting(worn, training=True)
-            value = value_of(
-                self.model,
-                ids,
-                targets,
-                rows,
-                adapters=adapters,
-                count=held,
-                residuals=policies,
-                **self.terms,
-            )
-            return value.detach(), torch.autograd.grad(value, list(fresh.values()))
+            how: Any = {"count": held, "residuals": policies, "seed": seed, **self.terms}
+            how["own"] = lambda t: fresh.get(id(t), t)
+            return value_of(model, ids, targets, places(), **how), list(fresh.values())
 
         def step() -> torch.Tensor:
-            value, grads = run()
-            torch._foreach_add_(self._grads, list(grads))
-            return value
+            made, leaves = value()
+            if model.train_all:
+                # Each gradient is added as it comes: twice all of them would not fit.
+                for leaf, grad in zip(leaves, self._grads, strict=True):
+                    leaf.grad = grad
+                made.backward()  # type: ignore[no-untyped-call]
+            else:
+                torch._foreach_add_(self._grads, torch.autograd.grad(made, leaves))
+            return made.detach()
 
-        with memory_plan.told(self.model, policies):
-            run()  # compiles kernels; no gradient counts yet
+        with memory_plan.told(model, policies):
+            torch.autograd.grad(*value())  # compiles kernels; no gradient counts yet
             graph = capture(step, device, pool=self._pool)
         return _Captured(graph or step, ids, targets, ends, held)
+
+
+class _Read:
+    """Where the tensors lie that a model's passes read, as graphs have it."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+        self._leaves: list[Any] = []
+        self._tensors: list[torch.Tensor] = []
+        self._where: tuple[str | None, list[int]] = None, []
+        self.moved()
+
+    def moved(self) -> bool:
+        """Whether others have come in their place since this was last asked."""
+        leaves = tree.leaves(self._model.own_trees())
+        same = len(leaves) == len(self._leaves) and all(map(is_, leaves, self._leaves))
+        if not same:
+            self._leaves, self._tensors = leaves, tree.tensors(leaves)
+        where = self._model.qat_scheme, [t.data_ptr() for t in self._tensors]
+        moved = not same or where != self._where
+        self._where = where
+        return moved
 
 
 def value_of(
@@ -210,15 +247,29 @@ def value_of(
     labels: torch.Tensor,
     rows: Layout,
     *,
-    adapters: tree.Tree,
     count: torch.Tensor | None,
     residuals: Residuals,
+    seed: int | None = None,
+    own: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """The loss that is captured: `model(ids, labels=labels).loss`, of what is on the device."""
-    params, spec = model.computed_params(), model.spec
-    x = decoder.hidden(params, spec, ids, layout=rows, adapters=adapters, residuals=residuals)
+    """The loss that is captured: `model(ids, labels=labels).loss`, of what is on the device.
+
+    own: what to compute with in place of each of the model's tensors.
+    """
+    worn = [
+        replace(
+            one,
+            adapters=tree.map_tensors(own, one.adapters),
+            trained=tree.map_tensors(own, one.trained),
+        )
+        for one in model.acting
+    ]
+    params, spec = model.computed_params(worn, own), model.spec
+    adapters = named_adapters.acting(worn, training=True)
+    how: Any = {"adapters": adapters, "residuals": residuals, "seed": seed}
+    x = decoder.hidden(params, spec, ids, layout=rows, **how)
     return loss.next_token(
         params,
         spec,

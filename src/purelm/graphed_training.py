@@ -1,4 +1,4 @@
-"""Packed training steps from graphs, where they can be: what a loop holds to replay them."""
+"""Training steps from graphs, where they can be: what a loop holds to replay them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .buckets import bucket_for
 from .convert.bridge import CausalLM
 from .errors import ArgumentError
-from .graphed import GraphedStep, uncapturable, unplayable
+from .graphed import GraphedStep, Uncapturable, uncapturable
 from .graphed_update import GraphedUpdate
-from .rows import Row, pack
+from .rows import Row, collate, pack
 
 
 class Graphs:
@@ -26,12 +25,13 @@ class Graphs:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
         *,
+        packing: bool = True,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.limit = model, optimizer, max_grad_norm
-        self._say, self._said = say, False
+        self.packing, self._say, self._said = packing, say, False
         self.step = GraphedStep(model, label_smoothing=label_smoothing, z_loss=z_loss)
         # bitsandbytes counts its steps on the host: its update is not captured.
         self.update: GraphedUpdate | None = None
@@ -58,7 +58,7 @@ class Graphs:
             "z_loss": z_loss,
         }
         smoothing, z = self.step.terms["smoothing"], self.step.terms["z_loss"]
-        captured = dict(zip(asked, (self.limit, True, smoothing, z), strict=True))
+        captured = dict(zip(asked, (self.limit, self.packing, smoothing, z), strict=True))
         for name, value in asked.items():
             if value != captured[name]:
                 raise ArgumentError(
@@ -67,21 +67,21 @@ class Graphs:
                 )
 
     def loss(self, rows: Sequence[Row], count: int) -> torch.Tensor:
-        """The summed loss of a packed batch over `count`, whose gradients are added to `.grad`.
+        """The summed loss of a batch over `count`, whose gradients are added to `.grad`.
 
         A batch for which residuals are sent to the host runs without a graph, and says so once;
-        without `say` it raises ArgumentError.
+        without `say` it raises Uncapturable.
         """
-        batch = pack(rows)
-        bucket = bucket_for(batch["cu_seqlens"])
-        reason = unplayable(self.model, (1, bucket.tokens))
-        if reason is None:
+        batch = pack(rows) if self.packing else collate(rows, 0)
+        try:
             return self.step(**batch, num_items_in_batch=torch.tensor(float(count)))
-        if self._say is None:
-            raise ArgumentError(reason)
-        if not self._said:
-            self._say(f"a batch of {bucket.tokens} tokens runs without a graph: {reason}")
-            self._said = True
+        except Uncapturable as problem:
+            if self._say is None:
+                raise
+            if not self._said:
+                shape = "x".join(map(str, batch["input_ids"].shape))
+                self._say(f"a batch of {shape} tokens runs without a graph: {problem}")
+                self._said = True
         loss: torch.Tensor | None = self.model(
             **batch, num_items_in_batch=count, **self.step.terms
         ).loss
@@ -107,19 +107,18 @@ def graphs_for(
     if asked is False:
         return None
     reason = uncapturable(model)
-    if reason is None and not packing:
-        reason = "padded batches have a shape of their own nearly every time; use packing"
     if reason is None:
         return Graphs(
             model,
             optimizer,
             max_grad_norm,
+            packing=packing,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             say=None if asked else say,
         )
     if asked:
-        raise ArgumentError(f"graphs were asked for, and cannot be: {reason}")
+        raise Uncapturable(f"graphs were asked for, and cannot be: {reason}")
     if model.device.type == "cuda":
         say(f"steps are not captured as graphs: {reason}")
     return None

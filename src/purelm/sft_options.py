@@ -27,8 +27,8 @@ class Options:
     steps if at least 1, else a share of them.
     max_steps: None trains for `epochs`. *_every: in steps, 0 is never; a run evaluates before its
     first step and after its last one anyway. packing: a batch's rows run as one row without
-    padding; None does so where that is fastest (`training.packs`). graph: packed steps are replayed
-    from CUDA graphs; None does so where they can be (`graphed.uncapturable`). max_seq_length: None
+    padding; None does so where that is fastest (`training.packs`). graph: steps are replayed from
+    CUDA graphs; None does so where they can be (`graphed.uncapturable`). max_seq_length: None
     is the model's context, at most 2048. prompt: what is answered before and after; None takes the
     first held-out row's.
     """

@@ -76,7 +76,7 @@ def test_what_is_captured_is_the_rows_own_step(folder: Path, of: list[int]) -> N
     bucket = bucket_for(batch["cu_seqlens"])
     made = filled(batch["input_ids"], batch["labels"], batch["cu_seqlens"], bucket)
     rows = layout.from_cu_seqlens(made["cu_seqlens"], bucket.tokens, bucket.longest)
-    more: Any = {"adapters": model.adapters, "count": count, "residuals": RECOMPUTE}
+    more: Any = {"count": count, "residuals": RECOMPUTE}
     value = value_of(model, made["input_ids"], made["labels"], rows, **more)
     got = [value, *torch.autograd.grad(value, trained)]
     for a, b in zip(got, want, strict=True):
