@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..nn import decoder, loss, pinned, qat, tree, watch
+from ..nn.dense_weights import DenseWeights
 from ..nn.kept_steps import KeptSteps
 from ..nn.params import param_specs
 from ..nn.plan import Plan
@@ -83,6 +84,8 @@ class CausalLM(Saving, Wearing):
         self.memory_budget = memory_budget
         # Under "auto": the plan of every shape of batch that was met, in order.
         self.plans: dict[tuple[int, int, bool], Plan] = {}
+        # And the weights that training keeps dequantized.
+        self.dense = DenseWeights()
         self.train_all = train_all
         # Whether a pass, forward and backward, stops at the first layer and tensor that is not
         # finite, with a TrainingError that names it; each layer then waits for the device.
@@ -208,6 +211,8 @@ class CausalLM(Saving, Wearing):
         if self.training:
             masked = memory_plan.is_masked(self, layout)
             residuals = memory_plan.residuals_for(self, *input_ids.shape, masked=masked)
+            if torch.is_grad_enabled():
+                params = self.dense.put(params, self._dtype)
         with self._own_dtypes(), memory_plan.told(self, residuals):
             x = decoder.hidden(
                 params,
@@ -321,6 +326,8 @@ class CausalLM(Saving, Wearing):
 
     def for_inference(self) -> "CausalLM":
         """Evaluation mode; returns the model."""
+        self.dense.keep(0)
+        self.plans.clear()
         return self.eval()
 
     def train(self, mode: bool = True) -> "CausalLM":
@@ -364,6 +371,8 @@ class CausalLM(Saving, Wearing):
             )
 
         self.kept_steps.clear()
+        self.dense.keep(0)
+        self.plans.clear()
 
         def keep_dtype(t: torch.Tensor) -> torch.Tensor:
             moved = t if any(t is table for table in self.host_tables) else fn(t)

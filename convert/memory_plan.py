@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..kernels.attention import backend_for
-from ..nn import experts, tree
+from ..nn import dense_weights, experts, tree
 from ..nn.attention import needs_mask
 from ..nn.layout import Layout
 from ..nn.plan import GIB, plan
@@ -41,6 +41,7 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
     Raises ArgumentError where the budget is below the least possible.
     """
     if model.residuals != "auto":
+        model.dense.keep(0)
         return _tiled(model.residuals, model.tile)
     if length > _STEP:
         length = -(-length // _STEP) * _STEP
@@ -67,15 +68,20 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
             rounded=model.qat_scheme is not None,
             gradients=_gradients(layers, worn),
         )
-        fixed = max(_lasting(model), _allocated(device)) + _casts(model)
+        allocated = _allocated(device) - model.dense.nbytes
+        fixed = max(_lasting(model), allocated) + _casts(model)
         fixed += _WORKSPACE if device.type == "cuda" else 0
         budget = model.memory_budget
         if budget is None:  # what lasts and is not there yet is taken from what is free
-            budget = max(_there(model), _allocated(device)) + _free(device)
-        found = plan(model.spec, shape, budget=budget, fixed=fixed)
-        known = {p.policies for p in model.plans.values()}
+            budget = max(_there(model), allocated) + _free(device) + model.dense.nbytes
+        # DoRA reads its weights in fp32, which are not what 16 bits of them are.
+        dense = () if shape.dora else dense_weights.bytes_of(model.params, model.dtype.itemsize)
+        found = plan(model.spec, shape, budget=budget, fixed=fixed, dense=dense)
+        known = {(p.policies, p.weights) for p in model.plans.values()}
         model.plans[batch, length, masked] = found
-        if found.policies not in known:
+        # All shapes have the same, so as many as the one with least room.
+        model.dense.keep(min(p.weights for p in model.plans.values()))
+        if (found.policies, found.weights) not in known:
             print(f"purelm: {found}", file=sys.stderr)
     return found.policies
 
@@ -94,6 +100,7 @@ def told(model: "CausalLM", residuals: Residuals | None) -> Iterator[None]:
     except torch.OutOfMemoryError as problem:
         if residuals is not None:
             problem.add_note(advice(model))
+        model.dense.give_up()
         raise
 
 

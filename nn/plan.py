@@ -4,9 +4,11 @@ A training step's memory is what is there before it (weights, gradients, optimiz
 of the layers run so far, and what the layer or the head at work needs beside them. From the policy
 that needs least, residuals are kept one by one, in the order of seconds saved per byte, as long as
 the step's peak stays within the budget. The order does not depend on the budget, so a larger one
-never keeps less.
+never keeps less. What is left when all are kept goes to weights: those of the last layers stay
+dequantized (`dense_weights`), which saves an eighth as much a byte.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -28,7 +30,8 @@ GIB = 2**30
 class Plan:
     """A policy for each layer, the bytes the step needs at its peak, and the budget they fit.
 
-    again: for each layer what autograd runs again of it, in words.
+    again: for each layer what autograd runs again of it, in words. weights: of how many layers, the
+    last ones, the weights are kept dequantized.
     """
 
     policies: tuple[Policy, ...]
@@ -36,6 +39,7 @@ class Plan:
     budget: int
     shape: Shape
     again: tuple[str | None, ...]
+    weights: int = 0
 
     def __str__(self) -> str:
         told = [
@@ -47,14 +51,19 @@ class Plan:
             places = [i for i, _ in some]
             where = f"s {places[0]}-{places[-1]}" if len(places) > 1 else f" {places[0]}"
             parts.append(f"layer{where}: {words}")
+        if self.weights:
+            parts.append(f"weights of the last {self.weights} layers kept dequantized")
         return (
             f"{self.shape.batch} x {self.shape.length} tokens, {self.peak / GIB:.2f} GiB planned "
             f"of a budget of {self.budget / GIB:.2f} GiB; {'; '.join(parts)}"
         )
 
 
-def plan(spec: ModelSpec, shape: Shape, *, budget: int, fixed: int) -> Plan:
-    """The plan that keeps most within `budget` bytes of which `fixed` are taken throughout.
+def plan(
+    spec: ModelSpec, shape: Shape, *, budget: int, fixed: int, dense: Sequence[int] = ()
+) -> Plan:
+    """The plan that keeps most within `budget` bytes of which `fixed` are taken throughout. dense:
+    bytes of each layer's weights dequantized, if any may be kept so.
 
     Raises ArgumentError, saying the least possible, where even that is more than the budget.
     """
@@ -73,11 +82,16 @@ def plan(spec: ModelSpec, shape: Shape, *, budget: int, fixed: int) -> Plan:
         policies[i] = _kept(before, name)
         grown = peak(spec, shape, tuple(policies), fixed)
         if grown > budget:
-            policies[i] = before
+            policies[i], dense = before, ()
             break
         planned = grown
+    weights = 0
+    for size in reversed(dense):
+        if not size or planned + size > budget:
+            break
+        planned, weights = planned + size, weights + 1
     told = tuple(_again(layer, shape) for layer in spec.layers)
-    return Plan(tuple(policies), planned, budget, shape, told)
+    return Plan(tuple(policies), planned, budget, shape, told, weights)
 
 
 def _least(layer: LayerSpec, spec: ModelSpec, shape: Shape) -> Policy:

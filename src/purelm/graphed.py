@@ -231,7 +231,7 @@ class _Read:
 
     def moved(self) -> bool:
         """Whether others have come in their place since this was last asked."""
-        leaves = tree.leaves(self._model.own_trees())
+        leaves = tree.leaves([*self._model.own_trees(), *self._model.dense.trees])
         same = len(leaves) == len(self._leaves) and all(map(is_, leaves, self._leaves))
         if not same:
             self._leaves, self._tensors = leaves, tree.tensors(leaves)
@@ -266,7 +266,9 @@ def value_of(
         )
         for one in model.acting
     ]
-    params, spec = model.computed_params(worn, own), model.spec
+    # Of adapters alone the base's leaves stay what they are, by which dense ones are found again.
+    params = model.computed_params(worn, own if model.train_all else None)
+    params, spec = model.dense.put(params, model.dtype), model.spec
     adapters = named_adapters.acting(worn, training=True)
     how: Any = {"adapters": adapters, "residuals": residuals, "seed": seed}
     x = decoder.hidden(params, spec, ids, layout=rows, **how)

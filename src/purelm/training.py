@@ -162,6 +162,8 @@ def train_step(
     except BaseException as problem:  # what some batches gave is not for the next step
         optimizer.zero_grad()
         model.dropout_step = began
+        if isinstance(problem, torch.OutOfMemoryError):
+            model.dense.give_up()  # for the next try
         if not debug or not isinstance(problem, TrainingError):
             raise
         place = _first_bad(model, (batch(rows) for rows in window))

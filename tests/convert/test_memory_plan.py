@@ -14,8 +14,10 @@ from live_bytes import LiveBytes
 from purelm import FastLanguageModel
 from purelm.convert import memory_plan
 from purelm.errors import ArgumentError
-from purelm.nn import decoder
+from purelm.nn import decoder, dense_weights, tree
 from purelm.nn.residuals import KEEP
+from purelm.quant import linear
+from purelm.quant.nf4 import NF4
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,79 @@ def test_what_a_step_allocates_is_planned(folder: Path) -> None:
     there = sum(p.nbytes for p in model.parameters())
     moments = 2 * sum(p.nbytes for p in trained)
     assert live.most <= plan.peak - there - moments
+
+
+def four_bits(folder: Path, budget: int | None = None, checkpointing: Any = "auto") -> Any:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), dtype=torch.bfloat16, device_map="cpu", memory_budget=budget,
+        use_gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    given: Any = {"init_lora_weights": "gaussian", "use_gradient_checkpointing": checkpointing}
+    return FastLanguageModel.get_peft_model(model, r=4, **given)
+
+
+def test_weights_that_stay_dequantized(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step to the bit, which dequantizes nothing of these layers; only training sees them,
+    and only while the packed weights are what they were.
+    """
+    want = step(four_bits(folder, checkpointing=False), ids())
+    model = four_bits(folder)
+    found = step(model, ids())
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    (plan,) = model.plans.values()
+    layers = len(model.spec.layers)
+    assert plan.weights == layers == model.dense.layers
+    weights = [leaf for leaf in tree.leaves(model.params["layers"]) if isinstance(leaf, NF4)]
+    assert len(weights) == 7 * layers and model.params is model.base_params
+    assert model.dense.nbytes == 2 * sum(leaf.numel() for leaf in weights)
+    made: list[Any] = []
+    true = linear.dequantize
+    monkeypatch.setattr(linear, "dequantize", lambda *a: made.append(a) or true(*a))
+    step(model, ids())
+    assert not made
+    with torch.no_grad():
+        model(ids(), labels=ids())
+    assert made
+    with torch.no_grad():  # of one layer alone
+        made.clear()
+        tree.tensors(model.params["layers"][1]["mlp"]["down"])[0].bitwise_not_()
+    other = step(model, ids())
+    assert len(made) == 7
+    again = four_bits(folder, checkpointing=False)
+    tree.tensors(again.params["layers"][1]["mlp"]["down"])[0].bitwise_not_()
+    assert all(torch.equal(a, b) for a, b in zip(step(again, ids()), other, strict=True))
+    model.for_inference()
+    assert not model.dense.nbytes
+
+
+def test_weights_that_stay_dequantized_give_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a shape with less room, and, where memory runs out, for good."""
+    free = four_bits(folder)
+    step(free, ids())
+    (whole,) = free.plans.values()
+    sizes = dense_weights.bytes_of(free.params, 2)
+    model = four_bits(folder, budget=whole.peak - sizes[0])
+    for rows, kept in ((1, len(sizes)), (2, len(sizes) - 1), (1, len(sizes) - 1)):
+        step(model, ids(rows=rows))
+        assert model.dense.layers == kept
+    assert model.dense.nbytes == sum(sizes[1:])
+
+    def none(*args: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "hidden", none)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(model, ids())
+    step(model, ids(rows=3))
+    assert not model.dense.nbytes
+    free.dense.keep(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_weights, "weight_of", none)
+        step(free, ids(2))
+    assert not free.dense.layers
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -86,6 +86,21 @@ def test_all_is_kept_where_there_is_room(spec: ModelSpec, shape: Shape) -> None:
     assert set(found.policies) == {KEEP} and "all kept" in str(found)
 
 
+@given(shapes, st.integers(0, 16 * 10**8), st.integers(0, 10**9))
+def test_weights_are_kept_of_what_all_residuals_leave(shape: Shape, left: int, more: int) -> None:
+    """Of the last layers, no more than fit, and none before a residual."""
+    sizes = [10**8] * 16
+    whole = plan(SMALL, shape, budget=2**60, fixed=0)
+    found = plan(SMALL, shape, budget=whole.peak + left, fixed=0, dense=sizes)
+    assert found.policies == whole.policies and found.weights == left // 10**8
+    assert found.peak == whole.peak + found.weights * 10**8 <= found.budget
+    assert (f"the last {found.weights} layers" in str(found)) == (found.weights > 0)
+    larger = plan(SMALL, shape, budget=found.budget + more, fixed=0, dense=sizes)
+    assert larger.weights >= found.weights
+    tight = plan(SMALL, shape, budget=whole.peak - 1, fixed=0, dense=sizes)
+    assert not tight.weights and tight.policies != whole.policies
+
+
 @given(st.integers(8192, 40000), st.integers(16, 79))
 def test_long_rows_never_run_attention_again(length: int, gib: int) -> None:
     shape = Shape(1, length, 2)
