@@ -77,11 +77,12 @@ def residuals_for(model: "CausalLM", batch: int, length: int, *, masked: bool = 
         # DoRA reads its weights in fp32, which are not what 16 bits of them are.
         dense = () if shape.dora else dense_weights.bytes_of(model.params, model.dtype.itemsize)
         found = plan(model.spec, shape, budget=budget, fixed=fixed, dense=dense)
-        known = {(p.policies, p.weights) for p in model.plans.values()}
+        known = {(p.policies, p.gains and p.room) for p in model.plans.values()}
         model.plans[batch, length, masked] = found
-        # All shapes have the same, so as many as the one with least room.
-        model.dense.keep(min(p.weights for p in model.plans.values()))
-        if (found.policies, found.weights) not in known:
+        # All shapes have the same, so as many as the one with least room has.
+        plans = model.plans.values()
+        model.dense.keep(min(p.room for p in plans) if any(p.gains for p in plans) else 0)
+        if (found.policies, found.gains and found.room) not in known:
             print(f"purelm: {found}", file=sys.stderr)
     return found.policies
 

@@ -14,7 +14,7 @@ from live_bytes import LiveBytes
 from purelm import FastLanguageModel
 from purelm.convert import memory_plan
 from purelm.errors import ArgumentError
-from purelm.nn import decoder, dense_weights, tree
+from purelm.nn import decoder, dense_weights, plan, tree
 from purelm.nn.residuals import KEEP
 from purelm.quant import linear
 from purelm.quant.nf4 import NF4
@@ -101,7 +101,7 @@ def test_weights_that_stay_dequantized(folder: Path, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     (plan,) = model.plans.values()
     layers = len(model.spec.layers)
-    assert plan.weights == layers == model.dense.layers
+    assert plan.room == layers == model.dense.layers
     weights = [leaf for leaf in tree.leaves(model.params["layers"]) if isinstance(leaf, NF4)]
     assert len(weights) == 7 * layers and model.params is model.base_params
     assert model.dense.nbytes == 2 * sum(leaf.numel() for leaf in weights)
@@ -125,6 +125,18 @@ def test_weights_that_stay_dequantized(folder: Path, monkeypatch: pytest.MonkeyP
     assert not model.dense.nbytes
 
 
+def test_steps_of_many_tokens_have_no_dequantized_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those that are there for steps of few."""
+    monkeypatch.setattr(plan, "FEW_TOKENS", 30)
+    model = four_bits(folder)
+    layers = len(model.spec.layers)
+    for rows, kept in ((2, 0), (1, layers), (2, layers)):
+        step(model, ids(rows=rows))
+        assert model.dense.layers == kept
+
+
 def test_weights_that_stay_dequantized_give_way(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +145,7 @@ def test_weights_that_stay_dequantized_give_way(
     step(free, ids())
     (whole,) = free.plans.values()
     sizes = dense_weights.bytes_of(free.params, 2)
-    model = four_bits(folder, budget=whole.peak - sizes[0])
+    model = four_bits(folder, budget=whole.peak + sum(sizes[1:]))
     for rows, kept in ((1, len(sizes)), (2, len(sizes) - 1), (1, len(sizes) - 1)):
         step(model, ids(rows=rows))
         assert model.dense.layers == kept

@@ -92,13 +92,14 @@ def test_weights_are_kept_of_what_all_residuals_leave(shape: Shape, left: int, m
     sizes = [10**8] * 16
     whole = plan(SMALL, shape, budget=2**60, fixed=0)
     found = plan(SMALL, shape, budget=whole.peak + left, fixed=0, dense=sizes)
-    assert found.policies == whole.policies and found.weights == left // 10**8
-    assert found.peak == whole.peak + found.weights * 10**8 <= found.budget
-    assert (f"the last {found.weights} layers" in str(found)) == (found.weights > 0)
+    assert found.policies == whole.policies and found.room == left // 10**8
+    assert found.peak == whole.peak and found.dense == found.room * 10**8 <= left
+    assert found.gains == (found.room > 0 and shape.tokens <= 8192)
+    assert (f"the last {found.room} layers" in str(found)) == found.gains
     larger = plan(SMALL, shape, budget=found.budget + more, fixed=0, dense=sizes)
-    assert larger.weights >= found.weights
+    assert larger.room >= found.room
     tight = plan(SMALL, shape, budget=whole.peak - 1, fixed=0, dense=sizes)
-    assert not tight.weights and tight.policies != whole.policies
+    assert not tight.room and tight.policies != whole.policies
 
 
 @given(st.integers(8192, 40000), st.integers(16, 79))
