@@ -51,6 +51,13 @@ class Origin:
         return self  # nothing in it changes, and it names modules, which cannot be copied
 
 
+# Of a batch, the count to divide by, smoothing and z_loss; None where the pass is to run.
+Replays = Callable[
+    [dict[str, torch.Tensor | None], torch.Tensor | float | None, float, float],
+    CausalLMOutput | None,
+]
+
+
 class CausalLM(Saving, Wearing):
     """A causal language model.
 
@@ -90,6 +97,8 @@ class CausalLM(Saving, Wearing):
         # Whether a pass, forward and backward, stops at the first layer and tensor that is not
         # finite, with a TrainingError that names it; each layer then waits for the device.
         self.debug = False
+        # What passes of training are replayed from in place of running (`graphed_bridge.replay`).
+        self.replays: Replays | None = None
         self.host_tables: tuple[torch.Tensor, ...] = ()
         # Tokens that the MLP runs on at a time while training (`residuals.Policy`).
         self.tile: int | None = None
@@ -187,6 +196,13 @@ class CausalLM(Saving, Wearing):
         """
         batch.check_ids(input_ids, self.spec)
         assert input_ids is not None
+        if self.replays is not None and self.training and labels is not None:
+            given = {"input_ids": input_ids, "labels": labels, "cu_seqlens": cu_seqlens}
+            given |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            if torch.is_grad_enabled() and not self.debug:
+                replayed = self.replays(given, num_items_in_batch, smoothing, z_loss)
+                if replayed is not None:
+                    return replayed
         layout = batch.layout_of(
             input_ids,
             self.spec,

@@ -29,6 +29,9 @@ _MOST_SHAPES = 32
 _Key = tuple[int, int, bool, int, int]
 
 
+Taken = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
 class Uncapturable(ArgumentError):
     """A step that no graph can hold; the message says why, and the model runs it as ever."""
 
@@ -88,11 +91,12 @@ class GraphedStep:
             raise Uncapturable(f"a step of this model cannot be captured: {reason}")
         self._pool = Pool()
         self._shapes: dict[_Key, _Captured] = {}
-        self._trained = self._live()
-        self._grads = [torch.zeros_like(p) for p in self._trained]
+        self.trained = self._live()
+        self._grads = [torch.zeros_like(p) for p in self.trained]
         # What the model's own seed of dropout is before each replay.
         self._seed = torch.zeros((), dtype=torch.int64, device=model.device)
         self._read = _Read(model)
+        self._taken = 0
 
     def __call__(
         self,
@@ -109,6 +113,37 @@ class GraphedStep:
 
         Raises InputError as the model does, and what the class says.
         """
+        given = input_ids, labels, num_items_in_batch, cu_seqlens, attention_mask
+        return self._replayed(*given, before=self._attach)
+
+    def taken(self, *given: Any, **more: Any) -> tuple[torch.Tensor, Taken]:
+        """The loss of the same arguments, and a function from the gradient that reaches it to those
+        of `trained`, which no `.grad` has then; ArgumentError after another step.
+        """
+        self._taken += 1
+        before, call = lambda: torch._foreach_zero_(self._grads), self._taken
+        loss = self._replayed(*given, **more, before=before)
+
+        def gradients(dloss: torch.Tensor) -> list[torch.Tensor]:
+            if call != self._taken:
+                raise ArgumentError(
+                    "another step was taken before the backward of this one's loss: gradients of a "
+                    "replayed step are there until the next one"
+                )
+            return list(torch._foreach_mul(self._grads, dloss))
+
+        return loss, gradients
+
+    def _replayed(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        before: Callable[[], None],
+    ) -> torch.Tensor:
         spec, longest = self.model.spec, 0
         batch.check_ids(input_ids, spec)
         given = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
@@ -124,13 +159,12 @@ class GraphedStep:
             most = spec.max_positions
             input_ids, labels = widened(input_ids, labels, attention_mask, most)
         live = self._live()
-        if [id(p) for p in self._trained] != [id(p) for p in live]:
+        if [id(p) for p in self.trained] != [id(p) for p in live]:
             raise ArgumentError("the model trains others than were captured; make a new step")
         if self._read.moved():
             torch.cuda.synchronize(self.model.device)
             self._shapes.clear()
             self._pool = Pool()  # the other's memory goes with its graphs
-        self._attach()
         documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         b, s = input_ids.shape
         key = (b, s, num_items_in_batch is not None, documents, longest)
@@ -147,6 +181,7 @@ class GraphedStep:
             found.cu_seqlens.copy_(cu_seqlens)
         if found.count is not None and num_items_in_batch is not None:
             found.count.copy_(num_items_in_batch)
+        before()
         seed = self.model.next_seed()
         if seed is not None:
             self._seed.fill_(seed)
@@ -158,7 +193,7 @@ class GraphedStep:
     def _attach(self) -> None:
         """Make the buffers that the graph adds to every parameter's `.grad`, of zeros at first."""
         fresh = []
-        for p, grad in zip(self._trained, self._grads, strict=True):
+        for p, grad in zip(self.trained, self._grads, strict=True):
             if p.grad is None:
                 fresh.append(grad)
             elif p.grad is not grad:
@@ -197,7 +232,7 @@ class GraphedStep:
         def value() -> tuple[torch.Tensor, list[torch.Tensor]]:
             # Leaves of its own, over the same memory: what elsewhere still holds on to a graph of
             # the parameters' would tie this one to another stream.
-            fresh = {id(p): p.detach().requires_grad_() for p in self._trained}
+            fresh = {id(p): p.detach().requires_grad_() for p in self.trained}
             how: Any = {"count": held, "residuals": policies, "seed": seed, **self.terms}
             how["own"] = lambda t: fresh.get(id(t), t)
             return value_of(model, ids, targets, places(), **how), list(fresh.values())

@@ -12,8 +12,10 @@ from bridged import ids
 
 from purelm import FastLanguageModel, graphed, optimizers, training
 from purelm.convert import peft_config
+from purelm.convert.output import CausalLMOutput
 from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed import GraphedStep, Uncapturable, uncapturable, value_of
+from purelm.graphed_bridge import replay
 from purelm.graphed_training import Graphs
 from purelm.nn import layout, tree
 from purelm.nn.graph import Graph
@@ -289,3 +291,37 @@ def test_a_run_from_graphs(folder: Path) -> None:
     with pytest.raises(TrainingError, match="loss is nan"):
         training.train_step(model, optimizer, [drawn((60, 5), 3)], step=0, rate=1e-2, **options)
     assert all(torch.equal(a, b) for a, b in zip(before[1:], trained[1:], strict=True))
+
+
+def test_behind_the_bridge(folder: Path, device: str) -> None:
+    """A loop of one's own has the losses, gradients and logits that it has without; so has what no
+    graph can hold; a loss whose gradients are gone says so.
+    """
+    model = load(folder, device, init_lora_weights="gaussian").train()
+    with torch.no_grad():
+        for leaf in tree.leaves(model.adapters):
+            leaf.b.add_(0.02)
+    batches: list[Any] = [collate(drawn(lengths, 1), 0) for lengths in [(5, 9), (60, 8), (33, 3)]]
+    more = {"num_items_in_batch": 11, "smoothing": 0.1}
+    batches = [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+    places = torch.arange(9, device=device)[None]
+    batches += [{**batches[0], **more}, {"position_ids": places, **batches[0]}]
+    limit = 1e-5 if device == "cpu" else 0.1
+    found: list[list[torch.Tensor]] = []
+    for on in (False, True):
+        replay(model, on)
+        total = []
+        for batch in batches:
+            loss = model(**batch).loss
+            (loss / 2).backward()
+            total.append(loss.detach())
+        found.append([*total, *gradients(model, loss)])
+    close(found[1], found[0], limit)
+    made = model(**batches[0])
+    assert made["loss"].requires_grad and isinstance(made, CausalLMOutput)
+    want = model.eval()(**{n: t for n, t in batches[0].items() if n != "labels"}).logits
+    assert torch.equal(made.logits, want) and not model.training
+    model.train()(**batches[1])
+    with pytest.raises(ArgumentError, match="another step was taken before"):
+        made.loss.backward()
+    assert all(p.grad is None for p in model.parameters())
