@@ -110,7 +110,7 @@ def test_every_policy(kind: tuple[bool, bool, float, Any], dtype: torch.dtype) -
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     for got, grad in zip(kept_grads, want_grads, strict=True):
         assert (got - grad).norm() <= limit * grad.norm()
-    for policy in POLICIES:
+    for policy in POLICIES if seed is None else POLICIES[::5]:
         value, grads = run(built, policy, seed)
         assert torch.equal(value, want)
         assert all(torch.equal(a, b) for a, b in zip(grads, kept_grads, strict=True)), policy
