@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..quant.fp8_product import computing
 from .bnb_file import Packed, check_config, entries
 from .config import Config
 from .encoded import Encoded, seen
+from .free_memory import loading
 from .fused_read import Stored, is_packed, leaf_reader, reader
 from .gguf_file import GGUF, opened_in
 from .gguf_model import checkpoint as gguf_checkpoint
@@ -175,7 +177,8 @@ def load_folder(
         dtype = _common_dtype(chosen, spec)
     if prequantized and quantize is None:
         config.fields.pop("quantization_config")
-    params = _read_all(chosen, spec, quantize, compute, dtype, device, quant_skip, progress)
+    read = partial(_read_all, chosen, spec, quantize, compute, dtype, device, quant_skip, progress)
+    params = loading(read, spec, quantize, dtype, device)
     dtypes = tuple(dict.fromkeys(info.dtype for info in chosen.values()))
     kept = any(isinstance(info, Encoded) and info.kept(quantize) for info in chosen.values())
     undone = None if form is None or kept else form.name

@@ -1,6 +1,5 @@
 """The memory plan of a model: what `use_gradient_checkpointing="auto"` does at a batch's shape."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from ..kernels.attention import backend_for
 from ..nn import dense_weights, experts, tree
 from ..nn.attention import needs_mask
 from ..nn.layout import Layout
-from ..nn.plan import GIB, plan
+from ..nn.plan import plan
 from ..nn.residuals import Policy, Residuals
 from ..nn.spec import LayerSpec, MoESpec
 from ..nn.step_shape import Shape
 from ..quant.fp8_product import computes
+from .free_memory import free_bytes
 
 if TYPE_CHECKING:
     from .bridge import CausalLM
@@ -203,11 +203,4 @@ def _allocated(device: torch.device) -> int:
 
 def _free(device: torch.device) -> int:
     """Bytes that can still be taken, less the margin."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = 4 * GIB
-    return int(free * (1 - _MARGIN))
+    return int(free_bytes(device) * (1 - _MARGIN))

@@ -48,6 +48,10 @@ class SourceError(LoadError):
     """A model name leads to no folder or repository that can be read."""
 
 
+class LoadMemoryError(LoadError, MemoryError):
+    """Memory ran out while a model was loaded; nothing of it is left, and all else works on."""
+
+
 class ConfigError(LoadError):
     """A config.json (or a like file) is missing, malformed, contradictory or not supported."""
 
