@@ -2,8 +2,10 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ def size():
 
 folder, file = sys.argv[1:]
 purelm.load(folder, quantize="nf4", dtype=torch.float32)  # what is imported late
+purelm.load(folder, dtype=torch.float32)
 gc.collect()
 bytes, found, before = int(file), [], size()
 for level in range(10):
@@ -76,7 +79,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ten_levels_of_address_space(folder: Path) -> None:
     total = (folder / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", LEVELS, str(folder), str(total)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    # Large blocks go back to the system as soon as they are free.
+    around = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, env=around
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     words = [text for text, _ in found]
@@ -84,16 +91,16 @@ def test_ten_levels_of_address_space(folder: Path) -> None:
     assert words == refused + ["loaded"] * (10 - len(refused)) and 2 <= len(refused) <= 8
     for text in refused:
         assert f"about {total // 10**6:,}," in text and "are free now" in text
-    # Nothing of it is left: the least allocation stays within a small part of the model.
-    assert max(grown for _, grown in found) <= 0.5 * total
+    assert max(grown for _, grown in found[: len(refused)]) <= 0.01 * total  # nothing is left
 
 
 def test_nothing_is_held_by_the_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what was read before memory ran out, on whichever device it did."""
-    true, made = load._read_all, []
+    true, seen = load._read_all, []
 
     def late(*args: object) -> object:
-        made.append(true(*args))
+        made = true(*args)
+        seen.append(weakref.ref(made["embed"]["weight"]))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(load, "_read_all", late)
@@ -103,6 +110,5 @@ def test_nothing_is_held_by_the_error(folder: Path, monkeypatch: pytest.MonkeyPa
     except LoadMemoryError as problem:
         caught.append(problem)
     assert "Tried to allocate 2.00 GiB" in str(caught[0])
-    assert caught[0].__context__ is None and caught[0].__cause__ is None
-    made.clear()
     gc.collect()
+    assert seen[0]() is None and caught
