@@ -171,6 +171,9 @@ class GraphedStep:
         found = self._shapes.pop(key, None)
         if found is None:
             found = self._capture(input_ids, labels, num_items_in_batch, cu_seqlens, longest)
+            if self._read.moved():  # its plan has other weights dequantized than the others' had
+                torch.cuda.synchronize(self.model.device)
+                self._shapes.clear()
         self._shapes[key] = found
         if len(self._shapes) > _MOST_SHAPES:
             torch.cuda.synchronize(self.model.device)

@@ -36,6 +36,9 @@ class _Replays:
         self._steps: dict[tuple[float, float], GraphedStep] = {}
         self._step(0.0, 0.0)
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies and files have none
+
     def _step(self, smoothing: float, z_loss: float) -> GraphedStep:
         key = smoothing, z_loss
         if key not in self._steps:

@@ -1,5 +1,6 @@
 """A captured step: on a GPU it equals the eager one to the bit; elsewhere it says why not."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from purelm.errors import ArgumentError, InputError, TrainingError
 from purelm.graphed import GraphedStep, Uncapturable, uncapturable, value_of
 from purelm.graphed_bridge import replay
 from purelm.graphed_training import Graphs
-from purelm.nn import layout, tree
+from purelm.nn import layout, plan, tree
 from purelm.nn.graph import Graph
 from purelm.nn.residuals import KEEP
 from purelm.rows import Row, collate, pack
@@ -200,6 +201,26 @@ def test_other_weights_in_the_place_of_those_that_were_captured(folder: Path, de
         assert all(kept) if place == "nothing" else not any(kept)
 
 
+def test_dequantized_weights_are_captured_once(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a shape's first step; where a later shape has no room for them all graphs go."""
+    model = load(folder, device, use_gradient_checkpointing="auto").train()
+    step = GraphedStep(model)
+    for seed in (1, 2):
+        some = ids(seed, 2, 16).to(device)
+        want = eager(model, input_ids=some, labels=some)
+        close(gradients(model, step(some, some)), want, 1e-6 if device == "cpu" else 0.1)
+        (first,) = step._shapes.values()
+        assert model.dense.layers == len(model.spec.layers)
+    step(some, some)
+    assert next(iter(step._shapes.values())) is first
+    monkeypatch.setattr(plan, "FEW_TOKENS", 0)
+    model.plans.clear()
+    step(some[:1], some[:1])
+    assert not model.dense.layers and first not in step._shapes.values()
+
+
 def test_padded_batches_in_a_loop(folder: Path, device: str) -> None:
     """The same steps with graphs and without, whole batches and the rest of an epoch."""
     found = []
@@ -317,6 +338,7 @@ def test_behind_the_bridge(folder: Path, device: str) -> None:
             total.append(loss.detach())
         found.append([*total, *gradients(model, loss)])
     close(found[1], found[0], limit)
+    assert copy.deepcopy(model).replays is None
     made = model(**batches[0])
     assert made["loss"].requires_grad and isinstance(made, CausalLMOutput)
     want = model.eval()(**{n: t for n, t in batches[0].items() if n != "labels"}).logits
