@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file
 from trainers import FEW, RATE, ROWS, STEPS, adapted, in_order, logged, padded, rows, same, settings
 
-from purelm import FastLanguageModel
+from purelm import FastLanguageModel, graphed
 from purelm.errors import ArgumentError
+from purelm.graphed_bridge import replay
 from purelm.nn.residuals import KEEP, RECOMPUTE
 
 pytestmark = [
@@ -93,6 +94,26 @@ def test_trainer(folder: Path, tmp_path: Path, accumulate: int, options: Any) ->
         written = load_file(tmp_path / "out/model.safetensors")
         name = "model.layers.0.mlp.up_proj.weight"
         assert torch.equal(written[name], model.params["layers"][0]["mlp"]["up"]["weight"])
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"full_finetuning": True}], ids=str)
+def test_trainer_over_replayed_passes(
+    folder: Path, tmp_path: Path, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is captured run as it is, in batches padded in front, two to a step."""
+    monkeypatch.setattr(graphed, "capture", lambda step, device, pool: None)
+    monkeypatch.setattr(graphed, "uncapturable", lambda model: None)
+    for name in ("graph_pool_handle", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    want = own_losses(*adapted(folder, **options), accumulate=2)
+    model, tokenizer = adapted(folder, **options)
+    model.for_training(True)
+    replay(model)
+    given = {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2}
+    trainer = hf_trainer(model, tokenizer, tmp_path, **given)
+    trainer.train()
+    same(logged(trainer), want)
+    assert model.replays._steps[0.0, 0.0]._shapes
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
