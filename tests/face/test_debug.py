@@ -14,7 +14,7 @@ import purelm
 from purelm import FastLanguageModel, Row
 from purelm.errors import ArgumentError, InputError, PurelmError, TrainingError
 from purelm.nn import fast_attention, fast_mlp, loss, tree
-from purelm.training import adamw
+from purelm.optimizers import optimizer as made_for
 
 NAN, HUGE = math.nan, 3e38
 ROWS = [[Row((5, 9, 4, 7, 8), (-100, 9, 4, 7, 8)), Row((6, 4), (-100, 4))]]
@@ -104,7 +104,7 @@ SITES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
 
 def refused(model: Any, error: type[PurelmError], words: str, **how: Any) -> None:
     """The step raises, and what is trained, the optimizer and the dropout are as they were."""
-    optimizer = adamw(model.train(), 0.0)
+    optimizer = made_for(model.train(), weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     given: Any = {"step": 4, "rate": 1e-2, "max_grad_norm": 1.0, "pad_id": 0, "debug": True, **how}
     with pytest.raises(error, match=words):
