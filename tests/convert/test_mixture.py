@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from purelm.convert import peft_config
 from purelm.convert.load import load_folder
+from purelm.convert.registry import FAMILIES
 from purelm.errors import CheckpointError, ConfigError
 from purelm.nn import decoder, lora, tree
 
@@ -138,3 +139,33 @@ def test_explain_names_what_runs_again(tmp_path: Path) -> None:
     text = model.explain()
     assert "attention run again" not in text and "layers 0" not in text
     assert "layers 1, 2: the MLP run again by autograd, for experts one after the other" in text
+
+
+# What published files have beside the fields that transformers writes.
+FURTHER: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **{"aux_loss_alpha": 0.001, "moe_layer_freq": 1, "pretraining_tp": 1, "seq_aux": True},
+        **{"scoring_func": "softmax", "ep_size": 1, "auto_map": {}},
+    },
+    "glm4_moe_lite": {
+        **{"first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "topk_method": "noaux_tc"},
+        **{"partial_rotary_factor": 1.0, "rope_scaling": None},
+    },
+    "dots1": {
+        **{"moe_layer_freq": 1, "pretraining_tp": 1, "scoring_func": "noaux_tc"},
+        **{"topk_method": "noaux_tc", "rope_scaling": None},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_fields_of_published_files(family: str) -> None:
+    """They say what is meant anyway; what they say otherwise is an error."""
+    fields = json.loads(tiny.config(family).to_json_string(use_diff=False))
+    known = FAMILIES[family]
+    further = FURTHER[family]
+    assert known.spec({**fields, **further}) == known.spec(fields)
+    for name in ("scoring_func", "topk_method", "moe_layer_freq", "first_k_dense_replace"):
+        if name in further:
+            with pytest.raises(ConfigError, match=name):
+                known.spec({**fields, **further, name: 7})
