@@ -76,9 +76,9 @@ class Prompts:
         cache: Cache | None = None
         logits: torch.Tensor | None
         try:
-            if self.rows.passes(group):
+            if self.rows.whole.covers(group):
                 longest -= group[0].known * PAGE
-                logits = self.rows.run_whole(group)
+                logits = self.rows.whole.run(group)
             else:
                 cache = self.rows.stage(group)
                 longest -= cache.length
@@ -116,7 +116,7 @@ class Prompts:
     def _whole(self, running: Running, most: int) -> bool:
         """Is the prompt run in one pass, of at most so many tokens?"""
         left = len(running.ids) - running.known * PAGE
-        return left <= most and self.rows.passes([running])
+        return left <= most and self.rows.whole.covers([running])
 
     def _enter(
         self, running: Running, event: Event, cache: Cache | None, at: int, events: list[Event]

@@ -8,29 +8,23 @@ powers of two) and set of sampling rules, and replayed. Where the model waits fo
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..nn import decode, pages, prompt_pass, sample_rows
+from ..nn import decode, pages, sample_rows
 from ..nn.blocks import Blocks, Name, names
 from ..nn.cache import Cache
 from ..nn.graph import capture, replayable
-from ..nn.kept_steps import KeptSteps, with_room
 from ..nn.pages import PAGE, Pages
-from ..nn.prompt_pass import PromptPass
 from ..nn.sample_rows import Controls
 from .bridge import CausalLM
-from .engine_behind import Behind
 from .engine_request import Event, Running, failed, next_token, not_finite
+from .engine_whole import Whole
 from .live_weights import LiveWeights
 
 # Blocks that there is room for at first, and that tables are as long as at least.
 FIRST = 32
-# How many kinds of passes over prompts are kept.
-PASSES = 32
 
 
 @dataclass(slots=True)
@@ -70,13 +64,11 @@ class EngineRows:
         self.blocks = Blocks(1)
         # Of all prompts so far: their tokens, and how many of those were in the cache already.
         self.prompt_tokens = self.known_tokens = 0
-        self._columns = columns
-        self._graphs = graphs and replayable(model.device)
+        self.columns = columns
+        self.graphs = graphs and replayable(model.device)
         # Padded alike with graphs and without, so that both give the same to the bit.
         self.pads = replayable(model.device)
-        self._passes = KeptSteps(PASSES)
-        self._behind = Behind(self)
-        self._covered: bool | None = None
+        self.whole = Whole(self)
         self._shares = all(layer.recurrent is None for layer in model.spec.layers)
         self.pages: Pages | None = None
         self.controls: Controls | None = None
@@ -90,8 +82,7 @@ class EngineRows:
             self.blocks.forget()
         if places != self.weights.places:
             self._replays.clear()
-            self._passes.clear()
-            self._covered = None
+            self.whole.forget()
 
     # A request's way in.
 
@@ -145,7 +136,7 @@ class EngineRows:
                 self.most,
                 wanted,
                 dtype=dtype,
-                columns=self._columns or dtype,
+                columns=self.columns or dtype,
                 device=self.model.device,
             )
             self.controls = Controls.empty(self.most, self.model.device)
@@ -165,52 +156,6 @@ class EngineRows:
         dtype = self.model.params["embed"]["weight"].dtype
         spec = self.model.spec
         return pages.staged(spec, self.pages, known, capacity, dtype, padded=padded)
-
-    def passes(self, group: Sequence[Running]) -> bool:
-        """Can `run_whole` run the prompts of these requests, which have their blocks?"""
-        if not self.pads:
-            return False
-        if any(r.known for r in group):
-            return self._behind.covers(group)
-        count, longest = prompt_pass.rows_of(len(group)), max(len(r.ids) for r in group)
-        if not prompt_pass.fits(self.model.spec, count, longest):
-            return False
-        if self._covered is None:
-            params, adapters = self.weights.params, self.weights.adapters
-            self._covered = prompt_pass.covers(params, self.model.spec, adapters)
-        return self._covered
-
-    def run_whole(self, group: Sequence[Running]) -> torch.Tensor:
-        """Run whole prompts, or what is not known of them, into the requests' blocks, replayed
-        where others of so many rows and tokens have run; the logits [b, v] of what follows, which
-        the next run overwrites.
-        """
-        self.look()
-        assert self.pages is not None
-        if group[0].known:
-            return self._behind.run(group)
-        spec, params, device = self.model.spec, self.weights.params, self.model.device
-        count = prompt_pass.rows_of(len(group))
-        length = prompt_pass.length_of(spec, max(len(r.ids) for r in group))
-        own = self._passes.take(PromptPass, (count, length))
-        if own is None:
-            how: Any = {"columns": self._columns, "device": device}
-            own = with_room(self._passes, partial(PromptPass, params, spec, count, length, **how))
-        # Block 0 takes what is padding.
-        table = torch.zeros((count, own.cache.capacity // PAGE), dtype=torch.int64)
-        tokens = torch.zeros((count, length), dtype=torch.int64)
-        last = torch.zeros(count, dtype=torch.int64)
-        for i, running in enumerate(group):
-            size = len(running.ids)
-            used = running.blocks[: -(-size // PAGE)]
-            tokens[i, :size], last[i] = torch.tensor(running.ids), size - 1
-            table[i, : len(used)] = torch.tensor(used)
-        own.tokens.copy_(tokens, non_blocking=True)
-        own.last.copy_(last, non_blocking=True)
-        logits = own.run(params, spec, self.weights.adapters, graphs=self._graphs)
-        pages.fill(self.pages, own.cache, table.flatten().to(device, non_blocking=True))
-        self._passes.give((count, length), own)
-        return logits[: len(group)]
 
     def enter(self, running: Running, cache: Cache | None = None, at: int = 0) -> None:
         """The request takes a row: row `at` of `cache` has its prompt, or its blocks have it, and
@@ -266,7 +211,7 @@ class EngineRows:
             self.release(running)
         self.blocks.forget()
         self._replays.clear()
-        self._passes.clear()
+        self.whole.forget()
         if self.pages is not None:
             pages.vacate(self.pages, 0)
         return gone
@@ -357,12 +302,12 @@ class EngineRows:
         if key in self._replays:
             replay = capture(step, self.model.device)
             if replay is None:
-                self._graphs = False
+                self.graphs = False
                 self._replays.clear()
             else:
                 self._replays[key] = replay
                 return replay()
-        elif self._graphs and self._replayable():
+        elif self.graphs and self._replayable():
             self._replays[key] = None
         return step()
 

@@ -52,7 +52,7 @@ def alone(model: Any, request: Request) -> list[int]:
 
 def ready(engine: Engine, *, lags: bool = False, replays: bool = False) -> Engine:
     """The engine as on a GPU, as far as a CPU can be one."""
-    engine._lags, engine._rows._graphs, engine._rows.pads = lags, replays, replays
+    engine._lags, engine._rows.graphs, engine._rows.pads = lags, replays, replays
     return engine
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from purelm import Engine, FastLanguageModel, Request, Sampling
 from purelm.convert import engine_rows
+from purelm.convert.engine_whole import Whole
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import decoder, prompt_pass, tree
 from purelm.nn.pages import PAGE
@@ -124,13 +125,13 @@ def test_where_nobody_waits_prompts_are_run_whole(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(prompt_pass, "capture", recorded)
     monkeypatch.setattr(engine_rows, "capture", recorded)
     model, passes = stand_in(), []
-    run_whole = engine_rows.EngineRows.run_whole
+    run = Whole.run
 
-    def noted(rows: Any, group: Any) -> Any:
+    def noted(whole: Whole, group: Any) -> Any:
         passes.append([len(r.ids) for r in group])
-        return run_whole(rows, group)
+        return run(whole, group)
 
-    monkeypatch.setattr(engine_rows.EngineRows, "run_whole", noted)
+    monkeypatch.setattr(Whole, "run", noted)
     engine = ready(Engine(model, slots=8, prefill_chunk=64), replays=True)
     requests = [Request(text(i, n), 9, eos_ids=()) for i, n in enumerate((300, 290, 20, 70))]
     assert engine.run(requests) == [alone(model, r) for r in requests]
@@ -154,13 +155,13 @@ def test_what_goes_on_is_run_behind_what_is_known(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine_rows, "capture", recorded)
     model, engine = stand_in(), ready(Engine(stand_in(), slots=4), replays=True)
     runs: list[int] = []
-    run = engine._rows._behind.run
+    run = engine._rows.whole.behind.run
 
     def noted(group: Any) -> torch.Tensor:
         runs.append(len(group))
         return run(group)
 
-    monkeypatch.setattr(engine._rows._behind, "run", noted)
+    monkeypatch.setattr(engine._rows.whole.behind, "run", noted)
     talks = [text(i, 2 * PAGE + 3) for i in range(2)]
     for turn in range(4):
         requests = [Request(talk, 6 + turn, eos_ids=()) for talk in talks]

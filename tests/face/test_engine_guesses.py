@@ -92,7 +92,7 @@ def test_steps_that_guess_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engine_rows, "capture", capture)
     monkeypatch.setattr(prompt_pass, "capture", recorded)
     engine = Engine(model, lookup_tokens=3)
-    engine._rows._graphs = True
+    engine._rows.graphs = True
     request = Request(AGAIN, 30)
     want = [alone(model, request)]
     for _ in range(4):
