@@ -172,7 +172,7 @@ def test_the_base_answers_next_to_none() -> None:
     assert exact(*load(), read("heldout.jsonl")) <= 0.02
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.full) for i in (1, 2))])
 def test_fine_tuning_teaches_what_was_never_asked(tmp_path: Path, seed: int) -> None:
     """The run of `purelm sft` without arguments, with this seed: its adapter over the 4-bit base
     answers questions about people, towns and words that no training row asks about.
