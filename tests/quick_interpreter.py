@@ -1,8 +1,9 @@
 """Triton's interpreter, sooner: what it makes anew for every value of a program is made once.
 
 Shapes and NumPy's dtypes are remembered, the language is patched once a process (Triton does it
-again at every call of a device function), and int32 overflow is one look at NumPy's sums where
-Triton interprets nine operations. What a program computes and what raises stays.
+again at every call of a device function), int32 overflow is one look at NumPy's sums where Triton
+interprets nine operations, and a reduction takes slices where Triton takes elements. What a program
+computes and what raises stays.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def install(interpreter: Any, tl: Any) -> None:
     _remember_dtypes(interpreter, tl)
     _patch_language_once(interpreter, tl)
     tl.semantic.TritonSemantic.binary_op_sanitize_overflow_impl = _overflow
+    interpreter.ReduceOps.generic_reduce = _reduce
 
 
 def _remember_shapes(core: Any) -> None:
@@ -97,3 +99,25 @@ def _overflow(self: Any, left: Any, right: Any, op: Any) -> None:
         raise AssertionError(
             f"int{kind.int_bitwidth} overflow detected for operation {op.__name__}"
         )
+
+
+def _reduce(self: Any, given: Any) -> list[Any]:
+    """In the order of Triton's own: along the axis from its start."""
+    values, axis = self.unravel(given, self.axis)
+    kinds = [x.dtype for x in values]
+    slices = zip(*(np.moveaxis(x.handle.data, axis, 0) for x in values), strict=True)
+    before = values[0].handle.data.shape
+    shape = before[:axis] + before[axis + 1 :]
+
+    def tensors(data: Any) -> list[Any]:
+        return [self.to_tensor(x, kind) for x, kind in zip(data, kinds, strict=True)]
+
+    total = tensors(next(slices))
+    for one in slices:
+        made = self.combine_fn.fn(*total, *tensors(one))
+        parts = made if isinstance(made, tuple) else (made,)
+        total = tensors([x.handle.data.reshape(shape)[()] for x in parts])
+    out = [x.handle.data.reshape(shape) for x in total]
+    if self.keep_dims:
+        out = [np.expand_dims(x, axis) for x in out]
+    return tensors([x if x.shape else x.item() for x in out])
