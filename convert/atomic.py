@@ -72,7 +72,7 @@ def folder(
         raise SaveError(f"{place} is or holds the working directory; give a folder inside it")
     with contextlib.ExitStack() as held:
         new = held.enter_context(unfinished(place)) if take_up else None
-        there = 0 if new is None else sum(path.stat().st_size for path in new.iterdir())
+        there = 0 if new is None else sum(path.lstat().st_size for path in new.iterdir())
         _prepare(place, max(0, need_bytes - there))
         new = new or beside(place, "new")
         with _save_errors(place, lambda: shutil.rmtree(new, ignore_errors=True)):

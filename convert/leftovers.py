@@ -74,16 +74,18 @@ def unfinished(place: Path) -> Iterator[Path | None]:
     Never on Windows, where nothing tells whether a running process is at it.
     """
     with contextlib.ExitStack() as held:
-        for path, kind in [] if sys.platform == "win32" else _leftovers(place):
-            if kind != "new" or not (path / JOURNAL).is_file():
-                continue
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                held.enter_context(locked(path))
-                # It may have been finished or cleared away before it was held.
-                if (path / JOURNAL).is_file():
-                    yield path
-                    return
-        yield None
+        found = [] if sys.platform == "win32" else _leftovers(place)
+        yield next((path for path, kind in found if kind == "new" and _held(path, held)), None)
+
+
+def _held(path: Path, held: contextlib.ExitStack) -> bool:
+    """Whether a journal lies in `path`, which then stays locked as long as `held`."""
+    with contextlib.suppress(OSError):  # gone, another process's or another user's
+        if (path / JOURNAL).is_file():
+            held.enter_context(locked(path))
+            # It may have been finished or cleared away before it was held.
+            return (path / JOURNAL).is_file()
+    return False
 
 
 def beside(place: Path, kind: str) -> Path:

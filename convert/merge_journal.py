@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def _fingerprint(value: Any, known: dict[int, bytes]) -> bytes:
         text = type(value).__qualname__.encode() + b"".join(_fingerprint(x, known) for x in fields)
     elif isinstance(value, tuple | list):
         text = b"".join(_fingerprint(x, known) for x in value)
+    elif isinstance(value, partial):
+        # What reads a stored weight, with what the quantization_config said of it.
+        text = _fingerprint((value.func, value.args, sorted(value.keywords.items())), known)
     elif callable(value) and not isinstance(value, type):
-        # What reads a stored weight; its parts and the model's config say the rest.
-        text = getattr(value, "__qualname__", "").encode()
+        text = value.__qualname__.encode()
     else:
         text = repr(value).encode()
     made = hashlib.blake2b(text, digest_size=16).digest()

@@ -11,6 +11,7 @@ from typing import Any
 
 import bridged
 import pytest
+import stored_bases
 import tiny
 import torch
 
@@ -213,6 +214,29 @@ def test_what_is_not_taken_up(tmp_path: Path) -> None:
     assert contents(target) == want
     model.save_pretrained(target)
     assert not part.exists()
+
+
+def test_a_base_that_is_read_otherwise_now_is_merged_into_anew(tmp_path: Path) -> None:
+    """The same quantized weights under a corrected config, which alone says what they mean."""
+    stored = stored_bases.FORMS["gptq"]()
+    folder, target = stored_bases.write(stored, tmp_path / "base"), tmp_path / "out"
+    unfinished(adapted(folder), target, 1)
+    weights = os.stat(folder / "model.safetensors")
+    stored.config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    stored_bases.write(stored, folder)
+    os.utime(folder / "model.safetensors", ns=(weights.st_atime_ns, weights.st_mtime_ns))
+    model = adapted(folder)
+    model.save_pretrained_merged(tmp_path / "want")
+    model.save_pretrained_merged(target)
+    assert contents(target) == contents(tmp_path / "want")
+
+
+def test_a_link_to_nowhere_in_what_is_taken_up(tmp_path: Path) -> None:
+    model, target = adapted(base(tmp_path)), tmp_path / "out"
+    (unfinished(model, target, 2) / "dangling").symlink_to("nowhere")
+    with written() as names:
+        model.save_pretrained_merged(target)
+    assert len(names) == FILES - 2 and not (target / "dangling").is_symlink()
 
 
 def test_a_failure_that_is_told_leaves_nothing(
