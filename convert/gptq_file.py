@@ -25,12 +25,10 @@ _ROUND = "auto_round:auto_gptq"
 
 
 def _is_of(stored: Mapping[str, Any], file: Path) -> bool:
-    method, layout = stored.get("quant_method"), stored.get("checkpoint_format", "gptq")
-    if method == "auto-round" and stored.get("packing_format") == _ROUND:
-        layout = "gptq"
-    elif method != "gptq":
+    is_round = stored.get("quant_method") == "auto-round" and stored.get("packing_format") == _ROUND
+    if stored.get("quant_method") != "gptq" and not is_round:
         return False
-    bits = stored.get("bits")
+    bits, layout = stored.get("bits"), stored.get("checkpoint_format", "gptq")
     known = isinstance(layout, str) and layout in _ZERO_BELOW
     if stored.get("is_marlin_format"):
         known, layout = False, "marlin"

@@ -224,6 +224,7 @@ def test_parts_that_do_not_fit(
         ({"quant_method": "gptq", "bits": 4, "group_size": "128"}, ConfigError, "group_size"),
         ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, ConfigError, "marlin"),
         ({"quant_method": "auto-round", "bits": 4}, ConfigError, "auto-round"),
+        ({**CASES["autoround gptq"][0], "checkpoint_format": ["v3"]}, ConfigError, "v3"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, ConfigError, "marlin"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, ConfigError, "gemv"),
         ({"quant_method": "hqq"}, ConfigError, "hqq"),
