@@ -92,6 +92,7 @@ FAMILIES = {
         Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM"),
         Family("dots1", "Dots1ForCausalLM"),
         Family("granitemoeshared", "GraniteMoeSharedForCausalLM"),
+        Family("bamba", "BambaForCausalLM"),
         Family("lfm2_moe", "Lfm2MoeForCausalLM"),
         Family("llama4_text", "Llama4ForCausalLM"),
         Family("phimoe", "PhimoeForCausalLM"),

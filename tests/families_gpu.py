@@ -70,6 +70,12 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": LATENT,
     "falcon_h1": {"mamba_d_ssm": 256, "mamba_d_state": 64, "mamba_chunk_size": 64},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 64, "mamba_chunk_size": 64},
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_state": 64,
+        "mamba_chunk_size": 64,
+        "rms_norm_eps": 1e-3,
+    },
     "qwen3_next": DELTA,
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA,

@@ -365,6 +365,30 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "head_dim": 16,
         },
     ),
+    ("bamba", {"rms_norm_eps": 1e-3}),
+    (
+        "bamba",
+        {
+            "attn_layer_indices": [0, 2],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "mamba_d_conv": 3,
+            "time_step_limit": [0.1, 0.5],
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    (
+        "bamba",
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "rope_parameters": HALF,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
     ("lfm2_moe", {}),
     (
         "lfm2_moe",

@@ -67,6 +67,7 @@ NOT_THROWN = {
     "init_method": _START,
     "mamba_expand": "where mamba_d_ssm or heads and their width say the same",
     "mlp_expansion_factor": _UNREAD,
+    "z_loss_coefficient": _TRAINING,
     "num_logits_to_keep": "how many logits generation asks for",
     "layers_block_type": _OLD,
     "granitemoehybrid.output_router_logits": _TRAINING,

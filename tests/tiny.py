@@ -156,6 +156,17 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeShared",
         {"num_local_experts": 5, "attention_multiplier": 0.2, "shared_intermediate_size": 64},
     ),
+    "bamba": (
+        "Bamba",
+        {
+            "pad_token_id": None,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 4,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
     "lfm2_moe": (
         "Lfm2Moe",
         {

@@ -28,6 +28,7 @@ NOTHING = frozenset(
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     router_aux_loss_coef
     input_jitter_noise eod_token_id mamba_chunk_size num_logits_to_keep num_nextn_predict_layers
+    z_loss_coefficient
     reorder_and_upcast_attn qwen2_moe.sliding_window exaone4.sliding_window_pattern
     llama4_text.router_jitter_noise
     """.split()

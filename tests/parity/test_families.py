@@ -99,6 +99,9 @@ FARTHER: dict[str, dict[str, float]] = {
     "falcon_h1-mamba_proj_bias-projectors_bias-attention_bias": {
         "recurrent.A_log": 2.2e-5,  # 1.8e-5
     },
+    "bamba-head_dim-tie_word_embeddings-rope_parameters-rms_norm_eps-default": {
+        "recurrent.A_log": 1.6e-5,  # 1.2e-5
+    },
     "granitemoehybrid-layer_types-mamba_d_conv-use_cache": {
         "recurrent.dt_bias": 1.5e-5,  # 1.2e-5
     },
