@@ -13,15 +13,9 @@ from ..nn.rope import attention_factor
 from ..nn.spec import AttentionSpec, ModelSpec
 from . import gguf_layers
 from .dense import map_attention, with_attention
-from .gguf_architectures import (
-    INTEGERS,
-    VALUES,
-    Architecture,
-    families,
-    main_rope,
-    of_family,
-    width,
-)
+from .gguf_architecture import KV_HEADS, Architecture
+from .gguf_architectures import families, of_family
+from .gguf_values import BOOLEANS, INTEGERS, VALUES, main_rope, width
 
 # Architectures for which llama.cpp looks for LongRoPE's divisors.
 _LONGROPE = ("phi3", "llama")
@@ -98,7 +92,13 @@ def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict
         if value is not None:
             if field.key == "logit_scale" and architecture.divided:
                 value = 1.0 / value
-            own[field.key] = int(value) if field.key in INTEGERS else float(value)
+            kinds = {bool: BOOLEANS, int: INTEGERS}
+            own[field.key] = next((k for k, keys in kinds.items() if field.key in keys), float)(
+                value
+            )
+    own |= architecture.fixed
+    if architecture.mixers is not None:
+        own[KV_HEADS] = [x.attention.kv_heads if x.attention else 0 for x in spec.layers]
     if architecture.by_layer:
         own |= gguf_layers.model_fields(spec)
     if rope.kind in ("linear", "yarn"):

@@ -12,16 +12,11 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..nn.spec import RopeSpec
 from . import gguf_layers
-from .gguf_architectures import (
-    EXPERTS,
-    INTEGERS,
-    NAMES,
-    Architecture,
-    divisors,
-    of_file,
-)
+from .gguf_architecture import EXPERTS, KV_HEADS, Architecture, Field
+from .gguf_architectures import NAMES, of_file
 from .gguf_file import GGUF, GGUFTensor, read_divisors
-from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ROPE_TENSORS, VECTORS, to_hf
+from .gguf_names import COLUMNS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ROPE_TENSORS, VECTORS, to_hf
+from .gguf_values import BOOLEANS, INTEGERS, divisors
 from .registry import FAMILIES
 from .shards import Checkpoint
 
@@ -33,7 +28,7 @@ _INTEGERS = {
 }
 _KNOWN = {
     *_INTEGERS,
-    "attention.head_count_kv",
+    KV_HEADS,
     "attention.key_length",
     "attention.value_length",
     "expert_feed_forward_length",
@@ -70,13 +65,16 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     """
     architecture, own = architecture_of(gguf), _own(gguf)
     eps, hf_eps = architecture.eps
-    known = {*_KNOWN, eps, *(field.key for field in architecture.fields)}
+    known = {*_KNOWN, eps, *(field.key for field in architecture.fields), *architecture.fixed}
     if architecture.by_layer:
         known |= gguf_layers.KNOWN
     unknown = {n: v for n, v in own.items() if n not in known and v not in (0, None)}
     if unknown:
         shown = ", ".join(f"{name:.60}={value!r:.40}" for name, value in unknown.items())
         raise ConfigError(f"no part of the model covers the fields {shown:.500}", file=gguf.file)
+    for name, value in architecture.fixed.items():
+        if own.get(name, value) != value:
+            raise ConfigError(f"{name} is {own[name]!r:.60}, expected {value}", file=gguf.file)
     fields: dict[str, Any] = {
         "architectures": [FAMILIES[architecture.family].hf_class],
         "model_type": architecture.family,
@@ -87,11 +85,14 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         own, layers = gguf_layers.config_fields(own, gguf, partial(_number, own, gguf=gguf))
     for name, hf in _INTEGERS.items():
         fields[hf] = _integer(own, name, gguf)
+    if architecture.mixers is not None:
+        fields["layer_types"], kv_heads = _mixers(own, architecture.mixers, gguf)
+        own = {**own, KV_HEADS: kv_heads}
     # A model of nothing but experts needs not say how wide another MLP were.
     inner = own.get("expert_feed_forward_length")
     fields["intermediate_size"] = _integer(own, "feed_forward_length", gguf, inner)
     heads = fields["num_attention_heads"]
-    fields["num_key_value_heads"] = _integer(own, "attention.head_count_kv", gguf, heads)
+    fields["num_key_value_heads"] = _integer(own, KV_HEADS, gguf, heads)
     width = _integer(own, "attention.key_length", gguf, fields["hidden_size"] // heads)
     fields["head_dim"] = width
     rotated = _integer(own, "rope.dimension_count", gguf, width)
@@ -105,13 +106,12 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     fields["rope_theta"] = _number(own, "rope.freq_base", gguf, 10000.0)
     for field in architecture.fields:
         if field.key in own or field.default is not None or field.required:
-            read = _integer if field.key in INTEGERS else _number
-            fields[field.hf] = read(own, field.key, gguf, field.default)  # type: ignore[arg-type]
+            fields[field.hf] = _read(own, field, gguf)
     if architecture.query_scale is not None:
         wide = fields["num_hidden_layers"] == architecture.query_scale
         scalar = fields["hidden_size"] // heads if wide else width
         fields["query_pre_attn_scalar"] = scalar
-    scaling = None if layers else _scaling(own, gguf) or _llama3(gguf, fields)
+    scaling = None if layers else _scaling(own, architecture, gguf) or _llama3(gguf, fields)
     if scaling:
         fields["rope_scaling"] = scaling
         if architecture.original:
@@ -155,7 +155,8 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
         if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
             heads = own["attention.head_count"]
             if ".attn_k." in name:
-                heads = own.get("attention.head_count_kv", heads)
+                heads = own.get(KV_HEADS, heads)
+                heads = max(heads) if isinstance(heads, list) else heads
             if info.shape[0] % (2 * heads):
                 raise CheckpointError(
                     f"{info.shape[0]} rows are not those of {heads} heads",
@@ -167,6 +168,8 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
             info = replace(info, offset_by=architecture.offset)
         if name.split(".")[-2] in VECTORS and len(info.shape) == 1:
             info = replace(info, shape=(1, *info.shape))
+        if name.endswith(COLUMNS) and len(info.shape) == 2:
+            info = replace(info, shape=(info.shape[0], 1, info.shape[1]))
         for part in _experts(info, own) if "*" in hf else (info,):
             number = 0 if part is info else (part.offset - info.offset) // part.nbytes
             named = hf.replace("*", str(number))
@@ -196,10 +199,40 @@ def _own(gguf: GGUF) -> dict[str, Any]:
     return {n.removeprefix(prefix): v for n, v in gguf.fields.items() if n.startswith(prefix)}
 
 
-def _integer(own: Mapping[str, Any], name: str, gguf: GGUF, default: int | None = None) -> int:
+def _mixers(own: Mapping[str, Any], kinds: tuple[str, str], gguf: GGUF) -> tuple[list[str], int]:
+    """The kind of each layer, and how many heads of keys those with attention have."""
+    found, depth = own.get(KV_HEADS), own.get("block_count")
+    heads = set(found) - {0} if isinstance(found, list) and len(found) == depth else set()
+    if len(heads) != 1 or not isinstance(found, list):
+        raise ConfigError(
+            f"{KV_HEADS} is {found!r:.120}, expected one number, or 0, for each of {depth!r:.20} "
+            "layers",
+            file=gguf.file,
+        )
+    return [kinds[count != 0] for count in found], heads.pop()
+
+
+def _read(own: Mapping[str, Any], field: Field, gguf: GGUF) -> Any:
+    """The value of a field as a config.json has it."""
+    if field.key in BOOLEANS:
+        value = own.get(field.key, field.default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{field.key} is {value!r:.60}, expected a boolean", file=gguf.file)
+        return value
+    if field.key not in own and field.default is not None:
+        return field.default
+    if field.key in INTEGERS:
+        return _integer(own, field.key, gguf, low=field.low)
+    return _number(own, field.key, gguf)
+
+
+def _integer(
+    own: Mapping[str, Any], name: str, gguf: GGUF, default: int | None = None, *, low: int = 1
+) -> int:
     value = own.get(name, default)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ConfigError(f"{name} is {value!r:.60}, expected a positive integer", file=gguf.file)
+    if type(value) is not int or not low <= value < 2**31:
+        kind = "a positive" if low else "an"
+        raise ConfigError(f"{name} is {value!r:.60}, expected {kind} integer", file=gguf.file)
     return value
 
 
@@ -211,7 +244,9 @@ def _number(own: Mapping[str, Any], name: str, gguf: GGUF, default: float | None
     return float(str(np.float32(value)))
 
 
-def _scaling(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any] | None:
+def _scaling(
+    own: Mapping[str, Any], architecture: Architecture, gguf: GGUF
+) -> dict[str, Any] | None:
     kind = own.get("rope.scaling.type", "none")
     # Phi-3's files do not always name it.
     if kind == "longrope" or (kind == "none" and ROPE_LONG in gguf.tensors):
@@ -224,6 +259,7 @@ def _scaling(own: Mapping[str, Any], gguf: GGUF) -> dict[str, Any] | None:
     if kind == "yarn":
         name = "rope.scaling.original_context_length"
         made["original_max_position_embeddings"] = _integer(own, name, gguf)
+        made |= architecture.yarn
     return made
 
 

@@ -1,9 +1,10 @@
 """Names of tensors in GGUF files and in checkpoints, both ways, by way of ours."""
 
 import re
+from collections.abc import Container
 
 from ..errors import SaveError
-from .gguf_architectures import Architecture
+from .gguf_architecture import Architecture
 from .names import Names
 from .registry import FAMILIES
 
@@ -48,25 +49,34 @@ _OURS = {
 }
 # One row, which is stored as a vector.
 VECTORS = ("ffn_gate_inp_shexp",)
+# Filters [c, 1, k] of torch, which are stored as [c, k].
+COLUMNS = ("shortconv.conv.weight", "ssm_conv1d.weight")
 _LAYER = re.compile(r"(model\.layers|layers|blk)\.(0|[1-9]\d{0,8})\.(.+)")
 
 
-def to_ggml(name: str, architecture: Architecture, names: Names) -> tuple[str, ...]:
+def to_ggml(
+    name: str, architecture: Architecture, names: Names, known: Container[str] = ()
+) -> tuple[str, ...]:
     """ggml's names of what a checkpoint's tensor `name` holds; none for what is no param of ours.
 
-    Several for a tensor that holds the gates and the other matrices of all experts; an expert's
-    own name becomes that of the stack. Raises SaveError for a param that has no place there.
+    Several for a tensor that holds several of our matrices; an expert's own name becomes that of
+    the stack. known: the model's params, which tell what a name means that has several meanings.
+    Raises SaveError for a param that has no place there.
     """
     module, _, leaf = name.rpartition(".")
     pattern, number = _pattern(module)
     for theirs, path in architecture.modules.items():
         if path == pattern:
             return (f"blk.{number}.{theirs}.{leaf}",)
-    if parts := [paths for paths in names.parts(name) if ".experts.*." in paths[0]]:
+    if parts := [
+        paths
+        for paths in names.parts(name)
+        if ".experts.*." in paths[0] or (len(paths) > 1 and paths[0] in known)
+    ]:
         paths = tuple(path.replace(".experts.*.", ".experts.") for path in parts[0])
     else:
         try:
-            paths = (re.sub(r"\.experts\.\d+\.", ".experts.", names.to_ours(name)),)
+            paths = (re.sub(r"\.experts\.\d+\.", ".experts.", names.to_ours(name, known)),)
         except KeyError:
             return ()
     table = _table(architecture)
@@ -101,8 +111,7 @@ def to_hf(name: str, architecture: Architecture) -> str | None:
     pattern, number = _pattern(module)
     back = {theirs: ours for ours, theirs in _table(architecture).items()}
     path = back.get(pattern)
-    if pattern.startswith("blk.*."):
-        path = architecture.modules.get(pattern.removeprefix("blk.*."), path)
+    path = architecture.modules.get(pattern.removeprefix("blk.*."), path)
     if path is None or leaf not in ("weight", "bias"):
         return None
     if path.startswith("model."):
@@ -118,9 +127,9 @@ def to_hf(name: str, architecture: Architecture) -> str | None:
 def _table(architecture: Architecture) -> dict[str, str]:
     """Our module path -> ggml's."""
     own = {
-        path: f"blk.*.{theirs}"
+        path: f"blk.*.{theirs}" if "*" in path else theirs
         for theirs, path in architecture.modules.items()
-        if path.startswith("layers.")
+        if not path.startswith("model.")
     }
     return {**_OURS, **own}
 

@@ -12,12 +12,14 @@ from functools import partial
 import torch
 
 from ..errors import ArgumentError, SaveError
+from ..nn import stacks, tree
 from ..nn.spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from . import gguf_layers, merge_plan
-from .gguf_architectures import Architecture, divisors, main_rope
+from .gguf_architecture import Architecture
 from .gguf_fields import architecture_of
 from .gguf_file import library
-from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, VECTORS, to_ggml
+from .gguf_names import COLUMNS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, VECTORS, to_ggml
+from .gguf_values import divisors, main_rope
 from .registry import Family
 
 # The method: the type of matrices, of the embedding and the head (which suffer most from few
@@ -67,23 +69,31 @@ def plan(
     matrix, outer, _ = METHODS[method]
     architecture = architecture_of(family.model_type)
     first = next(spec.attentions())
+    known = dict(tree.items(stacks.each_spec(spec)))
     made: list[Planned] = []
     experts: dict[str, list[merge_plan.Tensor]] = {}
     for tensor in tensors:
-        theirs = to_ggml(tensor.name, architecture, family.names)
+        theirs = to_ggml(tensor.name, architecture, family.names, known)
         for index, name in enumerate(theirs):
             shape, make = tensor.shape, _maker(tensor, architecture, name, first)
-            if "_exps." in name and len(shape) == 2:
+            if family.names.is_transposed(tensor.name):
+                shape, make = (*shape[:-2], shape[-1], shape[-2]), _turner(make)
+            if "_exps." in name and ".experts.*." in _NUMBER.sub("*", tensor.name):
                 experts.setdefault(name, []).append(tensor)
                 if len(experts[name]) > 1:
                     continue
                 mixture = next(x.mlp for x in spec.layers if isinstance(x.mlp, MoESpec))
                 shape, make = (mixture.experts, *shape), _stacker(experts[name])
-            elif "_exps." in name and len(shape) > 2:
-                shape = (shape[0], shape[1] // len(theirs), shape[2])
-                make = _slicer(make, index, len(theirs))
+            elif "_exps." in name and len(theirs) > 1:
+                shape = (shape[0], shape[1] // len(theirs), *shape[2:])
+                make = _slicer(make, index, len(theirs), family.names.in_turn)
+            elif len(theirs) > 1:
+                shape = (shape[0] // len(theirs), *shape[1:])
+                make = _cutter(make, index, len(theirs))
             elif name.split(".")[-2] in VECTORS:
                 shape = shape[1:]
+            elif name.endswith(COLUMNS):
+                shape = (shape[0], shape[2])
             made.append(Planned(name, shape, _kind(name, shape, matrix, outer), make))
             _check_width(made[-1], tensor.name)
     # In front, so that they are there when the header is checked.
@@ -107,12 +117,14 @@ def _of_rope(rope: RopeSpec | None) -> list[Planned]:
 
 
 def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:
-    """The ggml type of a tensor: norms, biases and routers are always F32."""
-    if len(shape) == 1 or name.endswith("norm.weight") or "ffn_gate_inp" in name:
+    """The ggml type of a tensor: norms, biases, routers and short filters are always F32."""
+    wide = name.endswith((".bias", "norm.weight", *COLUMNS)) or "ffn_gate_inp" in name
+    if len(shape) == 1 or wide:
         return "F32"
     return outer if name in _OUTER else matrix
 
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _OUTER = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 
 
@@ -138,14 +150,30 @@ def _stacker(experts: list[merge_plan.Tensor]) -> Callable[[], torch.Tensor]:
     return make
 
 
-def _slicer(make: Callable[[], torch.Tensor], index: int, count: int) -> Callable[[], torch.Tensor]:
-    """The `index`-th of `count` matrices that each expert's rows hold."""
+def _slicer(
+    make: Callable[[], torch.Tensor], index: int, count: int, in_turn: bool
+) -> Callable[[], torch.Tensor]:
+    """The `index`-th of `count` matrices (or biases) that each expert's rows hold, one above the
+    other or `in_turn` row by row.
+    """
 
     def one() -> torch.Tensor:
         made = make()
-        return made.view(len(made), count, -1, made.shape[-1])[:, index]
+        if in_turn:
+            return made[:, index::count].contiguous()
+        return made.view(len(made), count, -1, *made.shape[2:])[:, index].contiguous()
 
     return one
+
+
+def _cutter(make: Callable[[], torch.Tensor], index: int, count: int) -> Callable[[], torch.Tensor]:
+    """The `index`-th of `count` matrices that lie one above the other."""
+    return lambda: make().chunk(count)[index]
+
+
+def _turner(make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """[..., in, out] as [..., out, in]."""
+    return lambda: make().mT.contiguous()
 
 
 def _dense(tensor: merge_plan.Tensor) -> torch.Tensor:

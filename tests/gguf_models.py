@@ -1,5 +1,6 @@
 """Tiny models of every architecture that GGUF files are written for, and their files."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "max_position_embeddings": 64,
+}
+# Its ramp begins and ends at whole pairs of features, to which llama.cpp rounds.
+EXACT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": (16 / (2 * math.pi)) ** (8 / 4.999998),
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
+SIGMOID = {
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
 }
 # A layer of each kind that the family has.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -63,6 +79,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 16},
     "nemotron": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "gpt_oss": {"head_dim": 16, "swiglu_limit": 7.0, "rope_parameters": EXACT_YARN},
+    "glm4_moe": {"head_dim": 16, **SIGMOID, "use_qk_norm": True, "attention_bias": True},
+    # llama.cpp has as many heads of k as of q there.
+    "dots1": {**SIGMOID, "num_key_value_heads": 4, "sliding_window": None, "layer_types": None},
+    "granitemoeshared": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "lfm2": {"num_hidden_layers": 3},
+    "lfm2_moe": {"num_hidden_layers": 3},
 }
 
 # Other models of a family, whose files hold other tensors.

@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import bridged
+import gguf
+import gguf_models
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import purelm
 from purelm.convert import bnb_file, fused, fused_read, mxfp4_file, peft_config
 from purelm.convert.adapter_file import read_adapter
 from purelm.convert.encoded import Encoded
+from purelm.convert.gguf_file import open_gguf, read_tensor
 from purelm.convert.registry import family_of
 from purelm.convert.safetensors_file import read
 from purelm.errors import CheckpointError, ConfigError
@@ -78,9 +83,14 @@ PUBLISHED: dict[str, Any] = {
 @pytest.fixture
 def both(tmp_path: Path) -> tuple[Path, Any]:
     """A folder in MXFP4, and transformers' model of what it stands for."""
+    return mxfp4_model(tmp_path)
+
+
+def mxfp4_model(tmp_path: Path, **fields: Any) -> tuple[Path, Any]:
+    """A folder in MXFP4, and transformers' model of what it stands for."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    model = tiny.hf_model("gpt_oss", **SIZES)
+    model = tiny.hf_model("gpt_oss", **SIZES, **fields)
     folder = tiny.save(model, tmp_path / "mxfp4")
     generator = torch.Generator().manual_seed(5)
     stored = load_file(folder / "model.safetensors")
@@ -119,6 +129,24 @@ def test_mxfp4_dequantized(both: tuple[Path, Any]) -> None:
     folder, model = both
     ours, ids = bridged.bridge(folder), bridged.ids()
     bridged.same_logits(ours(ids).logits.detach(), model(ids).logits.detach())
+
+
+@pytest.mark.parametrize("method", ["f32", "q8_0"])
+def test_mxfp4_as_gguf(method: str, tmp_path: Path) -> None:
+    """Its experts' values are whole in fp32; in Q8_0 they are what the gguf library rounds to."""
+    fields = {"vocab_size": 1600, "head_dim": 16, "swiglu_limit": 7.0}
+    rope = gguf_models.EXACT_YARN
+    folder, model = mxfp4_model(tmp_path, rope_parameters=rope, **fields)
+    ours, ids = bridged.bridge(folder), bridged.ids()
+    (path,) = ours.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), method)
+    info = open_gguf(path).tensors["blk.1.ffn_up_exps.weight"]
+    dense = model.model.layers[1].mlp.experts.gate_up_proj[..., 1::2].mT.detach().numpy()
+    kind = gguf.GGMLQuantizationType[info.kind]
+    want = gguf.quants.dequantize(gguf.quants.quantize(dense, kind), kind)
+    assert info.kind == method.upper() and np.array_equal(read_tensor(info).numpy(), want)
+    if method == "f32":
+        spec, params = purelm.load(path, device="cpu", dtype=torch.float32)
+        bridged.same_logits(decoder.forward(params, spec, ids), ours(ids).logits.detach())
 
 
 def test_mxfp4_is_read_expert_by_expert(both: tuple[Path, Any]) -> None:
