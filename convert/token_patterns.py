@@ -4,7 +4,7 @@ The tokenizers library matches by Oniguruma, which goes back and tries again. At
 of n characters that takes n^d steps, where d counts the unbounded repetitions before something that
 can fail, and 2^n where one repeats what can match in several ways (`(a+)+$`). Publishers' own
 patterns have d at most 1 (`\\s+(?!\\S)`); a file with more is refused, for the library can be
-neither stopped nor given a limit of time. (One place is left after ten million steps.) What is
+neither stopped nor given a limit of time; it fails when one place takes ten million steps. What is
 counted are upper bounds.
 """
 
@@ -31,6 +31,8 @@ _ESCAPE = re.compile(
 _INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
 _GROUP = re.compile(r"\((?:\?(?:(<?[=!])|(>)|:|<[A-Za-z_]\w*>|([im-]*)(:|\))))?")
 _ANCHORS = "bBAzZGyYK"
+# What was matched before, or a group's expression, or a letter with all its marks.
+_UNBOUNDED = "gkX123456789"
 
 
 @dataclass(frozen=True)
@@ -184,30 +186,22 @@ def _one(text: str, at: int, depth: int) -> tuple[_Part, int]:
             at = interval.end()
         else:
             break
-        greedy = True
-        if at < len(text) and text[at] == "?":
-            at += 1
-        elif at < len(text) and text[at] == "+" and interval is None:
-            at, greedy = at + 1, False
         part = _repeated(part, low, high)
-        if not greedy:
-            part = replace(part, ways=0, choice=False)
+        # Behind {n} a question mark is a repetition of its own; else it asks for the fewest.
+        if text.startswith("?", at) and not (interval and not interval[2]):
+            at += 1
+        elif text.startswith("+", at) and interval is None:
+            at, part = at + 1, replace(part, ways=0, choice=False)
     return part, at
 
 
 def _repeated(part: _Part, low: int, high: float) -> _Part:
     several = part.choice or part.ways > 0
-    if high > _FEW:
-        ways = math.inf if several or part.empty else 1
-    elif not several:
-        ways = 0
-    else:
-        ways = part.ways * high if high <= 6 else math.inf
-    # The first of several can match, in all its ways, and the last fail.
-    before = max(part.ways * min(low - 1, high), float(part.eats or low > _FEW)) if low > 1 else 0
+    # The first of several can match, in all their ways, and the last fail.
+    before = max(_ways(part, low - 1), float(part.eats)) if low > 1 and part.fails else 0
     each = (1 if high > _FEW else 0) + part.waste if part.waste else 0
     return _Part(
-        ways=ways,
+        ways=_ways(part, high),
         cost=part.cost + before,
         waste=max(each, part.cost + before),
         eats=part.eats or high > _FEW,
@@ -216,6 +210,16 @@ def _repeated(part: _Part, low: int, high: float) -> _Part:
         choice=several or low != high,
         first=part.first,
     )
+
+
+def _ways(part: _Part, times: float) -> float:
+    """Of up to so many of `part` in a row."""
+    several = part.choice or part.ways > 0
+    if times > _FEW:
+        return math.inf if several or part.empty else 1
+    if not several:
+        return 0
+    return part.ways * times if times <= 6 else math.inf
 
 
 def _atom(text: str, at: int, depth: int) -> tuple[_Part, int]:
@@ -228,13 +232,11 @@ def _atom(text: str, at: int, depth: int) -> tuple[_Part, int]:
         return _Part(empty=True, first=frozenset()), at + 1
     if char == "\\":
         found = _ESCAPE.match(text, at)
-        if found is None or found[0][1] == "g":
+        if found is None or found[0][1] in _UNBOUNDED:
             raise _TooMuch
         kind = found[0][1]
         if kind in _ANCHORS:
             return _Part(empty=True, first=frozenset()), found.end()
-        if kind == "k" or kind in "123456789":
-            return _Part(empty=True), found.end()
         letter = {"r": "\r", "n": "\n", "t": "\t"}.get(kind, None if kind.isalnum() else kind)
         return _Part(first=_begins(letter)), found.end()
     return _Part(first=None if char == "." else _begins(char)), at + 1

@@ -167,6 +167,12 @@ def test_publishers_patterns_are_taken() -> None:
         ("a*(?!.*)", 2),
         ("(?:a*b|a)+", 2),
         (r"(?<=x)\p{Han}{1,3}", 0),
+        ("(?:a{2}?a)*b", math.inf),  # {n}? is ({n})?, and {n,m}? as few as will do
+        ("(?:a{2,2}?c)*b", 1),
+        ("(?:a|.){30}", math.inf),
+        ("(?:a?){30}", 0),
+        (r"(a*)\1b", math.inf),
+        (r"\p{M}*\Xb", math.inf),
         ("(?i:a*)a*b", 2),
         ("(a*)*b", math.inf),
         ("[a", math.inf),
