@@ -76,7 +76,8 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
 
 def dropped_reference(x: Tensor, p: float, seed: int) -> Tensor:
     """Plain torch for `dropped`."""
-    return x * mask(x.shape, p, seed, x.device).to(x.dtype) * _scale(p)
+    # Chosen and not multiplied, as an infinity times 0 is NaN.
+    return torch.where(mask(x.shape, p, seed, x.device), x * _scale(p), 0.0)
 
 
 def mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:

@@ -63,6 +63,7 @@ def head_step(
         and at.shape == (b,)
         and keys.dtype == values.dtype
         and keys.dtype in (qkv.dtype, torch.float8_e4m3fn)
+        and (norm is None or norm.q.shape == norm.k.shape == (dim,))
     )
     if not fits:
         raise KernelError(
@@ -70,9 +71,9 @@ def head_step(
             f"{list(keys.shape)}, values {list(values.shape)}, at {list(at.shape)}: expected "
             "[b, (h + 2 k) d], or (h + k) d where keys are values, [b, rot], twice "
             "[b, capacity, k, d] in memory without gaps, [b], "
-            "of one dtype, or keys and values in e4m3"
+            "of one dtype, or keys and values in e4m3, and weights of a norm [d]"
         )
-    if not on_gpu(qkv, cos, sin, keys, values, at):
+    if not on_gpu(qkv, cos, sin, keys, values, at, *(norm or ())[:2]):
         return head_step_reference(
             *(qkv, cos, sin, keys, values, at),
             interleaved=interleaved,
@@ -265,8 +266,7 @@ def _launch(
         keys,
         values,
         at.contiguous(),
-        q_weight,
-        k_weight,
+        *(None if w is None else w.contiguous() for w in (q_weight, k_weight)),
         out,
         heads,
         heads_k,

@@ -51,7 +51,7 @@ def short_conv(
     used = [t for t in (x, weight, bias) if t is not None]
     # The launch has no gradient of what came before, which the reference has.
     graph = state is not None and torch.is_grad_enabled() and any(t.requires_grad for t in used)
-    if not on_gpu(*used, state) or not 1 < kernel <= WIDEST or graph:
+    if not on_gpu(*used, starts, state) or not 1 < kernel <= WIDEST or graph:
         return short_conv_reference(x, weight, bias, starts, state, silu)
     if state is None:
         y: Tensor = apply(_ShortConv, x, weight, bias, starts, silu)
@@ -289,6 +289,10 @@ def _new(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _whole(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _features_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -310,7 +314,7 @@ def _launch_forward(
     x, y = _features_last(x), _new(x)
     _forward_kernel(
         (ceil_div(channels, BLOCK), ceil_div(s, ROWS), b),
-        x, None if past is None else past.contiguous(), weight.contiguous(), bias,
+        x, _whole(past), weight.contiguous(), _whole(bias),
         token_heads.flags(starts), y, s, channels, x.stride(0), x.stride(1),
         SILU=silu, KERNEL=weight.shape[1], ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -353,8 +357,8 @@ def _launch_backward(
         shares = x.new_empty((b * ceil_div(s, ROWS), kernel + 1, channels), dtype=torch.float32)
     _backward_kernel(
         (ceil_div(channels, PULLED), ceil_div(s, ROWS), b),
-        dy.contiguous(), x, weight.contiguous(), bias, token_heads.flags(starts), dx, shares,
-        s, channels, x.stride(0), x.stride(1),
+        dy.contiguous(), x, weight.contiguous(), _whole(bias), token_heads.flags(starts),
+        dx, shares, s, channels, x.stride(0), x.stride(1),
         SILU=silu, KERNEL=kernel, ROWS=ROWS, BLOCK=PULLED, num_warps=WARPS,
     )  # fmt: skip
     if shares is None:
@@ -384,7 +388,8 @@ def _launch_step(
     x, y = _features_last(x), _new(x)
     _step_kernel(
         (ceil_div(channels, STEP), b),
-        x, state, weight.contiguous(), bias, token_heads.flags(starts), y, channels, x.stride(0),
+        x, state, weight.contiguous(), _whole(bias), token_heads.flags(starts), y,
+        channels, x.stride(0),
         SILU=silu, KERNEL=weight.shape[1], BLOCK=STEP, num_warps=WARPS,
     )  # fmt: skip
     return y

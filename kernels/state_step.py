@@ -28,10 +28,10 @@ VALUES = 4096
 WARPS = 4
 
 
-def _launches(state: Tensor, *tensors: Tensor) -> bool:
+def _launches(state: Tensor, starts: Tensor | None, *tensors: Tensor) -> bool:
     """Whether the launch serves, which has no gradient."""
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (state, *tensors))
-    if state.dtype != torch.float32 or graph or not on_gpu(state, *tensors):
+    if state.dtype != torch.float32 or graph or not on_gpu(state, starts, *tensors):
         return False
     if not state.is_contiguous():
         raise KernelError(f"the state has strides {state.stride()}: expected it contiguous")
@@ -55,7 +55,7 @@ def ssd_step(
 
     limits bound dt after its softplus; starts bool [b, 1]: rows whose state counts as zero.
     """
-    if _launches(state, x, dt, b, c, dt_bias, a_log, d):
+    if _launches(state, starts, x, dt, b, c, dt_bias, a_log, d):
         one = (t[:, 0] for t in (x, dt, b, c))
         y: Tensor = ops.ssd_step(*one, dt_bias, a_log, d, *limits, starts, state)
         return y[:, None]
@@ -82,7 +82,7 @@ def delta_step(
 
     starts bool [b, 1]: rows whose state counts as zero.
     """
-    if _launches(state, q, k, v, beta, decay, dt_bias, a_log):
+    if _launches(state, starts, q, k, v, beta, decay, dt_bias, a_log):
         one = (t[:, 0] for t in (q, k, v, beta, decay))
         y: Tensor = ops.delta_step(*one, dt_bias, a_log, starts, state)
         return y[:, None]

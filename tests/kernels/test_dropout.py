@@ -49,6 +49,14 @@ def test_shares_and_seeds() -> None:
     assert abs(float((some == others).float().mean()) - 0.5) < 0.01
 
 
+def test_what_is_dropped_is_zero_whatever_it_was() -> None:
+    x = torch.tensor([float("inf"), float("nan"), -float("inf"), 1.0]).repeat(64)
+    want = torch.where(dropout.mask(x.shape, 0.5, 3, x.device), x * 2, 0.0)
+    assert (want == 0).any() and not want.isfinite().all()
+    for made in (dropped(x, 0.5, 3), dropped_reference(x, 0.5, 3)):
+        torch.testing.assert_close(made, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_no_share() -> None:
     with pytest.raises(KernelError, match="dropout of 1"):
         dropped(torch.ones(3), 1.0, 0)

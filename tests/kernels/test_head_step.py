@@ -18,7 +18,8 @@ def drawn(b, heads, heads_k, dim, rot, normed, dtype, seed):
     at = torch.randint(0, 5, (b,), generator=g) + torch.arange(b) * 5
     norm = None
     if normed:
-        weights = torch.randn(2, dim, generator=g).to(dtype)
+        # Strided, as columns of a stack of layers are.
+        weights = torch.randn(dim, 2, generator=g).to(dtype).unbind(1)
         norm = HeadNorm(*weights, 1e-5, 1.0 if seed % 2 else 0.0, seed % 3 > 0)
     return qkv, angles.cos(), angles.sin(), keys, values, at, norm
 
@@ -100,3 +101,14 @@ def test_what_it_refuses():
     ]:
         with pytest.raises(KernelError, match="expected"):
             head_step(*[wrong if i == at else t for i, t in enumerate(args)])
+    for wrong in (torch.ones(15), torch.ones(17), torch.ones(1)):
+        for weights in ((wrong, torch.ones(16)), (torch.ones(16), wrong)):
+            with pytest.raises(KernelError, match="expected"):
+                head_step(*args, norm=HeadNorm(*weights, 1e-5, 0.0, True))
+
+
+def test_weights_on_another_device_raise(interpreted):
+    *args, _ = drawn(2, 2, 1, 16, 16, False, torch.bfloat16, 1)
+    norm = HeadNorm(torch.ones(16), torch.ones(16, device="meta"), 1e-5, 0.0, True)
+    with pytest.raises(KernelError, match="different devices"):
+        head_step(*args, norm=norm)

@@ -17,7 +17,9 @@ def drawn(b, s, channels, kernel, bias, dtype, seed):
     # A slice of a wider projection, as the mixers have it.
     x = torch.randn(b, s, channels + 5, generator=g)[..., 2 : 2 + channels].to(dtype)
     weight = torch.randn(channels, kernel, generator=g).to(dtype)
-    return x, weight, torch.randn(channels, generator=g).to(dtype) if bias else None, g
+    # And what comes of a wider parameter, of which every other number is another's.
+    pair = torch.randn(channels, 2, generator=g).to(dtype)
+    return x, weight, pair[:, 0] if bias else None, g
 
 
 def some(shape, share, g):
@@ -101,6 +103,14 @@ def test_transforms(interpreted):
             x[i : i + 1], weight
         )
         torch.testing.assert_close((dx, dw), want)
+
+
+def test_starts_on_another_device_raise(interpreted):
+    x, weight, *_ = drawn(1, 4, 6, 3, False, torch.float32, 0)
+    starts = torch.zeros(1, 4, dtype=torch.bool, device="meta")
+    for state in (None, torch.zeros(1, 2, 6)):
+        with pytest.raises(KernelError, match="different devices"):
+            short_conv(x, weight, None, starts, state)
 
 
 def test_shapes_that_do_not_belong_together_raise():

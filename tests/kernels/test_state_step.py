@@ -75,6 +75,17 @@ def test_delta(interpreted, poisoned, rows, heads, p, n, documents, dtype, seed)
     check(delta_step, inputs, [dt_bias, a_log], starts, state, dtype)
 
 
+def test_starts_on_another_device_raise(interpreted):
+    (x, dt, b, c), _ = drawn(1, (6, 2, 4, 4), torch.float32, 0)
+    starts = torch.zeros(1, 1, dtype=torch.bool, device="meta")
+    inputs = x.view(1, 1, 2, 3), dt, b.view(1, 1, 1, 4), c.view(1, 1, 1, 4)
+    with torch.no_grad(), pytest.raises(KernelError, match="different devices"):
+        ssd_step(*inputs, *torch.zeros(3, 2), (0.0, 1.0), starts, torch.zeros(1, 2, 3, 4))
+    q, v, rates = torch.ones(1, 1, 1, 4), torch.ones(1, 1, 2, 3), torch.ones(2, 1, 1, 2)
+    with torch.no_grad(), pytest.raises(KernelError, match="different devices"):
+        delta_step(q, q, v, *rates, *torch.zeros(2, 2), starts, torch.zeros(1, 2, 4, 3))
+
+
 def test_gradients_take_the_reference(interpreted):
     """The launch has none, and says nothing: what needs them runs in plain torch."""
     (x, dt, b, c), _ = drawn(1, (6, 2, 4, 4), torch.float32, 0)
