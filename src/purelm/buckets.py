@@ -66,13 +66,15 @@ def widened(
     input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded rows [b, s] as wider ones, at most `most` if they were not wider; what is real comes
-    first in each row, so that they need no mask.
+    first in each row, so that they need no mask. Padding's own labels must be IGNORE.
     """
     real = mask.bool()
     if not right_padded(real):
         order = (~real).int().argsort(dim=1, stable=True)
         input_ids = input_ids.gather(1, order.to(input_ids.device))
-        labels = torch.where(real.to(labels.device), labels, IGNORE)
+        # What comes after padding is predicted from nothing, here as there.
+        before = torch.nn.functional.pad(real[:, :-1], (1, 0))
+        labels = torch.where(before.to(labels.device), labels, IGNORE)
         labels = labels.gather(1, order.to(labels.device))
     wide = int(real.sum(1).max())
     unit = max(_LEAST_LENGTH, _power_of_two(wide) // 8)

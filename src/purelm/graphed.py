@@ -20,6 +20,7 @@ from .nn import decoder, layout, loss, tree
 from .nn.decode import waits_for
 from .nn.graph import Pool, capture
 from .nn.layout import Layout
+from .nn.loss import IGNORE
 from .nn.residuals import Residuals, per_layer
 
 # Shapes whose graphs are held at a time; the one that was not used for longest goes.
@@ -77,7 +78,8 @@ class GraphedStep:
     Where other tensors have come in the place of the model's, graphs are captured anew. Raises
     ArgumentError where what is trained has changed, and Uncapturable for a model that is not on a
     GPU, whose experts wait (`nn.experts.waits_for`: with DoRA, dropout or int8), whose embedding is
-    on the host, or whose plan sends residuals to the host: none of these can be replayed.
+    on the host, or whose plan sends residuals to the host, and for a batch whose padding has labels
+    that count: none of these can be replayed.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class GraphedStep:
         Raises InputError as the model does, and what the class says.
         """
         given = input_ids, labels, num_items_in_batch, cu_seqlens, attention_mask
-        return self._replayed(*given, before=self._attach)
+        return self._replayed(*given, before=self.attach)
 
     def taken(self, *given: Any, **more: Any) -> tuple[torch.Tensor, Taken]:
         """The loss of the same arguments, and a function from the gradient that reaches it to those
@@ -157,6 +159,8 @@ class GraphedStep:
             input_ids, labels, cu_seqlens = made["input_ids"], made["labels"], made["cu_seqlens"]
         elif attention_mask is not None:
             most = spec.max_positions
+            if bool((labels[~attention_mask.bool().to(labels.device)] != IGNORE).any()):
+                raise Uncapturable("labels of padding count: make them -100")
             input_ids, labels = widened(input_ids, labels, attention_mask, most)
         live = self._live()
         if [id(p) for p in self.trained] != [id(p) for p in live]:
@@ -193,7 +197,7 @@ class GraphedStep:
     def _live(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
         """Make the buffers that the graph adds to every parameter's `.grad`, of zeros at first."""
         fresh = []
         for p, grad in zip(self.trained, self._grads, strict=True):

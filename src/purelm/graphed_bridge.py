@@ -75,9 +75,11 @@ class _Replays:
     def _again(self, batch: dict[str, Any]) -> CausalLMOutput:
         was_training = self._model.training
         given = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad():
-            made: CausalLMOutput = self._model.eval()(**given)
-        self._model.train(was_training)
+        try:
+            with torch.no_grad():
+                made: CausalLMOutput = self._model.eval()(**given)
+        finally:
+            self._model.train(was_training)
         return made
 
 

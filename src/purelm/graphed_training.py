@@ -69,7 +69,7 @@ class Graphs:
     def loss(self, rows: Sequence[Row], count: int) -> torch.Tensor:
         """The summed loss of a batch over `count`, whose gradients are added to `.grad`.
 
-        A batch for which residuals are sent to the host runs without a graph, and says so once;
+        A batch that no graph can hold runs without one into the same `.grad`, and says so once;
         without `say` it raises Uncapturable.
         """
         batch = pack(rows) if self.packing else collate(rows, 0)
@@ -82,6 +82,7 @@ class Graphs:
                 shape = "x".join(map(str, batch["input_ids"].shape))
                 self._say(f"a batch of {shape} tokens runs without a graph: {problem}")
                 self._said = True
+        self.step.attach()  # those that the captured update reads
         loss: torch.Tensor | None = self.model(
             **batch, num_items_in_batch=count, **self.step.terms
         ).loss

@@ -29,10 +29,20 @@ _EXPECTED = "expected messages, prompt and completion, or text"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids and, at the same places, what is learned: the id itself or -100."""
+    """Token ids and, at the same places, what is learned: the id itself or -100.
+
+    Raises DataError where they are not as many.
+    """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.labels):
+            raise DataError(
+                f"a row has {len(self.ids)} ids and {len(self.labels)} labels; expected a label "
+                "for each id, -100 where it is not learned"
+            )
 
     @property
     def learned(self) -> int:

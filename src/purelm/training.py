@@ -123,19 +123,34 @@ def train_step(
     graphs: Graphs | None = None,
     debug: bool = False,
 ) -> StepResult:
-    """One update from all batches of `window`, each token of it weighing the same.
+    """One update from all batches of `window`, each learned token weighing the same.
 
+    window: what one step learns from, in batches of rows that run together; their gradients are
+    added up. step: its number from 0, which errors name; nothing else follows from it. rate: of
+    this step, in place of the optimizer's own. max_grad_norm: the norm that the gradient is clipped
+    to; 0 does not clip. pad_id: any token, put behind the shorter rows of a batch, where nothing
+    reads it.
     packing: the rows of a batch run as one packed row instead of a padded batch; see `packs`.
     label_smoothing, z_loss: as in `nn.loss.next_token`.
     graphs: replay the step from these, of this model and optimizer, made with the same packing,
     terms and clipping; raises ArgumentError where any of it differs.
     debug: a step that is not finite is run once more, for the error to name the first layer and
     tensor that are not (`nn.watch`); others cost nothing.
-    Raises TrainingError for a loss or gradient that is not finite. After this, as after any error
-    of a batch, the parameters and the dropout are as they were, without gradients.
+    Raises ArgumentError for a window, rate or max_grad_norm that cannot be used and a model in
+    evaluation mode, InputError for a batch that cannot be run or teaches nothing, and TrainingError
+    for a loss or gradient that is not finite. After any of these, and where memory runs out in a
+    batch, the parameters and the dropout are as they were, without gradients.
     """
-    if not 0 <= rate < math.inf:
-        raise ArgumentError(f"the rate is {rate}, expected 0 or more")
+    for name, value in (("rate", rate), ("max_grad_norm", max_grad_norm)):
+        if not 0 <= value < math.inf:
+            raise ArgumentError(f"{name} is {value}, expected 0 or more")
+    if not window or not all(window):
+        raise ArgumentError(
+            f"window has batches of {[len(rows) for rows in window]} rows, expected one or more "
+            "batches, each with rows"
+        )
+    if not model.training:
+        raise ArgumentError("the model is in evaluation mode: call model.train() before steps")
     terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     if graphs is not None:
         graphs.check(model, optimizer, max_grad_norm, packing=packing, **terms)
@@ -166,8 +181,10 @@ def train_step(
             model.dense.give_up()  # for the next try
         if not debug or not isinstance(problem, TrainingError):
             raise
-        place = _first_bad(model, (batch(rows) for rows in window))
-        optimizer.zero_grad()
+        try:
+            place = _first_bad(model, (batch(rows) for rows in window))
+        finally:
+            optimizer.zero_grad()
         raise TrainingError(f"{problem}; {place}") from None
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -214,18 +231,25 @@ def _checked(result: StepResult, step: int, rate: float) -> StepResult:
 def evaluate(
     model: CausalLM, rows: Sequence[Row], *, batch: int, pad_id: int, packing: bool = False
 ) -> float:
-    """The loss per learned token over all rows, however they are batched."""
+    """The loss per learned token over all rows, however they are batched.
+
+    Raises ArgumentError where there are none; the model's mode is as it was, whatever is raised.
+    """
+    if not rows:
+        raise ArgumentError("there are no rows to evaluate on")
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     # Rows of like length together: less padding, the same sum.
     ordered = sorted(rows, key=lambda row: len(row.ids))
-    for i in range(0, len(ordered), batch):
-        some = ordered[i : i + batch]
-        given = pack(some) if packing else collate(some, pad_id)
-        loss = model(**given, num_items_in_batch=1).loss
-        assert loss is not None
-        total += float(loss)
-        count += sum(row.learned for row in some)
-    model.train(was_training)
+    try:
+        for i in range(0, len(ordered), batch):
+            some = ordered[i : i + batch]
+            given = pack(some) if packing else collate(some, pad_id)
+            loss = model(**given, num_items_in_batch=1).loss
+            assert loss is not None
+            total += float(loss)
+            count += sum(row.learned for row in some)
+    finally:
+        model.train(was_training)
     return total / count

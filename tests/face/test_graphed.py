@@ -168,18 +168,31 @@ def test_whole_weights(folder: Path, device: str) -> None:
         close(gradients(model, step(some, some)), want, 1e-6 if device == "cpu" else 0.1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "within"])
 def test_padded_rows(folder: Path, device: str, side: str) -> None:
-    """Of many widths in few shapes, in front or behind."""
+    """Of many widths in few shapes; in front, behind, or amid what is real."""
     model = load(folder, device, init_lora_weights="gaussian").train()
     step = GraphedStep(model)
     for seed, lengths in enumerate([(5, 9), (30, 4), (17, 17), (40, 61)]):
         batch = collate(drawn(lengths, seed), 0)
         if side == "left":
             batch = {name: t.flip(1) for name, t in batch.items()}
+        elif side == "within":
+            batch["attention_mask"][:, 2], batch["labels"][:, 2] = 0, -100
         want = eager(model, **batch)
         close(gradients(model, step(**batch)), want, 1e-5 if device == "cpu" else 0.1)
     assert len(step._shapes) == 1
+
+
+def test_padding_that_is_learned(folder: Path, device: str) -> None:
+    """Its labels count in the eager step: no filled-up row stands for it."""
+    model = load(folder, device).train()
+    batch = collate(drawn((5, 9), 1), 0)
+    batch["labels"] = batch["input_ids"]
+    with pytest.raises(Uncapturable, match="labels of padding count"):
+        GraphedStep(model)(**batch)
+    want = model(**batch).loss
+    assert torch.equal(replay(model)(**batch).loss, want)
 
 
 def test_other_weights_in_the_place_of_those_that_were_captured(folder: Path, device: str) -> None:

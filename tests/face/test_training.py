@@ -1,5 +1,6 @@
 """The parts of the loop: order of rows, learning rate, the step and evaluation."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import FastLanguageModel, graphed, optimizers, training
-from purelm.errors import ArgumentError, InputError, TrainingError
+from purelm import FastLanguageModel, graphed, graphed_update, optimizers, training
+from purelm.errors import ArgumentError, DataError, InputError, TrainingError
 from purelm.graphed_training import Graphs, graphs_for
 from purelm.graphed_update import GraphedUpdate
 from purelm.rows import Row, collate
@@ -266,6 +267,117 @@ def test_the_update_that_is_captured_is_the_step_s_own(folder: Path) -> None:
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
+class Kept:
+    """What a CUDA graph is: it works on the memory that there was when it was captured."""
+
+    def __init__(self, update: GraphedUpdate) -> None:
+        optimizer, params = update.optimizer, update.params
+        self.update = update
+        self.held = [(p.data, p.grad, dict(optimizer.state[p])) for p in params]
+
+    def __call__(self) -> torch.Tensor:
+        optimizer, params = self.update.optimizer, self.update.params
+        live = [(p.data, p.grad, optimizer.state[p]) for p in params]
+        self.put(self.held)
+        norm = self.update._run()
+        self.put(live)
+        return norm
+
+    def put(self, held: list[Any]) -> None:
+        for p, (data, grad, state) in zip(self.update.params, held, strict=True):
+            p.data, p.grad, self.update.optimizer.state[p] = data, grad, state
+
+
+@pytest.mark.parametrize("kind", ["gradients", "state", "memory", "nothing"])
+def test_what_comes_in_the_place_of_what_was_captured_is_trained(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures: list[Kept] = []
+
+    def capture(run: Any, device: torch.device) -> Kept:
+        captures.append(Kept(run.__self__))
+        return captures[-1]
+
+    monkeypatch.setattr(graphed_update, "capture", capture)
+    monkeypatch.setattr(graphed_update, "replayable", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    params, twins = ([torch.ones(3, requires_grad=True)] for _ in range(2))
+    optimizer, plain = (torch.optim.AdamW(of, lr=1.0, fused=True) for of in (params, twins))
+    update = GraphedUpdate(optimizer, 0.0)
+    params[0].grad = torch.zeros(3)
+    for step in range(6):
+        if step == 3 and kind == "gradients":
+            params[0].grad = torch.zeros(3)
+        elif step == 3 and kind == "state":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif step == 3 and kind == "memory":
+            params[0].data = params[0].data.clone()
+        assert params[0].grad is not None
+        given = torch.tensor([1.0, -2.0, 3.0 * step])
+        params[0].grad.add_(given)
+        twins[0].grad, plain.param_groups[0]["lr"] = given, 0.1 * (step + 1)
+        update(torch.zeros(()), 0.1 * (step + 1))
+        plain.step()
+        torch.testing.assert_close(params[0], twins[0])
+    assert len(captures) == 1 + (kind != "nothing")
+
+
+def test_batches_without_a_graph_give_to_the_captured_update(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that no graph can hold leaves its gradients where those of the others are."""
+    monkeypatch.setattr(graphed, "uncapturable", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = load(folder, use_gradient_checkpointing="unsloth")
+    graphs = Graphs(model, optimizers.optimizer(model), 1.0, packing=False, say=(said := []).append)
+    for _ in range(2):
+        model.zero_grad()
+        graphs.loss(drawn(2), 9)
+        assert all(
+            p.grad is g for p, g in zip(graphs.step.trained, graphs.step._grads, strict=True)
+        )
+        assert any(g.any() for g in graphs.step._grads)
+    assert len(said) == 1 and "without a graph" in said[0]
+
+
+def test_what_no_step_can_be_made_of(folder: Path) -> None:
+    """It is refused, by name, before anything is run or changed."""
+    model = load(folder)
+    optimizer = optimizers.optimizer(model)
+    before = [p.detach().clone() for p in training.trained(model).values()]
+    asked: dict[str, Any] = {"window": [drawn(2)], "rate": 0.1, "max_grad_norm": 1.0}
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("max_grad_norm is nan", {"max_grad_norm": math.nan}),
+        ("max_grad_norm is -1", {"max_grad_norm": -1.0}),
+        ("rate is inf", {"rate": math.inf}),
+        (r"batches of \[\] rows", {"window": []}),
+        (r"batches of \[2, 0\] rows", {"window": [drawn(2), []]}),
+    ]
+    for words, change in wrong:
+        with pytest.raises(ArgumentError, match=words):
+            training.train_step(model, optimizer, step=0, pad_id=0, **{**asked, **change})
+    model.eval()
+    with pytest.raises(ArgumentError, match="evaluation mode"):
+        training.train_step(model, optimizer, step=0, pad_id=0, **asked)
+    assert not optimizer.state
+    after = training.trained(model).values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_row_has_a_label_for_each_id() -> None:
+    with pytest.raises(DataError, match="3 ids and 2 labels"):
+        Row((5, 9, 4), (9, 4))
+
+
+def test_an_evaluation_that_fails_leaves_training_on(folder: Path) -> None:
+    model = load(folder)
+    with pytest.raises(InputError):
+        training.evaluate(model, [Row((10**6, 1), (1, 1))], batch=1, pad_id=0)
+    assert model.training
+    with pytest.raises(ArgumentError, match="no rows"):
+        training.evaluate(model, [], batch=1, pad_id=0)
 
 
 def test_a_step_is_not_replayed_from_graphs_of_another(
