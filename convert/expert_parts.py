@@ -4,6 +4,7 @@ transformers 5 has no module of one expert: peft adapts the parameters of all, o
 families, turns adapters of single experts into such while it loads them.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -76,7 +77,7 @@ def as_modules(config: PeftConfig) -> PeftConfig:
         targets = (*targets, *(name.removesuffix(".weight") for name in named))
 
     def without(patterns: Mapping[str, Any]) -> dict[str, Any]:
-        return {key.removesuffix(".weight"): value for key, value in patterns.items()}
+        return {re.sub(r"\\?\.weight$", "", key): value for key, value in patterns.items()}
 
     return replace(
         config,

@@ -139,6 +139,28 @@ def test_ours_loads_peft(family: str, tmp_path: Path) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def test_patterns_of_parameters_that_are_modules_here(tmp_path: Path) -> None:
+    folder, model = base("qwen3_moe", tmp_path)
+    patterns = {"rank_pattern": {r"1\.self_attn\.v_proj\.weight": 2}}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": [],
+        "target_parameters": ["v_proj.weight"],
+    }
+    wanted = peft.LoraConfig(task_type="CAUSAL_LM", **settings, **patterns)
+    theirs = peft.get_peft_model(hf(folder), wanted)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    made, _, config = read_adapter(tmp_path / "adapter", model.spec, model.origin.family.names)
+    assert {leaf.rank for leaf in tree.leaves(made)} == {4, 2}
+    model.set_adapters(made, config=config)
+    bridged.same_logits(theirs.eval()(bridged.ids()).logits.detach(), logits(model))
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_peft_loads_experts_one_by_one(family: str, tmp_path: Path) -> None:
     """Named as each expert's own projections, which peft converts for transformers 5."""
