@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +125,11 @@ class Wearing(Trainee):
         """
         self._check_rank(adapter.adapters)
         if self.adapter_dtype is not None:
-            to = partial(torch.Tensor.to, dtype=self.adapter_dtype)
             parts = (adapter.adapters, adapter.trained, adapter.start)
-            halves = [tree.map_tensors(to, part) for part in parts]
-            adapter = Adapter(halves[0], halves[1], halves[2], adapter.config)
+            # What several share they share still.
+            cast = {id(t): t.to(self.adapter_dtype) for t in tree.tensors(parts)}
+            adapters, trained, start = tree.map_tensors(lambda t: cast[id(t)], parts)
+            adapter = Adapter(adapters, trained, start, adapter.config)
         within = "" if named_adapters.check_name(name, list(self._worn)) == DEFAULT else name
         made: dict[str, LoRA] = {}
         shared: dict[int, nn.Parameter] = {}
@@ -144,16 +144,16 @@ class Wearing(Trainee):
                 child.register_parameter("weight", value)
                 self._place(path, within).add_module(key, child)
             made[path] = replace(leaf, a=a, b=b, magnitude=m)
-        start: dict[str, LoRA] = {}
+        begun: dict[str, LoRA] = {}
         for path, leaf in tree.items(adapter.start):
             child = nn.Module()
             child.register_parameter("A", nn.Parameter(leaf.a, requires_grad=False))
             child.register_parameter("B", nn.Parameter(leaf.b, requires_grad=False))
             self._place(path, within).add_module("lora_start", child)
-            start[path] = LoRA(child.A, child.B, leaf.scale)  # type: ignore[arg-type]
+            begun[path] = LoRA(child.A, child.B, leaf.scale)  # type: ignore[arg-type]
         copies = self._wear(adapter.trained, lambda path: False, "trained_", within)
         self._worn[name] = Adapter(
-            tree.from_items(made), copies, tree.from_items(start), adapter.config
+            tree.from_items(made), copies, tree.from_items(begun), adapter.config
         )
 
     def _check_rank(self, adapters: tree.Tree) -> None:

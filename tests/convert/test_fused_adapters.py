@@ -290,12 +290,14 @@ def test_training_goes_on_as_pefts(tmp_path: Path) -> None:
         assert (tensor - peers[name]).abs().max() <= 1e-5 * peers[name].abs().max()
 
 
-def test_state_of_a_shared_parameter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_state_of_a_shared_parameter(dtype: torch.dtype | None, tmp_path: Path) -> None:
     """It is there once, and comes back."""
     base, folder = folder_of("phi3", tmp_path)
     settings = peft.LoraConfig(r=3, target_modules=["qkv_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
     model = bridged.bridge(folder)
+    model.adapter_dtype = dtype
     model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
     model.set_adapter("default")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
