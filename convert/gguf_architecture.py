@@ -7,6 +7,7 @@ from typing import Any
 RMS_EPS = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 LAYER_EPS = "attention.layer_norm_epsilon"
 WINDOW = "attention.sliding_window"
+ROTATED = "rope.scaling.finetuned"
 KV_HEADS = "attention.head_count_kv"
 EXPERTS = "expert_count"
 
@@ -16,14 +17,18 @@ class Field:
     """The field `key` of a file is `hf` in a config.json; `default` is meant where it is missing.
 
     None as a default: nothing is said then, and the family's own default holds. low: the least that
-    a whole number may be.
+    a whole number may be. A text as a default: what that name has in the config.json. over: the
+    config.json has how often the file's value contains what `over` has there. words: a value of
+    the file -> the config.json's.
     """
 
     key: str
     hf: str
-    default: float | None = None
+    default: float | str | None = None
     required: bool = False
     low: int = 1
+    over: str | None = None
+    words: Mapping[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Architecture:
     by_layer: layers differ, and gguf_layers has what says how. fixed: fields of a file that always
     have these values. yarn: what a config.json says besides of YaRN. mixers: what a config.json
     calls layers that have no attention, and those that do, of which there are some of each.
+    folded: multipliers are put into the weights.
     """
 
     name: str
@@ -69,3 +75,4 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     yarn: Mapping[str, Any] = field(default_factory=dict)
     mixers: tuple[str, str] | None = None
+    folded: bool = False

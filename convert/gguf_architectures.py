@@ -9,17 +9,11 @@ from typing import Any
 
 from .gguf_architecture import EXPERTS, LAYER_EPS, WINDOW, Architecture, Field
 from .gguf_hybrids import HYBRIDS
-from .gguf_mixtures import ACTIVE, EXPERT_WIDTH, MIXTURES, SHARED_WIDTH
+from .gguf_mixtures import ACTIVE, EXPERT_WIDTH, GRANITE, MIXTURES, SHARED_WIDTH
 
 _OUT_BIAS = {"attention_bias": "blk.0.attn_output.bias"}
 _LLAMA_BIAS = {**_OUT_BIAS, "mlp_bias": "blk.0.ffn_down.bias"}
 _SLIDING = Field(WINDOW, "sliding_window")
-_GRANITE = (
-    Field("attention.scale", "attention_multiplier", required=True),
-    Field("embedding_scale", "embedding_multiplier", 1.0),
-    Field("residual_scale", "residual_multiplier", 1.0),
-    Field("logit_scale", "logits_scaling", 1.0),
-)
 _LOCAL_EXPERTS = (Field(EXPERTS, "num_local_experts"), ACTIVE)
 _NUM_EXPERTS = (Field(EXPERTS, "num_experts"), ACTIVE)
 _EXPERT_WIDTH = Field(EXPERT_WIDTH, "moe_intermediate_size")
@@ -105,12 +99,12 @@ ARCHITECTURES = (
         by_layer=True,
     ),
     Architecture(
-        "granite", "granite", fields=_GRANITE, flags=_LLAMA_BIAS, permuted=True, divided=True
+        "granite", "granite", fields=GRANITE, flags=_LLAMA_BIAS, permuted=True, divided=True
     ),
     Architecture(
         "granitemoe",
         "granitemoe",
-        fields=(*_GRANITE, *_LOCAL_EXPERTS),
+        fields=(*GRANITE, *_LOCAL_EXPERTS),
         permuted=True,
         divided=True,
     ),
@@ -118,7 +112,7 @@ ARCHITECTURES = (
         "granitemoe",
         "granitemoeshared",
         marker=SHARED_WIDTH,
-        fields=(*_GRANITE, *_LOCAL_EXPERTS, Field(SHARED_WIDTH, "shared_intermediate_size")),
+        fields=(*GRANITE, *_LOCAL_EXPERTS, Field(SHARED_WIDTH, "shared_intermediate_size")),
         permuted=True,
         divided=True,
     ),

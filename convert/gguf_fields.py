@@ -10,10 +10,10 @@ import torch
 
 from ..errors import ConfigError
 from ..nn.rope import attention_factor
-from ..nn.spec import AttentionSpec, ModelSpec
-from . import gguf_layers
+from ..nn.spec import AttentionSpec, ModelSpec, RopeSpec
+from . import gguf_folded, gguf_layers
 from .dense import map_attention, with_attention
-from .gguf_architecture import KV_HEADS, Architecture
+from .gguf_architecture import KV_HEADS, ROTATED, Architecture
 from .gguf_architectures import families, of_family
 from .gguf_values import BOOLEANS, INTEGERS, VALUES, main_rope, width
 
@@ -40,6 +40,8 @@ def expressed(spec: ModelSpec, architecture: Architecture, tied: bool) -> ModelS
     there, and what it gives is said.
     """
     spec = map_attention(replace(spec, tied=tied), lambda _, a: _with_said(a, spec.max_positions))
+    if architecture.folded:
+        spec = gguf_folded.folded(spec)
     windows = [a.window for a in spec.attentions() if a.window is not None]
     if architecture.windows or not windows:
         return spec
@@ -70,9 +72,12 @@ def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict
     """The fields of a file of the model `spec`, called `name`; raises ConfigError for a rotation
     that they cannot say.
     """
-    first, rope = next(spec.attentions()), main_rope(spec)
-    if rope is None:
+    first, rope = next(spec.attentions(), None), main_rope(spec)
+    if first is None:
+        raise ConfigError("no layer has attention, which a GGUF file cannot say")
+    if rope is None and not any(field.key == ROTATED for field in architecture.fields):
         raise ConfigError("no layer has a rotary embedding, which a GGUF file cannot say")
+    rope = rope or RopeSpec(first.head_dim, 10000.0)
     own: dict[str, Any] = {
         "vocab_size": spec.vocab,
         "context_length": spec.max_positions,

@@ -53,12 +53,14 @@ class GGUFTensor(TensorInfo):
 
     heads: of how many heads the rows are, each stored with its halves interleaved as llama.cpp's
     rope needs them; 0 for rows that are as they should be. offset_by: what was added to each value
-    (norms around 1, whose weights are kept as the difference).
+    (norms around 1, whose weights are kept as the difference). decay: the values are
+    -exp(what a checkpoint has).
     """
 
     kind: str
     heads: int = 0
     offset_by: float = 0.0
+    decay: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,8 @@ def read_tensor(info: GGUFTensor) -> torch.Tensor:
                     part.copy_(torch.from_numpy(gguf.quants.dequantize(buffer.numpy(), kind)))
     if info.offset_by:
         out = out - info.offset_by
+    if info.decay:
+        out = out.neg().log()
     if info.heads:
         out = out.view(info.heads, -1, 2, *info.shape[1:]).transpose(1, 2).reshape(info.shape)
     return out

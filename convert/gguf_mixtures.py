@@ -5,6 +5,12 @@ from .gguf_architecture import EXPERTS, WINDOW, Architecture, Field
 EXPERT_WIDTH = "expert_feed_forward_length"
 SHARED_WIDTH = "expert_shared_feed_forward_length"
 ACTIVE = Field("expert_used_count", "num_experts_per_tok")
+GRANITE = (
+    Field("attention.scale", "attention_multiplier", required=True),
+    Field("embedding_scale", "embedding_multiplier", 1.0),
+    Field("residual_scale", "residual_multiplier", 1.0),
+    Field("logit_scale", "logits_scaling", 1.0),
+)
 # llama.cpp's number of routers that weigh by sigmoids.
 GATING = {"expert_gating_func": 2}
 # The bias of such a router.

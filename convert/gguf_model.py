@@ -1,5 +1,7 @@
 """What a GGUF file says about its model, in Hugging Face's words: config fields, tensor names."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,11 +13,11 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..nn.spec import RopeSpec
-from . import gguf_layers
+from . import gguf_layers, gguf_shapes
 from .gguf_architecture import EXPERTS, KV_HEADS, Architecture, Field
 from .gguf_architectures import NAMES, of_file
 from .gguf_file import GGUF, GGUFTensor, read_divisors
-from .gguf_names import COLUMNS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ROPE_TENSORS, VECTORS, to_hf
+from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ROPE_TENSORS, to_hf
 from .gguf_values import BOOLEANS, INTEGERS, divisors
 from .registry import FAMILIES
 from .shards import Checkpoint
@@ -73,7 +75,8 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         shown = ", ".join(f"{name:.60}={value!r:.40}" for name, value in unknown.items())
         raise ConfigError(f"no part of the model covers the fields {shown:.500}", file=gguf.file)
     for name, value in architecture.fixed.items():
-        if own.get(name, value) != value:
+        found = own.get(name, value)
+        if type(found) is not type(value) or not math.isclose(found, value, rel_tol=1e-6):
             raise ConfigError(f"{name} is {own[name]!r:.60}, expected {value}", file=gguf.file)
     fields: dict[str, Any] = {
         "architectures": [FAMILIES[architecture.family].hf_class],
@@ -106,7 +109,7 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     fields["rope_theta"] = _number(own, "rope.freq_base", gguf, 10000.0)
     for field in architecture.fields:
         if field.key in own or field.default is not None or field.required:
-            fields[field.hf] = _read(own, field, gguf)
+            fields[field.hf] = _read(own, field, fields, gguf)
     if architecture.query_scale is not None:
         wide = fields["num_hidden_layers"] == architecture.query_scale
         scalar = fields["hidden_size"] // heads if wide else width
@@ -128,8 +131,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     if layers:
         fields.update(layers)
         del fields["rope_theta"]
+    kinds = {re.sub(r"^blk\.\d+\.", "blk.0.", name) for name in gguf.tensors}
     for hf, tensor in architecture.flags.items():
-        fields[hf] = tensor in gguf.tensors
+        fields[hf] = tensor in kinds
     for name, hf in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         value = gguf.fields.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None:
@@ -164,12 +168,10 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
                     file=info.file,
                 )
             info = replace(info, heads=heads)
-        if hf.endswith("norm.weight"):
+        if hf.endswith("norm.weight") and not name.endswith(gguf_shapes.PLAIN):
             info = replace(info, offset_by=architecture.offset)
-        if name.split(".")[-2] in VECTORS and len(info.shape) == 1:
-            info = replace(info, shape=(1, *info.shape))
-        if name.endswith(COLUMNS) and len(info.shape) == 2:
-            info = replace(info, shape=(info.shape[0], 1, info.shape[1]))
+        decay = name.endswith(gguf_shapes.DECAYS)
+        info = replace(info, shape=gguf_shapes.loaded(name, info.shape), decay=decay)
         for part in _experts(info, own) if "*" in hf else (info,):
             number = 0 if part is info else (part.offset - info.offset) // part.nbytes
             named = hf.replace("*", str(number))
@@ -212,18 +214,26 @@ def _mixers(own: Mapping[str, Any], kinds: tuple[str, str], gguf: GGUF) -> tuple
     return [kinds[count != 0] for count in found], heads.pop()
 
 
-def _read(own: Mapping[str, Any], field: Field, gguf: GGUF) -> Any:
-    """The value of a field as a config.json has it."""
+def _read(own: Mapping[str, Any], field: Field, fields: Mapping[str, Any], gguf: GGUF) -> Any:
+    """The value of a field as a config.json has it, of which there are `fields` so far."""
+    if field.key not in own and field.default is not None:
+        return fields[field.default] if isinstance(field.default, str) else field.default
     if field.key in BOOLEANS:
-        value = own.get(field.key, field.default)
+        value = own[field.key]
         if not isinstance(value, bool):
             raise ConfigError(f"{field.key} is {value!r:.60}, expected a boolean", file=gguf.file)
+        return value if field.words is None else field.words[value]
+    if field.key not in INTEGERS:
+        return _number(own, field.key, gguf)
+    value = _integer(own, field.key, gguf, low=field.low)
+    if field.over is None:
         return value
-    if field.key not in own and field.default is not None:
-        return field.default
-    if field.key in INTEGERS:
-        return _integer(own, field.key, gguf, low=field.low)
-    return _number(own, field.key, gguf)
+    if value % fields[field.over]:
+        raise ConfigError(
+            f"{field.key} is {value}, expected a multiple of {field.over}, {fields[field.over]}",
+            file=gguf.file,
+        )
+    return value // fields[field.over]
 
 
 def _integer(

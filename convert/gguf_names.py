@@ -47,10 +47,6 @@ _OURS = {
         }.items()
     },
 }
-# One row, which is stored as a vector.
-VECTORS = ("ffn_gate_inp_shexp",)
-# Filters [c, 1, k] of torch, which are stored as [c, k].
-COLUMNS = ("shortconv.conv.weight", "ssm_conv1d.weight")
 _LAYER = re.compile(r"(model\.layers|layers|blk)\.(0|[1-9]\d{0,8})\.(.+)")
 
 

@@ -13,12 +13,12 @@ import torch
 
 from ..errors import ArgumentError, SaveError
 from ..nn import stacks, tree
-from ..nn.spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
-from . import gguf_layers, merge_plan
+from ..nn.spec import ModelSpec, MoESpec, RopeSpec
+from . import gguf_folded, gguf_layers, gguf_shapes, merge_plan
 from .gguf_architecture import Architecture
 from .gguf_fields import architecture_of
 from .gguf_file import library
-from .gguf_names import COLUMNS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, VECTORS, to_ggml
+from .gguf_names import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, to_ggml
 from .gguf_values import divisors, main_rope
 from .registry import Family
 
@@ -68,14 +68,13 @@ def plan(
     """
     matrix, outer, _ = METHODS[method]
     architecture = architecture_of(family.model_type)
-    first = next(spec.attentions())
     known = dict(tree.items(stacks.each_spec(spec)))
     made: list[Planned] = []
     experts: dict[str, list[merge_plan.Tensor]] = {}
     for tensor in tensors:
         theirs = to_ggml(tensor.name, architecture, family.names, known)
         for index, name in enumerate(theirs):
-            shape, make = tensor.shape, _maker(tensor, architecture, name, first)
+            shape, make = tensor.shape, _maker(tensor, architecture, name, spec)
             if family.names.is_transposed(tensor.name):
                 shape, make = (*shape[:-2], shape[-1], shape[-2]), _turner(make)
             if "_exps." in name and ".experts.*." in _NUMBER.sub("*", tensor.name):
@@ -90,10 +89,7 @@ def plan(
             elif len(theirs) > 1:
                 shape = (shape[0] // len(theirs), *shape[1:])
                 make = _cutter(make, index, len(theirs))
-            elif name.split(".")[-2] in VECTORS:
-                shape = shape[1:]
-            elif name.endswith(COLUMNS):
-                shape = (shape[0], shape[2])
+            shape = gguf_shapes.stored(name, shape, spec)
             made.append(Planned(name, shape, _kind(name, shape, matrix, outer), make))
             _check_width(made[-1], tensor.name)
     # In front, so that they are there when the header is checked.
@@ -118,7 +114,7 @@ def _of_rope(rope: RopeSpec | None) -> list[Planned]:
 
 def _kind(name: str, shape: tuple[int, ...], matrix: str, outer: str) -> str:
     """The ggml type of a tensor: norms, biases, routers and short filters are always F32."""
-    wide = name.endswith((".bias", "norm.weight", *COLUMNS)) or "ffn_gate_inp" in name
+    wide = name.endswith((".bias", "norm.weight", *gguf_shapes.WIDE)) or "ffn_gate_inp" in name
     if len(shape) == 1 or wide:
         return "F32"
     return outer if name in _OUTER else matrix
@@ -185,17 +181,22 @@ def _dense(tensor: merge_plan.Tensor) -> torch.Tensor:
 
 
 def _maker(
-    tensor: merge_plan.Tensor, architecture: Architecture, name: str, attention: AttentionSpec
+    tensor: merge_plan.Tensor, architecture: Architecture, name: str, spec: ModelSpec
 ) -> Callable[[], torch.Tensor]:
     """What makes the tensor as llama.cpp wants it."""
     heads = 0
     if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
+        attention = next(spec.attentions())
         heads = attention.heads if ".attn_q." in name else attention.kv_heads
+    factor = gguf_folded.factor(name, spec) if architecture.folded else 1.0
 
     def make() -> torch.Tensor:
         made = _dense(tensor)
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") and not name.endswith(gguf_shapes.PLAIN):
             made = made + architecture.offset
+        if name.endswith(gguf_shapes.DECAYS):
+            made = -made.exp()
+        made = made * factor
         if heads:
             # llama.cpp turns neighbouring features: the halves of each head are interleaved.
             made = made.view(heads, 2, -1, *made.shape[1:]).transpose(1, 2).reshape(made.shape)

@@ -7,8 +7,16 @@ from itertools import takewhile
 import torch
 
 from ..nn.rope import inverse_frequencies
-from ..nn.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec, RopeSpec
-from .gguf_architecture import EXPERTS, WINDOW
+from ..nn.spec import (
+    AttentionSpec,
+    DeltaNetSpec,
+    Mamba2Spec,
+    MLPSpec,
+    ModelSpec,
+    MoESpec,
+    RopeSpec,
+)
+from .gguf_architecture import EXPERTS, ROTATED, WINDOW
 
 
 def _mixture(spec: ModelSpec) -> MoESpec | None:
@@ -94,8 +102,22 @@ def _weighing(spec: ModelSpec) -> tuple[float | None, bool | None]:
     return (None, None) if mixture is None else (mixture.scale, mixture.normalise)
 
 
-def _kernel(spec: ModelSpec) -> int | None:
-    return next((x.recurrent.kernel for x in spec.layers if x.recurrent is not None), None)
+def _recurrent(spec: ModelSpec) -> dict[str, int]:
+    """The sizes of the mixers that carry a state, by the end of a field's name."""
+    found = next((x.recurrent for x in spec.layers if x.recurrent is not None), None)
+    if isinstance(found, Mamba2Spec):
+        sizes = (found.state, found.groups, found.dim, found.heads)
+    elif isinstance(found, DeltaNetSpec):
+        sizes = (found.key_dim, found.key_heads, found.widths[1], found.value_heads)
+    else:
+        return {} if found is None else {"l_cache": found.kernel}
+    names = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+    return dict(zip(names, (found.kernel, *sizes), strict=True))
+
+
+def _interval(spec: ModelSpec) -> int:
+    """The number of the first layer with attention, from one on."""
+    return next(i for i, layer in enumerate(spec.layers, 1) if layer.attention is not None)
 
 
 # The value of a key that some architectures have; None where a model has no such thing.
@@ -116,15 +138,26 @@ VALUES: dict[str, Callable[[ModelSpec], int | float | None]] = {
     "expert_group_count": lambda spec: _groups(spec)[0],
     "expert_group_used_count": lambda spec: _groups(spec)[1],
     "leading_dense_block_count": _leading,
-    "shortconv.l_cache": _kernel,
+    "full_attention_interval": _interval,
+    "shortconv.l_cache": lambda spec: _recurrent(spec)["l_cache"],
+    "ssm.conv_kernel": lambda spec: _recurrent(spec)["conv_kernel"],
+    "ssm.state_size": lambda spec: _recurrent(spec)["state_size"],
+    "ssm.group_count": lambda spec: _recurrent(spec)["group_count"],
+    "ssm.inner_size": lambda spec: _recurrent(spec)["inner_size"],
+    "ssm.time_step_rank": lambda spec: _recurrent(spec)["time_step_rank"],
+    ROTATED: lambda spec: main_rope(spec) is not None,
     "expert_weights_scale": lambda spec: _weighing(spec)[0],
     "expert_weights_norm": lambda spec: _weighing(spec)[1],
 }
-BOOLEANS = ("expert_weights_norm",)
+BOOLEANS = ("expert_weights_norm", ROTATED)
 _NUMBERS = (*BOOLEANS, "expert_weights_scale")
 INTEGERS = (
     WINDOW,
     "leading_dense_block_count",
-    "shortconv.l_cache",
-    *(key for key in VALUES if key.startswith("expert_") and key not in _NUMBERS),
+    "full_attention_interval",
+    *(
+        key
+        for key in VALUES
+        if key.startswith(("expert_", "shortconv.", "ssm.")) and key not in _NUMBERS
+    ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import bridged
 import tiny
 import torch
-from family_cases import MOE4
+from family_cases import MOE4, MULTIPLIERS
 
 import purelm
 from purelm.convert.bridge import CausalLM
@@ -84,12 +84,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # llama.cpp has as many heads of k as of q there.
     "dots1": {**SIGMOID, "num_key_value_heads": 4, "sliding_window": None, "layer_types": None},
     "granitemoeshared": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "falcon_h1": {"head_dim": 16, **MULTIPLIERS},
+    "granitemoehybrid": {
+        "num_hidden_layers": 3,
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.0,
+        "mamba_n_heads": 8,
+    },
+    # llama.cpp has values as wide as keys there.
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "layer_types": None,
+        "linear_value_head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "norm_topk_prob": True,
+    },
     "lfm2": {"num_hidden_layers": 3},
     "lfm2_moe": {"num_hidden_layers": 3},
 }
 
 # Other models of a family, whose files hold other tensors.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("falcon_h1", {"head_dim": 16, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    (
+        "granitemoehybrid",
+        {
+            "num_hidden_layers": 3,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+        },
+    ),
     (
         "gemma4_text",
         {

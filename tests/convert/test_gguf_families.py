@@ -19,10 +19,12 @@ from purelm.convert.gguf_names import to_ggml
 from purelm.convert.registry import FAMILIES
 from purelm.errors import CheckpointError, ConfigError, SaveError
 from purelm.nn import decoder
+from purelm.nn.spec import DeltaNetSpec
 
 # One of each kind of thing that differs: these are checked in the quick lane too.
 _QUICK = """
     gemma3_text gemma4_text granitemoe qwen2_moe phi3 cohere2 starcoder2 olmo3
+    gpt_oss glm4_moe lfm2 falcon_h1 granitemoehybrid qwen3_next
 """.split()
 EVERY = [
     pytest.param(family, fields, marks=[] if family in _QUICK else [pytest.mark.full])
@@ -75,7 +77,9 @@ def test_llama_cpp_has_the_same_logits(family: str, fields: dict[str, Any], tmp_
     off = float((found - want).abs().max() / want.abs().max())
     # llama.cpp looks its GELU up in a table of half precision, layer after layer.
     gelu = any(mlp.activation.startswith("gelu") for x in model.spec.layers for mlp in x.mlps)
-    assert off < (2**-9 if gelu else 5e-6)
+    # With such an epsilon a token whose state says nearly nothing has its rounding blown up.
+    delta = any(isinstance(layer.recurrent, DeltaNetSpec) for layer in model.spec.layers)
+    assert off < (2**-9 if gelu else 2e-5 if delta else 5e-6)
     assert torch.equal(found.argmax(-1), want.argmax(-1))
 
 
