@@ -57,7 +57,7 @@ def loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return ("." + host.lower()).endswith(".localhost")
 
 
 LOOKUP = "guess so many tokens ahead by what followed their like (default: none)"
@@ -90,7 +90,7 @@ def from_arguments(args: argparse.Namespace) -> Options:
         host=args.host,
         port=args.port,
         api_key=key,
-        allowed_hosts=tuple(name.lower() for name in args.allow_host),
+        allowed_hosts=tuple(args.allow_host),
         slots=args.slots,
         max_queue=args.max_queue,
         lookup_tokens=args.lookup_tokens,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from . import serve_json
 from .errors import BusyError
 from .serve_options import Options, loopback
 from .serve_requests import Asked, Refusal
@@ -36,9 +36,12 @@ class Reading:
 
     async def read(self, request: HttpRequest, how: Read) -> Asked:
         """What an allowed request asks for; raises Refusal, BusyError, and what `how` does."""
+        from starlette.requests import ClientDisconnect
+
         allow(request, self.options)
         # Other kinds could be sent by any page that a browser on this machine shows.
-        if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
             raise Refusal("the content type must be application/json", status=415)
         if self._held >= self.most:
             raise BusyError(f"{self._held} requests are being read; come again later")
@@ -49,6 +52,8 @@ class Reading:
                 raw = await asyncio.wait_for(_bytes(request, self.options.max_body), seconds)
             except TimeoutError:
                 raise Refusal(f"the body has not come in {seconds} s", status=408) from None
+            except ClientDisconnect:
+                raise Refusal("the client has gone before its body came") from None
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._pool, self._asked, raw, how)
         finally:
@@ -61,10 +66,8 @@ class Reading:
 
     def _asked(self, raw: bytes, how: Read) -> Asked:
         try:
-            body = json.loads(raw)
-            # Escapes can say halves of surrogate pairs, which tokenizers and answers cannot.
-            json.dumps(body, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+            body = serve_json.read(raw)
+        except ValueError:
             raise Refusal("the body is not JSON") from None
         if not isinstance(body, dict):
             raise Refusal("the body is not a JSON object")
@@ -80,7 +83,8 @@ def allow(request: HttpRequest, options: Options) -> None:
     """
     if options.api_key is None:
         name = _hostname(request.headers.get("host", options.host))
-        if not loopback(name) and name not in (options.host, *options.allowed_hosts):
+        ours = map(_hostname, (options.host, *options.allowed_hosts))
+        if not loopback(name) and name not in ours:
             raise Refusal(
                 f"the host {name!r} is not this server's; name it with --allow-host, or set an API "
                 "key",
@@ -90,7 +94,8 @@ def allow(request: HttpRequest, options: Options) -> None:
         return
     given = request.headers.get("authorization", "")
     wanted = f"Bearer {options.api_key}"
-    if not hmac.compare_digest(given.encode(), wanted.encode()):
+    # Headers are bytes, which Starlette reads as Latin-1.
+    if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
         raise Refusal("the API key is missing or wrong", status=401, code="invalid_api_key")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import serve_json
 from .serve_text import begun
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -63,7 +64,7 @@ def _with_object(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = serve_json.read(function["arguments"] or "{}")
     except ValueError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}
@@ -105,8 +106,8 @@ class ToolText:
     def _calls(self, text: str) -> list[Json]:
         """What is nothing but calls of known functions."""
         try:
-            given = json.loads(text)
-        except (ValueError, RecursionError):
+            given = serve_json.read(text)
+        except ValueError:
             return []
         found = []
         for one in given if isinstance(given, list) else [given]:

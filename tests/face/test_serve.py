@@ -213,6 +213,8 @@ def test_tools_are_called(
             "",
             ["f", "g"],
         ),
+        ('{"name": "f", "arguments": "\\ud800"}', '{"name": "f", "arguments": "\\ud800"}', []),
+        ("[" * 5000, "[" * 5000, []),
         ("a <tool_call> is no call", "a <tool_call> is no call", []),
         ('Say {"name": "f"}', 'Say {"name": "f"}', []),
         ("<tool_c", "<tool_c", []),
@@ -283,12 +285,13 @@ def test_the_command_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["serve", "purelm/tiny", "--device", "cpu", "--slots", "3", *more]) == 0
     ((model, tokenizer, options),) = served
     assert (options.name, options.api_key, options.slots) == ("purelm/tiny", KEY, 3)
-    assert options.allowed_hosts == ("lab", "b") and options.lookup_tokens == 4
+    assert options.allowed_hosts == ("Lab", "b") and options.lookup_tokens == 4
     assert serve.app(model, tokenizer, options).state.worker.engine._guessed is not None
     assert model.spec.vocab >= len(tokenizer)
 
 
 def test_only_loopback_goes_without_a_key() -> None:
-    assert Options(NAME).api_key is None and Options(NAME, host="::1").host == "::1"
+    for host in (Options(NAME).host, "::1", "LocalHost", "a.localhost"):
+        assert Options(NAME, host=host).api_key is None
     with pytest.raises(ArgumentError):
         Options(NAME, host="192.168.0.1")

@@ -133,6 +133,14 @@ def test_bad_bodies(site: Site) -> None:
         assert reply.status_code == 400 and "not JSON" in reply.json()["error"]["message"]
     assert site.post(path, content=b" " * 20_001, headers=kind).status_code == 413
     assert site.post(path, content=b"{}").status_code == 415
+    spelled = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert site.post(path, content=b"{", headers=spelled).status_code == 400
+    # What an earlier call's arguments say in JSON again.
+    for arguments in ("[" * 5000 + "]" * 5000, '"\\ud800"', "{"):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        talk = [*TALK, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        body = {"model": NAME, "messages": talk, "max_tokens": 4}
+        assert site.post(path, json=body).status_code == 200
     wrong = site.post(path, json={"model": "other", "messages": TALK})
     assert wrong.status_code == 404 and wrong.json()["error"]["code"] == "model_not_found"
     assert site.post("/nothing", json={}).json()["error"]["type"] == "invalid_request_error"
@@ -151,7 +159,7 @@ def test_the_client_sees_typed_errors(site: Site, client: openai.OpenAI) -> None
 
 def test_a_keyless_server_answers_to_its_own_names_alone(loaded: Any) -> None:
     """A page whose name points to this machine reads no answer."""
-    keyless = serve.app(*loaded, Options(NAME, allowed_hosts=("lab",)))
+    keyless = serve.app(*loaded, Options(NAME, allowed_hosts=("Lab.",)))
     body = {"model": NAME, "prompt": "The", "max_tokens": 1}
 
     async def ask(*names: str) -> list[int]:
@@ -292,6 +300,39 @@ def test_a_client_that_has_gone_before_its_stream_begins_cancels(
 
     asyncio.run(ask())
     assert cancelled == [0]
+
+
+def test_a_client_that_goes_away_amid_its_body_is_no_defect(loaded: Any) -> None:
+    """Which would be a traceback in the log."""
+    app = serve.app(*loaded, Options(NAME))
+    sent: list[Any] = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Any:
+        return sent.pop() if sent else {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None: ...
+
+    async def ask() -> None:
+        scope: Any = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")]}
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert app.state.reading._held == 0
+
+
+def test_a_key_of_any_letters(loaded: Any) -> None:
+    app = serve.app(*loaded, Options(NAME, api_key="schlüssel"))
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            keys = "Bearer schlüssel".encode(), b"Bearer schl"
+            given = [[(b"authorization", key)] for key in keys]
+            return [(await client.get("/v1/models", headers=h)).status_code for h in given]
+
+    assert asyncio.run(ask()) == [200, 401]
 
 
 def test_too_many_are_told_to_come_again(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
