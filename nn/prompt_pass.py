@@ -61,7 +61,7 @@ class PromptPass:
 
     tokens [rows, length] and last [rows] int64, each prompt's last token, are what it reads; cache,
     whole pages long, and logits [rows, v] of what follows the prompts what it writes. It runs as it
-    is at first, and once more for its capture.
+    is at first, and for ever where its second run cannot be captured.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PromptPass:
         self.tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logits = torch.empty(0)
-        self._ran = False
+        self._ran = self._tried = False
         self._replay: Callable[[], None] | None = None
         self._held = 0
 
@@ -116,7 +116,8 @@ class PromptPass:
             else:
                 self.logits = logits
 
-        if self._replay is None and graphs and self._ran:
+        if graphs and self._ran and not self._tried:
+            self._tried = True
             before = _reserved(self.device)
             self._replay = capture(step, self.device)
             self._held = max(0, _reserved(self.device) - before)

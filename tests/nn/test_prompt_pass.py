@@ -92,6 +92,18 @@ def test_a_length_is_captured_when_it_comes_again(captures: list[Any]) -> None:
     assert [captured(1, 20, **hook), captured(1, 20, new=3, **hook)] == [0, 0]
 
 
+def test_what_cannot_be_captured_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(prompt_pass, "capture", lambda step, device: tried.append(step))
+    monkeypatch.setattr(generation, "replayable", lambda device: True)
+    spec, params = hybrids.small("full")
+    kept, ids = KeptSteps(), hybrids.prompt(0, 1, 5)
+    want = generate(params, spec, ids, max_new_tokens=2, graphs=False)
+    for _ in range(4):
+        assert torch.equal(generate(params, spec, ids, max_new_tokens=2, kept=kept), want)
+    assert len(tried) == 1
+
+
 def test_what_is_not_run_so(captures: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """States would take the padding in, and a long prompt keeps the GPU busy by itself."""
     passes: list[int] = []
