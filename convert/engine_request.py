@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,13 +241,19 @@ def next_tokens(group: Sequence[Running], logits: torch.Tensor) -> list[Event]:
     plain = [not running.on_host() and not running.rules() for running in group]
     found: list[int | None] = [None] * len(group)
     if sum(plain) > 1:
-        top, best = logits.float().max(-1)
-        likeliest = torch.where(top.isfinite(), best, -1).tolist()
-        found = [i if own and i >= 0 else None for i, own in zip(likeliest, plain, strict=True)]
+        with suppress(RuntimeError):  # of too little memory: one by one takes less
+            likeliest = _likeliest(logits)
+            found = [i if own and i >= 0 else None for i, own in zip(likeliest, plain, strict=True)]
     return [
         next_token(running, logits[at : at + 1]) if token is None else _taken(running, token)
         for at, (running, token) in enumerate(zip(group, found, strict=True))
     ]
+
+
+def _likeliest(logits: torch.Tensor) -> list[int]:
+    """Of each row, -1 where none is finite."""
+    top, best = logits.float().max(-1)
+    return torch.where(top.isfinite(), best, -1).tolist()
 
 
 def _taken(running: Running, token: int) -> Event:

@@ -1,5 +1,7 @@
 """The weights that generation reads, and whether they are still what they were."""
 
+from functools import reduce
+
 import torch
 
 from ..nn import tree
@@ -59,5 +61,8 @@ class LiveWeights:
         trained = [t.detach() for t in self._tensors if t.requires_grad]
         if not trained:
             return []
-        norms: list[float] = torch.stack(torch._foreach_norm(trained)).tolist()
+        # In bf16 a norm would be the same after most steps.
+        dtype = reduce(torch.promote_types, (t.dtype for t in trained), torch.float32)
+        found = torch._foreach_norm(trained, 2, dtype=dtype)
+        norms: list[float] = torch.stack(found).tolist()
         return norms

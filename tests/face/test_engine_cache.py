@@ -1,7 +1,8 @@
 """The engine's cache and steps: prefixes, pieces of prompts, lagging reads, replays, weights."""
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import embedded_model
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from purelm import Engine, FastLanguageModel, Request, Sampling
-from purelm.convert import engine_rows
+from purelm.convert import engine_request, engine_rows
 from purelm.convert.engine_whole import Whole
+from purelm.convert.live_weights import LiveWeights
 from purelm.errors import ArgumentError, InputError
 from purelm.nn import decoder, prompt_pass, tree
 from purelm.nn.pages import PAGE
@@ -202,6 +204,20 @@ def test_a_pass_over_prompts_that_fails_is_run_one_by_one(monkeypatch: pytest.Mo
     assert engine.held_blocks == 0
 
 
+def test_no_memory_to_choose_for_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tokens of prompts that were run together are then chosen one by one."""
+
+    def fails(logits: torch.Tensor) -> list[int]:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine_request, "_likeliest", fails)
+    model = stand_in()
+    engine = Engine(model, slots=4)
+    requests = [Request(text(i, 5 + i), 4) for i in range(4)]
+    assert engine.run(requests) == [alone(model, r) for r in requests]
+    assert engine.held_blocks == 0
+
+
 def test_beginnings_that_end_with_a_block() -> None:
     """A prompt known to its last token still has one to run; an answer's last token, which no step
     has read, is in no block."""
@@ -371,6 +387,18 @@ def test_trained_weights_are_seen_at_once(model: Any, traceless: bool) -> None:
     after = wanted()
     assert after != before
     assert engine.run([request]) == [after]
+
+
+def test_a_little_change_of_bf16_weights_is_seen() -> None:
+    """Less than what a norm in bf16 shows, and written without a trace."""
+    weight = torch.ones(64, 64, dtype=torch.bfloat16).requires_grad_()
+    params = {"weight": weight}
+    of: Any = {"own_trees": lambda: (params,), "qat_scheme": None, "adapters": None}
+    of |= {"derives": lambda: False, "computed_params": lambda: params}
+    weights = LiveWeights(cast(Any, SimpleNamespace(**of)))
+    assert weights.read(closely=True) and not weights.read(closely=True)
+    weight.data[0, 0] = 1.0078125
+    assert weights.read(closely=True) and not weights.read(closely=True)
 
 
 def test_another_adapter_or_none_is_seen_at_once(model: Any) -> None:
