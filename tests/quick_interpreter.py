@@ -21,23 +21,26 @@ def install(interpreter: Any, tl: Any) -> None:
     _remember_dtypes(interpreter, tl)
     _patch_language_once(interpreter, tl)
     tl.semantic.TritonSemantic.binary_op_sanitize_overflow_impl = _overflow
-    interpreter.ReduceOps.generic_reduce = _reduce
+    _reduce_slices(interpreter)
 
 
 def _remember_shapes(core: Any) -> None:
     block, tensor, constexpr = core.block_type, core.tensor, core.constexpr
     block0 = block.__init__
-    # By sizes: a block's shape and number of elements as its type has them, and as its values do.
-    known: dict[tuple[int, ...], tuple[Any, int, Any, Any]] = {}
-    scalar = constexpr(1), core.tuple([])
+    # By sizes and what they are, as 4.0 equals 4 and is refused: a block's shape and number of
+    # elements as its type has them, and as its values do.
+    known: dict[tuple[Any, ...], tuple[Any, int, Any, Any]] = {}
+    scalar, listed = (constexpr(1), core.tuple([])), (list, core.tuple)
 
     def block_init(self: Any, element_ty: Any, shape: Any) -> None:
-        sizes = tuple([s.value if isinstance(s, constexpr) else s for s in shape])
-        found = known.get(sizes)
+        assert isinstance(shape, listed)
+        sizes = [s.value if isinstance(s, constexpr) else s for s in shape]
+        key = tuple(sizes), *map(type, sizes)
+        found = known.get(key)
         if found is None:
             block0(self, element_ty, shape)
             each = core.tuple([constexpr(s) for s in self.shape])
-            found = known[sizes] = self.shape, self.numel, constexpr(self.numel), each
+            found = known[key] = self.shape, self.numel, constexpr(self.numel), each
         self.element_ty = element_ty
         self.shape, self.numel, *self._of_values = found
 
@@ -101,23 +104,35 @@ def _overflow(self: Any, left: Any, right: Any, op: Any) -> None:
         )
 
 
-def _reduce(self: Any, given: Any) -> list[Any]:
-    """In the order of Triton's own: along the axis from its start."""
-    values, axis = self.unravel(given, self.axis)
-    kinds = [x.dtype for x in values]
-    slices = zip(*(np.moveaxis(x.handle.data, axis, 0) for x in values), strict=True)
-    before = values[0].handle.data.shape
-    shape = before[:axis] + before[axis + 1 :]
+def _reduce_slices(interpreter: Any) -> None:
+    reduce0 = interpreter.ReduceOps.generic_reduce
 
-    def tensors(data: Any) -> list[Any]:
-        return [self.to_tensor(x, kind) for x, kind in zip(data, kinds, strict=True)]
+    def reduce(self: Any, given: Any) -> list[Any]:
+        """In the order of Triton's own: along the axis from its start."""
+        if self.axis is None and len(given) > 1:
+            made: list[Any] = reduce0(self, given)
+            return made
+        values, axis = self.unravel(given, self.axis)
+        kinds = [x.dtype for x in values]
+        slices = zip(*(np.moveaxis(x.handle.data, axis, 0) for x in values), strict=True)
+        before = values[0].handle.data.shape
+        shape = before[:axis] + before[axis + 1 :]
 
-    total = tensors(next(slices))
-    for one in slices:
-        made = self.combine_fn.fn(*total, *tensors(one))
-        parts = made if isinstance(made, tuple) else (made,)
-        total = tensors([x.handle.data.reshape(shape)[()] for x in parts])
-    out = [x.handle.data.reshape(shape) for x in total]
-    if self.keep_dims:
-        out = [np.expand_dims(x, axis) for x in out]
-    return tensors([x if x.shape else x.item() for x in out])
+        def tensors(data: Any) -> list[Any]:
+            return [self.to_tensor(x, kind) for x, kind in zip(data, kinds, strict=True)]
+
+        total = tensors(next(slices))
+        for one in slices:
+            found = self.combine_fn.fn(*total, *tensors(one))
+            parts = found if isinstance(found, tuple) else (found,)
+            if [getattr(x, "dtype", None) for x in parts] != kinds:
+                # What then becomes of a value is of Python's numbers.
+                made = reduce0(self, given)
+                return made
+            total = tensors([x.handle.data.reshape(shape)[()] for x in parts])
+        out = [x.handle.data.reshape(shape) for x in total]
+        if self.keep_dims:
+            out = [np.expand_dims(x, axis) for x in out]
+        return tensors([x if x.shape else x.item() for x in out])
+
+    interpreter.ReduceOps.generic_reduce = reduce
