@@ -3,11 +3,13 @@ gradients.
 
 A chunk's logits are one matrix product; the row step turns them into losses and, in place, into
 the gradient of the loss with respect to the product, from which two more products give the
-gradients of hidden states and head.
+gradients of hidden states and head. A low-rank change of the head rides on the same chunks: nothing
+of the head's size is made for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +45,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weights: Tensor | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Sum over rows of the cross entropy of `hidden` [n, e] times the transpose of `weight` [v,
@@ -53,16 +57,19 @@ def linear_cross_entropy(
     inputs). `label_smoothing`, 0 to 1, is the share of the target that is spread evenly over the
     vocabulary (arXiv 1512.00567, torch's cross_entropy); `z_loss` times the squared
     log-sum-exp of a row's logits is added to its loss (PaLM, arXiv 2204.02311, 1e-4);
-    token_weights [n] fp32 (or the loss's dtype) multiplies each row's loss. Gradients come in
-    the same pass for whichever of hidden and weight require one, and token_weights may too. A
-    label outside the vocabulary raises KernelError on the CPU; on a GPU, where looking would cost
-    a synchronisation, it makes the loss NaN. `chunk` is the number of rows at a time.
+    token_weights [n] fp32 (or the loss's dtype) multiplies each row's loss. low [n, r] and b [v, r]
+    add low times the transpose of b to the logits before they are scaled: with low = hidden times
+    A^T a low-rank adapter of the head (arXiv 2106.09685). Gradients come in the same pass for
+    whichever of hidden, weight, low and b require one, and token_weights may too. A label outside
+    the vocabulary raises KernelError on the CPU; on a GPU, where looking would cost a
+    synchronisation, it makes the loss NaN. `chunk` is the number of rows at a time.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise KernelError(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)}: "
             "expected [n, e] and [v, e]"
         )
+    _check_low_rank(hidden, weight, low, b)
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise KernelError(
             f"labels {labels.dtype} {list(labels.shape)}: expected int64 [{hidden.shape[0]}]"
@@ -83,14 +90,13 @@ def linear_cross_entropy(
             f"token_weights {token_weights.dtype} {list(token_weights.shape)}: "
             f"expected {wide} [{labels.shape[0]}]"
         )
-    launch = on_gpu(hidden, weight, labels, token_weights)
+    launch = on_gpu(hidden, weight, labels, token_weights, low, b)
     rows = chunk or chunk_rows(weight.shape[0], weight.shape[1], hidden.element_size())
-    wanted = hidden.requires_grad, weight.requires_grad
-    if not torch.is_grad_enabled():
-        wanted = False, False
+    grads = torch.is_grad_enabled()
+    factors = hidden, weight, low, b
+    wanted = tuple(grads and x is not None and x.requires_grad for x in factors)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
+        *factors,
         labels,
         token_weights,
         (ignore_index, softcap, float(scale), float(label_smoothing), float(z_loss), rows, launch),
@@ -110,9 +116,13 @@ def linear_cross_entropy_reference(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weights: Tensor | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
     """Plain torch with all logits at once, as transformers computes it."""
     logits = torch.nn.functional.linear(hidden, weight)
+    if low is not None and b is not None:
+        logits = logits + torch.nn.functional.linear(low, b)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -138,24 +148,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         hidden: Tensor,
         weight: Tensor,
+        low: Tensor | None,
+        b: Tensor | None,
         labels: Tensor,
         token_weights: Tensor | None,
         options: Any,
-        wanted: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = hidden, weight, labels, token_weights
-        loss, dhidden, dweight, losses = ops.linear_cross_entropy(*tensors, *options, *wanted)
-        return loss, dhidden, dweight, losses
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        tensors = hidden, weight, low, b, labels, token_weights
+        made: tuple[Tensor, ...] = ops.linear_cross_entropy(*tensors, *options, *wanted)
+        return made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        hidden, weight, labels, token_weights, ctx.options, wanted = inputs
-        _, dhidden, dweight, losses = output
+        *tensors, ctx.options, wanted = inputs
         ctx.set_materialize_grads(False)
         # With every wanted gradient made, nothing else needs to stay alive.
         ctx.kept = not any(wanted)
-        kept = (hidden, weight, labels, token_weights) if ctx.kept else (None,) * 4
-        ctx.save_for_backward(dhidden, dweight, losses, *kept)
+        ctx.save_for_backward(*output[1:], *(tensors if ctx.kept else (None,) * len(tensors)))
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *second: Tensor | None) -> Any:
@@ -163,17 +173,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if any(grad is not None for grad in second) and not torch.compiler.is_compiling():
             raise KernelError("linear_cross_entropy has first derivatives only")
         if dloss is None:
-            return (None,) * 6
-        dhidden, dweight, losses, *kept = ctx.saved_tensors
-        wanted = tuple(ctx.needs_input_grad[:2])
+            return (None,) * 8
+        losses, *grads = ctx.saved_tensors[:5]
+        wanted = tuple(ctx.needs_input_grad[:4])
         if ctx.kept and any(wanted):
             op = ops.linear_cross_entropy
-            _, dhidden, dweight, _ = once(op, *kept, *ctx.options, *wanted)
+            _, _, *grads = once(op, *ctx.saved_tensors[5:], *ctx.options, *wanted)
         return (
-            once(ops.wide_product, dhidden, dloss) if wanted[0] else None,
-            once(ops.wide_product, dweight, dloss) if wanted[1] else None,
+            *(
+                once(ops.wide_product, grad, dloss) if want else None
+                for grad, want in zip(grads, wanted, strict=True)
+            ),
             None,
-            losses * dloss if ctx.needs_input_grad[3] else None,
+            losses * dloss if ctx.needs_input_grad[5] else None,
             None,
             None,
         )
@@ -188,26 +200,30 @@ def _wide_product(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    dhidden, dweight = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
-        for x, wanted in zip((hidden, weight), options[-2:], strict=True)
+    hidden: Tensor, weight: Tensor, low: Tensor | None, b: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    labels, wide = rest[0], torch.promote_types(hidden.dtype, torch.float32)
+    grads = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if wanted and x is not None
+        else hidden.new_empty(0)
+        for x, wanted in zip((hidden, weight, low, b), rest[-4:], strict=True)
     )
-    total, losses = (hidden.new_empty(shape, dtype=wide) for shape in ((), labels.shape))
-    return total, dhidden, dweight, losses
+    return *(hidden.new_empty(shape, dtype=wide) for shape in ((), labels.shape)), *grads
 
 
 @operator(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights,"
-    " int ignore_index, float? softcap, float scale, float smoothing, float z_loss, int chunk,"
-    " bool launch, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? low, Tensor? b, Tensor labels,"
+    " Tensor? token_weights, int ignore_index, float? softcap, float scale, float smoothing,"
+    " float z_loss, int chunk, bool launch, bool want_hidden, bool want_weight, bool want_low,"
+    " bool want_b) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
 )
 def _chunked(
     hidden: Tensor,
     weight: Tensor,
+    low: Tensor | None,
+    b: Tensor | None,
     labels: Tensor,
     token_weights: Tensor | None,
     ignore_index: int,
@@ -217,40 +233,63 @@ def _chunked(
     z_loss: float,
     chunk: int,
     launch: bool,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not launch:
         _check_labels(labels, ignore_index, weight.shape[0])
     step = row_step if launch else row_step_reference
-    hidden, labels = hidden.contiguous(), labels.contiguous()
+    labels = labels.contiguous()
     if token_weights is not None:
         token_weights = token_weights.contiguous()
-    options = ignore_index, softcap, scale, smoothing, z_loss, want_hidden or want_weight
+    options = ignore_index, softcap, scale, smoothing, z_loss, any(wanted)
+    # The logits are a sum of products x w^T.
+    pairs = [(hidden.contiguous(), weight)]
+    if low is not None and b is not None:
+        pairs.append((low.contiguous(), b))
+    dx = [torch.empty_like(x) if wanted[2 * i] else None for i, (x, _) in enumerate(pairs)]
+    dw = [
+        w.new_zeros(w.shape, dtype=wide) if wanted[2 * i + 1] else None
+        for i, (_, w) in enumerate(pairs)
+    ]
     n, vocabulary = hidden.shape[0], weight.shape[0]
     chunk = max(1, min(chunk, n))
     logits_buffer = hidden.new_empty((chunk, vocabulary))
     losses = hidden.new_zeros((n,), dtype=wide)
-    dhidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
-    dwide = weight.new_zeros(weight.shape, dtype=wide) if want_weight else None
     for start in range(0, n, chunk):
-        stop = min(start + chunk, n)
-        rows, logits = hidden[start:stop], logits_buffer[: stop - start]
-        torch.mm(rows, weight.t(), out=logits)
-        some = None if token_weights is None else token_weights[start:stop]
-        losses[start:stop] = step(logits, labels[start:stop], some, *options)
-        if want_hidden:
-            torch.mm(logits, weight, out=dhidden[start:stop])
-        if dwide is not None and dwide.dtype == rows.dtype:
-            dwide.addmm_(logits.t(), rows)
-        elif dwide is not None:
-            dwide += logits.t() @ rows
-    dweight = weight.new_empty(0) if dwide is None else dwide.to(weight.dtype)
+        rows = slice(start, min(start + chunk, n))
+        logits = logits_buffer[: rows.stop - start]
+        torch.mm(pairs[0][0][rows], weight.t(), out=logits)
+        for x, w in pairs[1:]:
+            logits.addmm_(x[rows], w.t())
+        some = None if token_weights is None else token_weights[rows]
+        losses[rows] = step(logits, labels[rows], some, *options)
+        for (x, w), x_grad, w_grad in zip(pairs, dx, dw, strict=True):
+            if x_grad is not None:
+                torch.mm(logits, w, out=x_grad[rows])
+            if w_grad is not None and w_grad.dtype == x.dtype:
+                w_grad.addmm_(logits.t(), x[rows])
+            elif w_grad is not None:
+                w_grad += logits.t() @ x[rows]
     weighed = losses if token_weights is None else losses * token_weights
     # Many rows' sum, rounded once.
     total = weighed.sum(dtype=torch.float64).to(wide)
-    return total, dhidden, dweight, losses
+    made = [g for pair in zip(dx, dw, strict=True) for g in pair]
+    made += [None] * (4 - len(made))
+    return total, losses, *(hidden.new_empty(0) if g is None else g.to(hidden.dtype) for g in made)
+
+
+def _check_low_rank(hidden: Tensor, weight: Tensor, low: Tensor | None, b: Tensor | None) -> None:
+    if low is None and b is None:
+        return
+    found = [None if x is None else (x.dtype, *x.shape) for x in (low, b)]
+    rank = 0 if low is None else low.shape[-1]
+    want = [(hidden.dtype, hidden.shape[0], rank), (hidden.dtype, weight.shape[0], rank)]
+    if found != want:
+        raise KernelError(
+            f"low and b are {found}: expected both, {hidden.dtype} [{hidden.shape[0]}, r] and "
+            f"[{weight.shape[0]}, r]"
+        )
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:

@@ -34,10 +34,19 @@ def weights_for(labels, seed):
     return torch.where(torch.rand(labels.shape, generator=g) < 0.2, 0.0, weights)
 
 
-def run(f, hidden, weight, labels, factor=1.0, **options):
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    loss = f(hidden, weight, labels, **options)
-    grads = torch.autograd.grad(loss * factor, (hidden, weight))
+def low_rank(n, vocabulary, rank, seed, dtype):
+    """low and b by their names; nothing of rank 0."""
+    g = torch.Generator().manual_seed(seed + 2)
+    low, b = torch.randn(n, rank, generator=g).to(dtype), torch.randn(vocabulary, rank, generator=g)
+    return {"low": low, "b": b.to(dtype)} if rank else {}
+
+
+def run(f, hidden, weight, labels, factor=1.0, low_rank=None, **options):
+    """The loss and the gradients to hidden, weight and those of `low_rank`."""
+    leaves = {"hidden": hidden, "weight": weight, **(low_rank or {})}
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    loss = f(labels=labels, **leaves, **options)
+    grads = torch.autograd.grad(loss * factor, tuple(leaves.values()))
     return loss.detach(), *grads
 
 
@@ -52,6 +61,7 @@ def run(f, hidden, weight, labels, factor=1.0, **options):
     smoothing=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
     z_loss=st.sampled_from([0.0, 0.0, 1e-4, 0.3]),
     weighted=st.booleans(),
+    rank=st.sampled_from([0, 0, 1, 5]),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**31),
 )
@@ -68,43 +78,49 @@ def test_loss_and_gradients(
     smoothing,
     z_loss,
     weighted,
+    rank,
     dtype,
     seed,
 ):
     hidden, weight, labels = drawn(n, vocabulary, dim, seed, dtype)
     options = {"softcap": softcap, "scale": scale, "label_smoothing": smoothing, "z_loss": z_loss}
     weights = weights_for(labels, seed) if weighted else None
+    more = low_rank(n, vocabulary, rank, seed, dtype)
     with launch.interpreting(on):
         ours = run(
             linear_cross_entropy,
             *(hidden, weight, labels),
             chunk=chunk,
             token_weights=weights,
+            low_rank=more,
             **options,
         )
 
-    def in_pieces(hidden, weight, labels, **options):
+    def in_pieces(hidden, weight, labels, low=None, b=None, **options):
         # A product of one row is another routine of the BLAS, with other errors than that of
         # many.
         size = chunk or n
         ws = [None] * len(labels.split(size)) if weights is None else weights.split(size)
-        parts = zip(hidden.split(size), labels.split(size), ws, strict=True)
+        lows = [None] * len(ws) if low is None else low.split(size)
+        parts = zip(hidden.split(size), labels.split(size), ws, lows, strict=True)
         return sum(
-            linear_cross_entropy_reference(h, weight, y, token_weights=w, **options)
-            for h, y, w in parts
+            linear_cross_entropy_reference(h, weight, y, token_weights=w, low=one, b=b, **options)
+            for h, y, w, one in parts
         )
 
-    eager = run(in_pieces, hidden, weight, labels, **options)
+    eager = run(in_pieces, hidden, weight, labels, low_rank=more, **options)
     exact = run(
         linear_cross_entropy_reference,
         *(hidden.double(), weight.double(), labels),
         token_weights=None if weights is None else weights.double(),
+        low_rank={name: t.double() for name, t in more.items()},
         **options,
     )
-    assert ours[0].dtype == torch.float32
+    assert len(ours) == 3 + len(more) and ours[0].dtype == torch.float32
     # Eager logits in 16 bits carry the rounding of one product each, which a sum over few rows
     # may hide.
-    slack = torch.finfo(dtype).eps * n * (hidden.norm(dim=1).max() * weight.norm(dim=1).max())
+    sizes = [x.double().norm(dim=1).max() for x in (hidden, weight, *more.values())]
+    slack = torch.finfo(dtype).eps * n * (sizes[0] * sizes[1] + sum(sizes[2:]) ** 2 / 2)
     assert (ours[0].double() - exact[0]).abs() <= 2 * (eager[0] - exact[0]).abs() + slack
     for mine, theirs, truth in zip(ours[1:], eager[1:], exact[1:], strict=True):
         flat = (t.reshape(1, -1) for t in (mine, theirs, truth))
@@ -238,6 +254,62 @@ def test_transforms_of_every_option(interpreted, on):
     torch.testing.assert_close(ours, made(loss(linear_cross_entropy_reference)))
 
 
+@pytest.mark.parametrize("on", [True, False], ids=["launch", "torch"])
+def test_a_low_rank_change_is_a_change_of_the_head(interpreted, on):
+    """Gradients to hidden states and factors are those of the head b a + weight made whole, under
+    every transform.
+    """
+    hidden, weight, labels = drawn(9, 30, 8, 3, torch.float64)
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(*shape, generator=g).double() for shape in ((3, 8), (30, 3)))
+    options = {"softcap": 3.0, "scale": 0.7, "label_smoothing": 0.2, "z_loss": 0.1}
+    options |= {"token_weights": weights_for(labels, 0).double()}
+    many = torch.stack([hidden, hidden + 1, hidden * 2])
+
+    def ours(hidden, a, b):
+        return linear_cross_entropy(
+            hidden, weight, labels, low=hidden @ a.T, b=b, chunk=4, **options
+        )
+
+    def whole(hidden, a, b):
+        return linear_cross_entropy_reference(hidden, weight + b @ a, labels, **options)
+
+    def made(f):
+        grad = torch.func.grad(f, argnums=(0, 1, 2))
+        leaves = [t.clone().requires_grad_() for t in (hidden, a, b)]
+        reverse = torch.autograd.grad(f(*leaves) * 0.5, leaves)
+        batched = torch.func.vmap(grad, (0, None, None))(many, a, b)
+        return f(hidden, a, b), grad(hidden, a, b), reverse, batched
+
+    with launch.interpreting(on):
+        found = made(ours)
+    torch.testing.assert_close(found, made(whole))
+
+
+def test_of_a_low_rank_change_nothing_has_the_size_of_the_head():
+    """The largest tensors are a chunk of logits and the factor b."""
+    hidden, weight, labels = drawn(12, 500, 64, 1, torch.float32)
+    leaves = {k: t.requires_grad_() for k, t in low_rank(12, 500, 4, 1, torch.float32).items()}
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            made = f(*args, **(kwargs or {}))
+            sizes.extend(
+                t.numel()
+                for t in torch.utils._pytree.tree_leaves(made)
+                if t is not None
+                and isinstance(t, torch.Tensor)
+                and t.data_ptr() != weight.data_ptr()
+            )
+            return made
+
+    with Watch():
+        loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, chunk=4, **leaves)
+        loss.backward()
+    assert max(sizes) == 500 * 4 and leaves["b"].grad.any() and leaves["low"].grad.any()
+
+
 def test_options_by_their_definition():
     """In float64, written out."""
     hidden, weight, labels = drawn(9, 40, 8, 5, torch.float64)
@@ -294,6 +366,9 @@ def test_bad_input():
         ({"z_loss": float("inf")}, "z_loss"),
         ({"token_weights": torch.ones(3)}, r"expected torch.float32 \[5\]"),
         ({"token_weights": torch.ones(5).half()}, "token_weights torch.float16"),
+        ({"low": torch.ones(5, 2)}, "low and b"),
+        ({"low": torch.ones(5, 2), "b": torch.ones(30, 3)}, r"expected both, .*\[30, r\]"),
+        ({"low": torch.ones(5, 2), "b": torch.ones(30, 2).half()}, "expected both, torch.float32"),
     ]:
         with pytest.raises(KernelError, match=message):
             linear_cross_entropy(hidden, weight, labels, **options)

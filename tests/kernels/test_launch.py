@@ -85,6 +85,8 @@ def test_ops_have_right_schemas_and_fakes(interpreted):
             (
                 torch.randn(3, 8),
                 torch.randn(9, 8),
+                torch.randn(3, 2),
+                torch.randn(9, 2),
                 labels,
                 torch.rand(3),
                 -100,
@@ -93,7 +95,7 @@ def test_ops_have_right_schemas_and_fakes(interpreted):
                 0.1,
                 1e-4,
             )
-            + (2, True, True, False),
+            + (2, True, True, False, True, True),
         ),
     ]:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
