@@ -29,7 +29,8 @@ def check_pair(
     """Raise AdapterError unless the tensors of the module `name`, our `paths` one above the other,
     are there in the right shapes.
     """
-    shapes = [tree.at(stacks.each_spec(spec), f"{path}.weight").shape for path in paths]
+    specs, head = stacks.each_spec(spec), (spec.vocab, spec.dim)
+    shapes = [head if p == "head" else tree.at(specs, f"{p}.weight").shape for p in paths]
     out, inp = sum(shape[0] for shape in shapes), shapes[0][1]
     rank, _ = rank_and_scale(config, name)
     wanted = {

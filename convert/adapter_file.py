@@ -16,6 +16,7 @@ import torch
 
 from ..errors import AdapterError, ArgumentError, CheckpointError
 from ..nn import stacks, tree
+from ..nn.decoder import head_weight
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
 from . import base_mark, expert_adapters, expert_parts, fused, fused_adapters, rope_override
@@ -59,6 +60,7 @@ def read_adapter(
         taken = {info.name for pair in whole.values() for info in pair.values()}
         rest = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
         known = adaptable(config, spec, names)
+        _leave_out_head(rest, spec, names, params)
         pairs, found = _sorted_out(rest, known, spec, names, place)
         for name, pair in pairs.items():
             check_pair(name, pair, known[name], config, spec, place)
@@ -93,6 +95,12 @@ def read_adapter(
         copies = {path: of_any(info) for path, info in found.items()}
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
+    if "head" in adapters and spec.tied and copies.keys() & {"embed.weight", "head.weight"}:
+        raise AdapterError(
+            "it trained the embedding whole and an adapter of the head, which are one matrix in "
+            "this model; merge it with peft, which parts them",
+            file=place,
+        )
     _tie(copies, spec, params, place)
     if checkpoint.metadata.get("purelm.start") == LOFTQ:
         config = replace(config, init_lora_weights=LOFTQ)
@@ -273,6 +281,34 @@ def _sorted_out(
                 )
     ordered = {name: pairs[name] for name in known if name in pairs}
     return ordered, {path: copies[path] for path in want if path in copies}
+
+
+def _leave_out_head(
+    tensors: dict[str, TensorInfo], spec: ModelSpec, names: Names, params: tree.Tree | None
+) -> None:
+    """Take the head's frozen weight, which peft saves beside an adapter of it, out of `tensors`.
+
+    Raises AdapterError where it is not the base's, as far as `params` tell.
+    """
+    head = f"{PREFIX}{names.module_to_hf('head')}"
+    if f"{head}.lora_A.weight" not in tensors:
+        return
+    info = tensors.pop(f"{head}.base_layer.weight", None)
+    ours = None if info is None or params is None else head_weight(params, spec)
+    if info is None or not isinstance(ours, torch.Tensor):
+        return
+    found = read(info)
+    if tuple(found.shape) == tuple(ours.shape):
+        eps = max(torch.finfo(t.dtype).eps for t in (found, ours))
+        pair = found.float(), ours.detach().float().cpu()
+        if torch.allclose(*pair, rtol=eps, atol=torch.finfo(torch.float16).tiny):
+            return
+    raise AdapterError(
+        "the head that the adapter was trained beside is another than this model's "
+        f"({list(found.shape)}, {list(ours.shape)}); load the base that it belongs to",
+        tensor=info.name,
+        file=info.file,
+    )
 
 
 def _tie(

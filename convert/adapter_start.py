@@ -8,6 +8,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..nn import dora, lora, lora_init, stacks, tree
+from ..nn.decoder import head_weight
 from ..nn.lora import LoRA
 from ..nn.spec import ModelSpec
 from ..quant.linear import weight_of
@@ -47,10 +48,10 @@ def begin(
     inside = config.init_lora_weights not in _DRAWN
     loftq = config.init_lora_weights == LOFTQ
     place, whole = params["embed"]["weight"].device, dict[str, LoRA]()
-    params = stacks.one_by_one(params)
+    params, head = stacks.one_by_one(params), head_weight(params, spec)
     adapters = {}
     for path, (rank, scale) in found.adapted.items():
-        weight = tree.at(params, path)["weight"]
+        weight = head if path == "head" else tree.at(params, path)["weight"]
         device = weight.device
         if loftq:
             a, b = _lost(path, weight, rank, scale, names.module_to_hf(path), original)

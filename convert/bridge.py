@@ -215,10 +215,13 @@ class CausalLM(Saving, Wearing):
             batch.check_labels(labels, layout, self.spec, num_items_in_batch)
             labels = labels.to(self.device)
         input_ids = input_ids.to(self.device)
-        params = self.computed_params()
+        params, adapters = self.computed_params(), self.adapters
+        seed = self.next_seed() if self.training else None
         if self.debug:  # of layers the decoder checks what is trained
-            pairs = params.items()
-            params = {k: p if k == "layers" else watch.of_trained(p, k) for k, p in pairs}
+            params, adapters = (
+                {k: x if k == "layers" else watch.of_trained(x, k) for k, x in (one or {}).items()}
+                for one in (params, adapters)
+            )
         count = num_items_in_batch
         if isinstance(count, torch.Tensor):
             count = count.to(self.device)
@@ -235,9 +238,9 @@ class CausalLM(Saving, Wearing):
                 self.spec,
                 input_ids,
                 layout=layout,
-                adapters=self.adapters,
+                adapters=adapters,
                 residuals=residuals,
-                seed=self.next_seed() if self.training else None,
+                seed=seed,
                 debug=self.debug,
             )
             if labels is not None:
@@ -247,6 +250,8 @@ class CausalLM(Saving, Wearing):
                     x,
                     labels,
                     layout=layout,
+                    adapters=adapters,
+                    seed=seed,
                     count=count,
                     label_smoothing=smoothing,
                     z_loss=z_loss,
@@ -256,7 +261,7 @@ class CausalLM(Saving, Wearing):
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             with self._own_dtypes():
-                return decoder.logits(params, self.spec, hidden)
+                return decoder.logits(params, self.spec, hidden, adapters=adapters, seed=seed)
 
         return CausalLMOutput(total, x, logits)
 

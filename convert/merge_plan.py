@@ -1,13 +1,13 @@
 """What a merged model consists of: each tensor that is written, and what it is made of."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import SaveError
-from ..nn import stacks, tree
+from ..nn import lora, stacks, tree
 from ..quant.nf4 import NF4
 from . import fused, merge_4bit, named_adapters, shard_size
 from .bnb_file import Entry, Packed, entries, read_dense
@@ -70,19 +70,19 @@ def planned(
     if four_bits:
         fields["quantization_config"] = merge_4bit.quantization_config(model)
     head = names.to_hf("head.weight")
-    apart = model.spec.tied and "head.weight" in trained
+    apart = model.spec.tied and ("head.weight" in trained or "head.weight" in adapters)
     if apart:
         fields["tie_word_embeddings"] = False
 
     def change(path: str, info: Entry) -> Change:
-        if path == "head.weight" and path not in params:
-            path = "embed.weight"  # a tied head that is stored nevertheless
-        leaf = params.get(path)
-        if path in trained or (leaf is not None and tuple(leaf.shape) != info.shape):
+        # A tied head may be stored nevertheless; an adapter is its own.
+        at = "embed.weight" if path == "head.weight" and path not in params else path
+        leaf, adapter = params.get(at), adapters.get(path)
+        if at in trained or (leaf is not None and tuple(leaf.shape) != info.shape):
             if not isinstance(leaf, torch.Tensor):
                 raise SaveError(f"{info.name} was changed and is quantized, found {leaf!r}")
-            return leaf
-        return adapters.get(path)
+            return leaf if adapter is None else lora.merged(leaf.detach(), adapter)
+        return adapter
 
     files = _files(checkpoint)
     shards: dict[str, list[Tensor]] = {name: [] for name in files.values()}
@@ -124,10 +124,10 @@ def planned(
         from_memory = () if base is info else (leaf,)
         add(Tensor(info.name, dtype, shape, base, made, made_from=from_memory))
     if apart and not any(names.is_called(name, "head.weight") for name in checkpoint.tensors):
-        weight = params["head.weight"]
-        dtype = checkpoint.tensors[names.to_hf("embed.weight")].dtype
-        last = list(shards)[-1]
-        shards[last].append(Tensor(head, dtype, tuple(weight.shape), None, weight))
+        embed, last = names.to_hf("embed.weight"), list(shards)[-1]
+        source = next(t for shard in shards.values() for t in shard if t.name == embed)
+        made = change("head.weight", checkpoint.tensors[embed])
+        shards[last].append(replace(source, name=head, change=made))
     return fields, shards
 
 

@@ -66,7 +66,9 @@ def configure(
     """The `PeftConfig` that these arguments mean for a model, and notes for its report.
 
     target_modules: names or endings of names, a regular expression for whole names, or
-    "all-linear". Embedding and head listed there are trained whole (`modules_to_save`) instead.
+    "all-linear". Embedding and head listed there are trained whole (`modules_to_save`) instead, but
+    the head gets an adapter, as in peft, if rank_pattern says its rank: target_modules=["q_proj",
+    "lm_head"], rank_pattern={"lm_head": 8}; an embedding that is the head too stays as it is.
     finetune_last_n_layers: as layers_to_transform with the last n. modules_to_save: endings of the
     names of embedding, head and norms, as peft matches them. target_parameters: names or endings of
     parameters that hold all experts of a layer ("mlp.experts.gate_up_proj"), in which each expert
@@ -84,8 +86,9 @@ def configure(
     start = _start(init_lora_weights)
     _check_loftq(loftq_config, start)
     whole = _frozen(target_parameters) or None
+    ranks = dict(checked_mapping("rank_pattern", rank_pattern or {}))
     targets, saved, notes = _targets(
-        target_modules, modules_to_save, spec, names, may_be_none=whole is not None
+        target_modules, modules_to_save, ranks, spec, names, may_be_none=whole is not None
     )
     _check_tying(ensure_weight_tying, saved, spec, names)
     layers = _layers(layers_to_transform, finetune_last_n_layers, len(spec.layers))
@@ -103,7 +106,7 @@ def configure(
         layers_to_transform=layers,
         layers_pattern=_frozen(layers_pattern),
         target_parameters=whole,
-        rank_pattern=dict(checked_mapping("rank_pattern", rank_pattern or {})),
+        rank_pattern=ranks,
         alpha_pattern=dict(checked_mapping("alpha_pattern", alpha_pattern or {})),
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
@@ -113,6 +116,12 @@ def configure(
             f"use_dora=True with init_lora_weights={config.init_lora_weights!r} is not implemented"
         )
     _check_patterns(config)
+    head = names.module_to_hf("head")
+    if layers is not None and not isinstance(targets, str) and peft_targets.matches(targets, head):
+        raise ArgumentError(
+            f"target_modules has {head}, which is in none of the layers that are chosen; leave it "
+            "or the choice of layers out, or name it in modules_to_save"
+        )
     return config, tuple(notes)
 
 
@@ -183,13 +192,13 @@ def begun(
     given: a `PeftConfig` or peft's `LoraConfig`, or None, where `arguments` are those of
     `configure`.
     """
+    names = model.origin.family.names
     if given is not None:
         if arguments:
             raise ArgumentError(
                 f"peft_config says it all, found also {', '.join(sorted(arguments))}"
             )
-        arguments = _arguments(given)
-    names = model.origin.family.names
+        arguments = _arguments(given, names)
     arguments |= {
         "base_model_name_or_path": model.origin.name,
         "revision": model.origin.revision,
@@ -220,7 +229,7 @@ def _fresh(model: "CausalLM", config: PeftConfig, found: Plan, random_state: int
     return adapter_start.begin(config, found, params, model.spec, names, random_state, original)
 
 
-def _arguments(given: Any) -> dict[str, Any]:
+def _arguments(given: Any, names: Names) -> dict[str, Any]:
     """The arguments of `configure` that a config stands for; what it cannot say raises."""
     if not hasattr(given, "to_dict"):
         raise ArgumentError(
@@ -231,18 +240,24 @@ def _arguments(given: Any) -> dict[str, Any]:
         for name, value in given.to_dict().items()
     }
     config = parse(settings, Path("peft_config"))
-    return {name: getattr(config, name) for name in _SETTINGS}
+    found = {name: getattr(config, name) for name in _SETTINGS}
+    # In a config a head among the targets has an adapter.
+    head, ranks = names.module_to_hf("head"), config.rank_pattern
+    if peft_targets.is_target(config, head):
+        found["rank_pattern"] = {**ranks, head: peft_targets.by_pattern(ranks, (head,), config.r)}
+    return found
 
 
 def _targets(
     target_modules: Any,
     modules_to_save: Any,
+    ranks: Mapping[str, int],
     spec: ModelSpec,
     names: Names,
     *,
     may_be_none: bool = False,
 ) -> tuple[tuple[str, ...] | str, tuple[str, ...], list[str]]:
-    """Targets that are projections, modules trained whole, and notes on what was moved."""
+    """Targets that are adapted, modules trained whole, and notes on what was moved."""
     if target_modules is None:
         target_modules = DEFAULT_TARGETS
     targets: Any = _frozen(target_modules)
@@ -265,6 +280,8 @@ def _targets(
                 f"{', '.join([every[p] for p in _EMBEDDINGS] + sorted(trainable))}"
             )
     moved = [every[path] for path in _EMBEDDINGS if _compiled_matches(targets, every[path])]
+    low = _low_rank_head(moved, saved, ranks, spec, names)
+    moved = [name for name in moved if name not in low]
     adapted = [name for name in refused if not isinstance(targets, str) and name in targets]
     notes = [
         f"peft takes no adapters on {name} of this family: merge them for other libraries"
@@ -276,7 +293,7 @@ def _targets(
     if not isinstance(targets, str):
         targets = tuple(name for name in targets if not _compiled_matches((name,), *moved))
         every_target = peft_targets.projections(spec, names).values()
-        real = tuple(name for known in every_target for name in known)
+        real = *low, *(name for known in every_target for name in known)
         unknown = [
             name
             for name in targets
@@ -297,6 +314,27 @@ def _targets(
                 f"target_modules leaves {', '.join(missed)} without adapters; 'all-linear' has them"
             )
     return targets, tuple(saved), notes
+
+
+def _low_rank_head(
+    meant: Iterable[str],
+    saved: Iterable[str],
+    ranks: Mapping[str, int],
+    spec: ModelSpec,
+    names: Names,
+) -> tuple[str, ...]:
+    """The head's name, if it is among the modules `meant` and is given a rank for an adapter."""
+    embed, head = (names.module_to_hf(path) for path in _EMBEDDINGS)
+    if head not in meant or peft_targets.is_saved(saved, head):
+        return ()
+    if peft_targets.by_pattern(ranks, (head,), None) is None:
+        return ()
+    if spec.tied and (embed in meant or peft_targets.is_saved(saved, embed)):
+        raise ArgumentError(
+            f"rank_pattern gives {head} an adapter, and {embed}, which is the same matrix in this "
+            "model, is trained whole; leave one of the two out"
+        )
+    return (head,)
 
 
 def _compiled_matches(wanted: tuple[str, ...] | str, *known: str) -> bool:

@@ -96,10 +96,10 @@ def projections(spec: ModelSpec, names: Names) -> dict[str, tuple[str, ...]]:
 
 
 def targetable(config: PeftConfig, spec: ModelSpec, names: Names) -> dict[str, tuple[str, ...]]:
-    """The projections that target_modules may mean: no expert where parameters of all experts are
-    adapted.
+    """The modules that target_modules may mean, the head last: no expert where parameters of all
+    experts are adapted.
     """
-    every = projections(spec, names)
+    every = {**projections(spec, names), "head": (names.module_to_hf("head"),)}
     if not config.target_parameters:
         return every
     return {path: known for path, known in every.items() if stacks.place(f"{path}.") is None}

@@ -63,7 +63,8 @@ def explain(model: "CausalLM") -> str:
         if name != "weight" or getattr(stored, "ndim", 0) != axes or module.endswith("_norm"):
             continue
         leaf = _one(stored)
-        adapter = tree.get(adapters, *_keys(module))
+        is_head = module == "embed" and model.spec.tied
+        adapter = tree.get(adapters, *(["head"] if is_head else _keys(module)))
         if computes(leaf):
             kind = "NF4" if isinstance(leaf, NF4) else "fp8"
             how = f"{kind}, product of fp8 rows (e4m3), backward too"

@@ -36,6 +36,11 @@ class Trainee(nn.Module):
         """The trained copies of params."""
         raise NotImplementedError
 
+    @property
+    def adapters(self) -> tree.Tree:
+        """The adapters as they act."""
+        raise NotImplementedError
+
     def _node(self, name: str) -> nn.Module:
         """The module under the checkpoint's `name`, made where there is none."""
         node: nn.Module = self
@@ -100,13 +105,15 @@ class Trainee(nn.Module):
         """The forward whose result has `last_hidden_state` [b, s, e], for trainers that bring a
         head of their own (TRL's SFTTrainer); they read it from `get_output_embeddings`.
 
-        Raises ArgumentError where the head is trained, of which that is the frozen weight.
+        Raises ArgumentError where the head is trained, whole or by an adapter: that is its frozen
+        weight.
         """
         module = "embed" if self.spec.tied else "head"
-        if tree.get(self.trained, module) or tree.get(self.trained, "head"):
+        trained = tree.get(self.trained, module) or tree.get(self.trained, "head")
+        if trained or tree.get(self.adapters, "head") is not None:
             raise ArgumentError(
-                "the head is trained (modules_to_save), and this trainer would use the frozen one; "
-                "train without it, or with transformers.Trainer"
+                "the head is trained (modules_to_save, or an adapter of its own), and this trainer "
+                "would use the frozen one; train without it, or with transformers.Trainer"
             )
         if self.spec.tied and self.spec.head_bias:
             raise ArgumentError(

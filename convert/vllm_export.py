@@ -115,6 +115,7 @@ def _write(model: "CausalLM", name: str, folder: Path) -> int:
         return _even(modules, rank)
 
     _require(not tree.leaves(one.trained), name, "modules or biases trained whole")
+    _require(tree.get(adapters, "head") is None, name, "factors of the head")
     _require(bool(leaves), name, "no LoRA factors")
     _require(all(leaf.magnitude is None for leaf in leaves), name, "magnitudes (DoRA)")
     _require(not whole, name, "factors of experts' stacked parameters")

@@ -30,7 +30,7 @@ def prefill(
     As in `decoder.extend` the given cache is used up, and padding, if any, stands in front.
     """
     x, cache = decoder.extend(params, spec, tokens, cache, layout=layout, adapters=adapters)
-    return decoder.logits(params, spec, x[:, -1]), cache
+    return decoder.logits(params, spec, x[:, -1], adapters=adapters), cache
 
 
 def decode(
@@ -71,7 +71,7 @@ def decode(
         else:
             x = decoder.layer(x, p, own, table, *more, spec=layer, buffers=buffers)
     x = norm(x, params.get("norm"), spec.norm)
-    return decoder.logits(params, spec, x[:, 0]), cache
+    return decoder.logits(params, spec, x[:, 0], adapters=adapters), cache
 
 
 def waits_for(

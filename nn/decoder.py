@@ -19,7 +19,7 @@ from .fast_layer import Layer as FastLayer
 from .halves import whole
 from .layer_inputs import ended, ended_again
 from .layout import Layout, dense
-from .linear import seed_after
+from .linear import linear, seed_after
 from .mixer import lent, mixer
 from .mlp import mlp
 from .norm import add, norm
@@ -218,9 +218,28 @@ def head_weight(params: tree.Tree, spec: ModelSpec) -> Any:
     return params["head" if "weight" in params.get("head", {}) else "embed"]["weight"]
 
 
-def logits(params: tree.Tree, spec: ModelSpec, x: torch.Tensor) -> torch.Tensor:
-    """Hidden states [..., e] -> logits [..., v], scaled and capped (in fp32, rounded once)."""
-    out = base_linear(x, head_weight(params, spec))
+def head_seed(spec: ModelSpec, seed: int | None) -> int | None:
+    """The dropout seed of the head's adapter in a pass that `seed` drives."""
+    return seed_after(seed, 7 * len(spec.layers))
+
+
+def logits(
+    params: tree.Tree,
+    spec: ModelSpec,
+    x: torch.Tensor,
+    *,
+    adapters: tree.Tree = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Hidden states [..., e] -> logits [..., v], scaled and capped (in fp32, rounded once).
+
+    Of adapters, that of the head; seed as in `hidden`.
+    """
+    weight = head_weight(params, spec)
+    if (adapter := tree.get(adapters, "head")) is None:
+        out = base_linear(x, weight)
+    else:
+        out = linear(x, {"weight": weight}, adapter, head_seed(spec, seed))
     if spec.head_bias:
         out = out + params["head"]["bias"].to(out.dtype)
     if spec.logit_scale == 1.0 and spec.logit_softcap is None:
@@ -245,4 +264,4 @@ def forward(
     x = hidden(
         params, spec, tokens, layout=layout, adapters=adapters, residuals=residuals, seed=seed
     )
-    return logits(params, spec, x)
+    return logits(params, spec, x, adapters=adapters, seed=seed)

@@ -63,16 +63,24 @@ def init(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tree.Tree:
-    """Adapters for every projection of every layer whose name is in `targets`.
+    """Adapters for every projection of every layer whose name is in `targets`, and for the head,
+    its own matrix or the embedding's, where "head" is.
 
     b is zero unless `start` says otherwise, so the adapted model starts equal to the base.
     scale = alpha / rank (alpha defaults to rank). Drawn on the generator's device: a CPU generator
     gives the same values everywhere.
     """
     scale = (rank if alpha is None else alpha) / rank
+    shapes = {
+        path.removesuffix(".weight"): p.shape
+        for path, p in tree.items(param_specs(spec))
+        if p.quantize and path.split(".")[-2] in targets
+    }
+    if "head" in targets:
+        shapes["head"] = (spec.vocab, spec.dim)
     leaves = {
-        path.removesuffix(".weight"): one(
-            p.shape,
+        module: one(
+            shape,
             rank,
             scale,
             generator=generator,
@@ -81,8 +89,7 @@ def init(
             dtype=dtype,
             device=device,
         )
-        for path, p in tree.items(param_specs(spec))
-        if p.quantize and path.split(".")[-2] in targets
+        for module, shape in shapes.items()
     }
     return tree.from_items(leaves)
 
@@ -131,8 +138,13 @@ def merged(weight: torch.Tensor, adapter: LoRA) -> torch.Tensor:
 
 
 def merge(params: tree.Tree, adapters: tree.Tree) -> tree.Tree:
-    """New dense params with every adapter put into its weight (quantized ones are dequantized)."""
+    """New dense params with every adapter put into its weight (quantized ones are dequantized). A
+    head that is the embedding becomes a matrix of its own.
+    """
     found = {f"{path}.weight": leaf for path, leaf in tree.items(adapters)}
+    if "head.weight" in found and "weight" not in params.get("head", {}):
+        head = {"weight": params["embed"]["weight"], **params.get("head", {})}
+        params = {**params, "head": head}
 
     def add(path: str, leaf: Any) -> Any:
         if path not in found:

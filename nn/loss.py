@@ -5,9 +5,11 @@ import torch.nn.functional as F
 
 from ..kernels.cross_entropy import chunk_rows, linear_cross_entropy
 from ..quant.linear import weight_of
-from . import tree
-from .decoder import head_weight, hidden, logits
+from . import dora, tree
+from .decoder import head_seed, head_weight, hidden, logits
 from .layout import Layout
+from .lora import LoRA
+from .products import drop, scaled_b
 from .remat import remat
 from .residuals import Residuals
 from .spec import ModelSpec
@@ -31,6 +33,8 @@ def next_token(
     labels: torch.Tensor,
     *,
     layout: Layout | None = None,
+    adapters: tree.Tree = None,
+    seed: int | None = None,
     count: torch.Tensor | float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -41,13 +45,20 @@ def next_token(
     Sum over the predicted tokens divided by `count` (default: their number), so that n batches
     accumulated with the count of all of them equal one large batch. IGNORE labels do not count.
     token_weights [b, s] weigh the loss of predicting the label at their place; the default count
-    is then the sum of those that count. `label_smoothing` and `z_loss` are those of
-    `kernels.cross_entropy.linear_cross_entropy`.
+    is then the sum of those that count. Of adapters that of the head acts, within the chunks; only
+    with DoRA is a matrix of the head's size made for it. seed: as in `hidden`. `label_smoothing`
+    and `z_loss` are those of `kernels.cross_entropy.linear_cross_entropy`.
     """
     target = shift(labels, layout).reshape(-1)
     weight = weight_of(head_weight(params, spec), x.dtype)
     flat = x.reshape(-1, x.shape[-1])
-    following = None
+    adapter: LoRA | None = tree.get(adapters, "head")
+    low, b, following = None, None, None
+    if adapter is not None:
+        dropped = drop(flat, adapter, head_seed(spec, seed), 0)
+        low, b = dropped @ adapter.a.to(flat.dtype).mT, scaled_b(adapter, flat.dtype)
+        if adapter.magnitude is not None:
+            flat, weight, b = _with_lengths(flat, weight, b, adapter, dropped)
     if token_weights is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         following = F.pad(token_weights[:, 1:], (0, 1)).reshape(-1).to(wide)
@@ -66,11 +77,27 @@ def next_token(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         token_weights=following,
+        low=low,
+        b=b,
     )
     if count is None:
         counts = target != IGNORE
         count = (counts if following is None else torch.where(counts, following, 0.0)).sum()
     return total / count
+
+
+def _with_lengths(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    b: torch.Tensor,
+    adapter: LoRA,
+    dropped: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weight and b of which products are what `dora.adapted` makes."""
+    rows = dora.factor(weight, adapter).to(weight.dtype)[:, None]
+    if dropped is x:
+        return x, weight * rows, b * rows
+    return torch.cat([x, dropped], 1), torch.cat([weight, weight * (rows - 1)], 1), b * rows
 
 
 def token_logprobs(
@@ -80,20 +107,25 @@ def token_logprobs(
     labels: torch.Tensor,
     *,
     layout: Layout | None = None,
+    adapters: tree.Tree = None,
 ) -> torch.Tensor:
     """log p of what each position predicts: x [b, s, e], labels [b, s] -> [b, s] in fp32 or wider.
 
     0 where nothing counts (IGNORE, a row's or document's end). Logits exist a chunk of rows at a
-    time, in forward and again in backward. Differentiable in x and a dense head: what preference
-    and policy losses are made of (DPO, arXiv 2305.18290; GRPO, arXiv 2402.03300).
+    time, in forward and again in backward. Differentiable in x, a dense head and its adapter: what
+    preference and policy losses are made of (DPO, arXiv 2305.18290; GRPO, arXiv 2402.03300).
     """
     target = shift(labels, layout).reshape(-1)
     head = {"head": params["head"]} if "head" in params else {}
     if "weight" not in head.get("head", {}):
         head["embed"] = params["embed"]
 
-    def some(x: torch.Tensor, target: torch.Tensor, head: tree.Tree) -> torch.Tensor:
-        scores = logits(head, spec, x)
+    own = {"head": adapter} if (adapter := tree.get(adapters, "head")) is not None else None
+
+    def some(
+        x: torch.Tensor, target: torch.Tensor, head: tree.Tree, own: tree.Tree
+    ) -> torch.Tensor:
+        scores = logits(head, spec, x, adapters=own)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         picked = scores.gather(-1, target.clamp(min=0)[:, None])[:, 0]
         return torch.where(target == IGNORE, 0.0, picked - scores.logsumexp(-1))
@@ -101,7 +133,7 @@ def token_logprobs(
     rows = chunk_rows(spec.vocab, spec.dim, 4)
     flat = x.reshape(-1, x.shape[-1])
     parts = [
-        remat(some)(flat[i : i + rows], target[i : i + rows], head)
+        remat(some)(flat[i : i + rows], target[i : i + rows], head, own)
         for i in range(0, len(flat), rows)
     ]
     return torch.cat(parts).view(labels.shape)
@@ -132,6 +164,8 @@ def loss(
         x,
         labels,
         layout=layout,
+        adapters=adapters,
+        seed=seed,
         count=count,
         label_smoothing=label_smoothing,
         z_loss=z_loss,

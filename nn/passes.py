@@ -115,7 +115,8 @@ class Passes:
             layout=layout_from(ids[:, :stop], self.real, begin),
             adapters=self.adapters,
         )
-        return decoder.logits(self.params, self.spec, x[:, -1:] if last else x)
+        x = x[:, -1:] if last else x
+        return decoder.logits(self.params, self.spec, x, adapters=self.adapters)
 
     def _make_room(self, length: int) -> None:
         if self.cache.capacity < length:

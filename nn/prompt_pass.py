@@ -110,7 +110,8 @@ class PromptPass:
         def step() -> None:
             x, _ = decoder.extend(params, spec, self.tokens, self.cache, adapters=adapters)
             at = torch.arange(0, self.tokens.numel(), self.tokens.shape[1], device=self.device)
-            logits = decoder.logits(params, spec, x.flatten(0, 1)[at + self.last])
+            x = x.flatten(0, 1)[at + self.last]
+            logits = decoder.logits(params, spec, x, adapters=adapters)
             if self._ran:
                 self.logits.copy_(logits)
             else:

@@ -320,6 +320,8 @@ def value_of(
         x,
         labels,
         layout=rows,
+        adapters=adapters,
+        seed=seed,
         count=count,
         label_smoothing=smoothing,
         z_loss=z_loss,
