@@ -2,6 +2,7 @@
 then dequantizes nothing of their layers, and computes the same to the bit.
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from ..quant.fp8_product import computes
 from ..quant.linear import weight_of
 from ..quant.nf4 import NF4
 from . import tree
+
+_logger = logging.getLogger("purelm.training")
 
 
 class _Layer(NamedTuple):
@@ -73,6 +76,9 @@ class DenseWeights:
             own[first:] = [self._dense(i, own[i], dtype) for i in range(first, len(own))]
         except torch.OutOfMemoryError:
             self.give_up()
+            _logger.warning(
+                "memory ran out over dequantized weights: each step dequantizes its own"
+            )
             return params
         return {**params, "layers": own}
 

@@ -164,7 +164,10 @@ class GraphedStep:
             input_ids, labels = widened(input_ids, labels, attention_mask, most)
         live = self._live()
         if [id(p) for p in self.trained] != [id(p) for p in live]:
-            raise ArgumentError("the model trains others than were captured; make a new step")
+            raise ArgumentError(
+                "the model trains other parameters than were captured: make a new GraphedStep or "
+                "Graphs, or call graphed_bridge.replay again"
+            )
         if self._read.moved():
             torch.cuda.synchronize(self.model.device)
             self._shapes.clear()

@@ -4,7 +4,9 @@ What a checkpoint keeps of each, whichever it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,10 +42,13 @@ def optimizer(
     values or more (arXiv 2110.02861); paged ones move them to the host where the GPU's memory runs
     short. Unlike bitsandbytes' own step this one does not wait for the GPU after every tensor.
 
-    Raises ArgumentError for a model that trains nothing, an unknown name, and paging without a GPU.
+    Raises ArgumentError for a model that trains nothing, a name as `check_name` does, a rate or
+    decay that cannot be used, and paging without a GPU.
     """
-    if name not in _KINDS:
-        raise ArgumentError(f"optimizer is {name!r}, expected one of {', '.join(NAMES)}")
+    check_name(name)
+    for what, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ArgumentError(f"{what} is {value}, expected 0 or more")
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ArgumentError("the model has no trainable parameters; add adapters to it first")
@@ -64,6 +69,14 @@ def optimizer(
         theirs = type(kind, (theirs,), {"step": _step})
     made: torch.optim.Optimizer = theirs(groups, lr=lr)
     return made
+
+
+def check_name(name: str) -> None:
+    """Raise ArgumentError for a name that is not of NAMES, or whose library is not installed."""
+    if name not in _KINDS:
+        raise ArgumentError(f"optimizer is {name!r}, expected one of {', '.join(NAMES)}")
+    if _KINDS[name] is not None and find_spec("bitsandbytes") is None:
+        raise ArgumentError(f"the optimizer {name} needs an extra: pip install 'purelm[bnb]'")
 
 
 @torch.no_grad()

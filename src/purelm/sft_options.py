@@ -130,7 +130,6 @@ def check(options: Options) -> None:
     choices: dict[str, tuple[Any, ...]] = {
         "precision": ("4bit", "fp8", "16bit", "full"),
         "compute": (None, "fp8"),
-        "optimizer": optimizers.NAMES,
         "schedule": ("cosine", "linear", "constant"),
         "too_long": ("error", "truncate", "skip"),
         # Without a loss scale, gradients of float16 underflow.
@@ -139,6 +138,7 @@ def check(options: Options) -> None:
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise ArgumentError(f"{name} is {getattr(options, name)!r}, expected one of {allowed}")
+    optimizers.check_name(options.optimizer)
     if options.eval_data is not None and options.eval_fraction:
         raise ArgumentError("eval_data and eval_fraction are both given; give one")
     if options.resume and options.overwrite:

@@ -138,9 +138,9 @@ def test_steps_of_many_tokens_have_no_dequantized_weights(
 
 
 def test_weights_that_stay_dequantized_give_way(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To a shape with less room, and, where memory runs out, for good."""
+    """To a shape with less room, and, where memory runs out, for good, which is said."""
     free = four_bits(folder)
     step(free, ids())
     (whole,) = free.plans.values()
@@ -164,7 +164,7 @@ def test_weights_that_stay_dequantized_give_way(
     with monkeypatch.context() as patch:
         patch.setattr(dense_weights, "weight_of", none)
         step(free, ids(2))
-    assert not free.dense.layers
+    assert not free.dense.layers and "ran out over dequantized weights" in caplog.text
 
 
 @pytest.mark.parametrize("later", [False, True])

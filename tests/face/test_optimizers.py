@@ -1,5 +1,7 @@
 """Optimizers by name: bitsandbytes' arithmetic, without its waits."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from bitsandbytes import optim
 from purelm import FastLanguageModel, optimizers
 from purelm.convert.bridge import CausalLM
 from purelm.errors import ArgumentError
+from purelm.sft_options import Options, check
 
 
 @pytest.fixture
@@ -58,3 +61,18 @@ def test_what_cannot_be_made_says_why(model: CausalLM) -> None:
         optimizers.optimizer(model, "sgd")
     with pytest.raises(ArgumentError, match="the model is on cpu"):
         optimizers.optimizer(model, "paged_adamw_8bit")
+    for name in ("lr", "weight_decay"):
+        for value in (-1.0, math.nan, math.inf):
+            with pytest.raises(ArgumentError, match=f"{name} is {value}"):
+                optimizers.optimizer(model, **{name: value})
+
+
+def test_a_library_that_is_not_there_is_asked_for_before_anything_is_loaded(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    options = Options(model="nowhere", data="nothing", optimizer="lion_8bit")
+    for made in (lambda: optimizers.optimizer(model, "lion_8bit"), lambda: check(options)):
+        with pytest.raises(ArgumentError, match=r"pip install 'purelm\[bnb\]'"):
+            made()
+    check(replace(options, optimizer="adamw_torch_fused"))
