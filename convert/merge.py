@@ -66,8 +66,9 @@ def save_merged(
 
     Every written tensor is read again: its bytes must be those meant, and each merged weight must
     be what float64 makes of base and adapter, within rounding. A merge that was killed is taken up
-    by the next one into the same folder: files that it wrote and checked, of the same base and the
-    same adapters, are not made again.
+    by the next one into the same folder, but on Windows: files that it wrote and checked, of the
+    same base and the same adapters, are not made again. Until then they take their room in a hidden
+    folder beside that, `.<name>.purelm-new-<16 digits>`, which may be deleted.
 
     Raises SaveError when the source files changed or vanished, for values that are not finite in
     the stored dtype, and when the check or the disk fails, and ArgumentError for other methods.
