@@ -24,6 +24,8 @@ _MAX_LENGTH = 10_000
 _MAX_DEPTH = 40
 # A repetition of up to so many counts as one of a fixed number.
 _FEW = 64
+# So many choices between two may be tried at one place, all of them together.
+_CHOICES = 8
 _ESCAPE = re.compile(
     r"\\(?:[pP]\{\^?[^}]*\}|x\{[^}]*\}|x[0-9a-fA-F]{0,2}|u[0-9a-fA-F]{4}|k<[^>]*>|[0-7]{1,3}|.)",
     re.DOTALL,
@@ -39,10 +41,11 @@ _UNBOUNDED = "gkX123456789"
 class _Part:
     """What matching a part of an expression can cost, as exponents d of n^d.
 
-    ways: of the number of ways to match from one place; choice: whether there is more than one at
-    all. cost: of the steps to find that it does not match; waste: of those it takes beside the text
-    that it matches. eats: whether that text has no bound; fails, empty: whether it can fail, and
-    match nothing. first: the characters it can begin with, None if any.
+    ways: of the number of ways to match from one place; choices: the logarithm to 2 of how many
+    there are however short the text. cost: of the steps to find that it does not match; waste: of
+    those it takes beside the text that it matches. eats: whether that text has no bound; fails,
+    empty: whether it can fail, and match nothing. first: the characters it can begin with, None if
+    any.
     """
 
     ways: float = 0
@@ -51,7 +54,7 @@ class _Part:
     eats: bool = False
     fails: bool = True
     empty: bool = False
-    choice: bool = False
+    choices: float = 0
     first: frozenset[str] | None = None
 
     @property
@@ -126,8 +129,8 @@ def _row(parts: Sequence[_Part]) -> _Part:
     made = _EMPTY
     for part in reversed(parts):
         # Taken or not taken is no choice where the next character tells.
-        told = not made.empty and _apart([part, made])
-        choice = (part.choice and not (part.ways == 0 and part.empty and told)) or made.choice
+        told = part.empty and not part.ways and not made.empty and _apart([part, made])
+        choices = made.choices + (0 if told and part.choices <= 1 else part.choices)
         first = None if part.first is None else part.first
         if part.empty:
             first = None if None in (first, made.first) else first | made.first  # type: ignore[operator]
@@ -135,7 +138,9 @@ def _row(parts: Sequence[_Part]) -> _Part:
         again = part.ways + made.cost if made.fails else 0
         lost = max(part.waste, float(part.eats)) if made.fails else 0
         cost = max(part.cost, again, lost)
-        tried = cost if made.fails and (part.choice or part.ways) else 0
+        if made.fails and choices > _CHOICES:
+            cost = math.inf
+        tried = cost if made.fails and (part.choices or part.ways) else 0
         made = _Part(
             ways=part.ways + made.ways,
             cost=cost,
@@ -143,7 +148,7 @@ def _row(parts: Sequence[_Part]) -> _Part:
             eats=part.eats or made.eats,
             fails=part.fails or made.fails,
             empty=part.empty and made.empty,
-            choice=choice,
+            choices=choices,
             first=first,
         )
     return made
@@ -161,9 +166,16 @@ def _any(branches: Sequence[_Part]) -> _Part:
         eats=any(b.eats for b in branches),
         fails=all(b.fails for b in branches),
         empty=any(b.empty for b in branches),
-        choice=any(b.choice or b.empty for b in branches) or not _apart(branches),
+        choices=_bits(branches),
         first=None if None in firsts else known,
     )
+
+
+def _bits(branches: Sequence[_Part]) -> float:
+    """The choices of one of these."""
+    if _apart(branches) and not any(b.empty for b in branches):
+        return max(b.choices for b in branches)
+    return max(b.choices for b in branches) + math.log2(len(branches))
 
 
 def _apart(parts: Sequence[_Part]) -> bool:
@@ -186,17 +198,18 @@ def _one(text: str, at: int, depth: int) -> tuple[_Part, int]:
             at = interval.end()
         else:
             break
+        if high < low:
+            raise _TooMuch
         part = _repeated(part, low, high)
         # Behind {n} a question mark is a repetition of its own; else it asks for the fewest.
         if text.startswith("?", at) and not (interval and not interval[2]):
             at += 1
         elif text.startswith("+", at) and interval is None:
-            at, part = at + 1, replace(part, ways=0, choice=False)
+            at, part = at + 1, replace(part, ways=0, choices=0)
     return part, at
 
 
 def _repeated(part: _Part, low: int, high: float) -> _Part:
-    several = part.choice or part.ways > 0
     # The first of several can match, in all their ways, and the last fail.
     before = max(_ways(part, low - 1), float(part.eats)) if low > 1 and part.fails else 0
     each = (1 if high > _FEW else 0) + part.waste if part.waste else 0
@@ -207,19 +220,19 @@ def _repeated(part: _Part, low: int, high: float) -> _Part:
         eats=part.eats or high > _FEW,
         fails=part.fails and low > 0,
         empty=part.empty or low == 0,
-        choice=several or low != high,
+        # Of an unbounded one the ways tell of how often it matched.
+        choices=float(low != high)
+        if high > _FEW
+        else part.choices * high + math.log2(high - low + 1),
         first=part.first,
     )
 
 
 def _ways(part: _Part, times: float) -> float:
     """Of up to so many of `part` in a row."""
-    several = part.choice or part.ways > 0
     if times > _FEW:
-        return math.inf if several or part.empty else 1
-    if not several:
-        return 0
-    return part.ways * times if times <= 6 else math.inf
+        return math.inf if part.choices or part.ways or part.empty else 1
+    return part.ways * times if part.choices * times <= _CHOICES else math.inf
 
 
 def _atom(text: str, at: int, depth: int) -> tuple[_Part, int]:
@@ -259,9 +272,11 @@ def _group(text: str, at: int, depth: int) -> tuple[_Part, int]:
     if end >= len(text):
         raise _TooMuch
     if around:
-        part = _Part(cost=part.steps, waste=part.steps, empty=True, first=frozenset())
+        # What looks back and has no bound begins at every place before.
+        steps = part.steps + (part.eats and around.startswith("<"))
+        part = _Part(cost=steps, waste=steps, empty=True, first=frozenset())
     elif atomic:
-        part = replace(part, ways=0, choice=False)
+        part = replace(part, ways=0, choices=0)
     return part, end + 1
 
 

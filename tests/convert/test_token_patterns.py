@@ -170,6 +170,11 @@ def test_publishers_patterns_are_taken() -> None:
         ("(?:a{2}?a)*b", math.inf),  # {n}? is ({n})?, and {n,m}? as few as will do
         ("(?:a{2,2}?c)*b", 1),
         ("(?:a|.){30}", math.inf),
+        ("a?" * 26 + "[cd]", math.inf),
+        ("a{0,64}a{0,64}a{0,64}[cd]", math.inf),
+        ("(?:(?:aa|aa)?b)*c", math.inf),
+        (r"(?<=a.*b)c", 2),
+        ("a{5,2}", math.inf),
         ("(?:a?){30}", 0),
         (r"(a*)\1b", math.inf),
         (r"\p{M}*\Xb", math.inf),
