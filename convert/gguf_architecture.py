@@ -50,7 +50,7 @@ class Architecture:
     by_layer: layers differ, and gguf_layers has what says how. fixed: fields of a file that always
     have these values. yarn: what a config.json says besides of YaRN. mixers: what a config.json
     calls layers that have no attention, and those that do, of which there are some of each.
-    folded: multipliers are put into the weights.
+    folded: multipliers are put into the weights. latent: attention is latent, see gguf_latent.
     """
 
     name: str
@@ -76,3 +76,4 @@ class Architecture:
     yarn: Mapping[str, Any] = field(default_factory=dict)
     mixers: tuple[str, str] | None = None
     folded: bool = False
+    latent: bool = False

@@ -11,7 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..nn.rope import attention_factor
 from ..nn.spec import AttentionSpec, ModelSpec, RopeSpec
-from . import gguf_folded, gguf_layers
+from . import gguf_folded, gguf_latent, gguf_layers
 from .dense import map_attention, with_attention
 from .gguf_architecture import KV_HEADS, ROTATED, Architecture
 from .gguf_architectures import families, of_family
@@ -104,6 +104,8 @@ def model_fields(spec: ModelSpec, architecture: Architecture, name: str) -> dict
     own |= architecture.fixed
     if architecture.mixers is not None:
         own[KV_HEADS] = [x.attention.kv_heads if x.attention else 0 for x in spec.layers]
+    if architecture.latent:
+        own |= gguf_latent.model_fields(spec)
     if architecture.by_layer:
         own |= gguf_layers.model_fields(spec)
     if rope.kind in ("linear", "yarn"):

@@ -54,13 +54,15 @@ class GGUFTensor(TensorInfo):
     heads: of how many heads the rows are, each stored with its halves interleaved as llama.cpp's
     rope needs them; 0 for rows that are as they should be. offset_by: what was added to each value
     (norms around 1, whose weights are kept as the difference). decay: the values are
-    -exp(what a checkpoint has).
+    -exp(what a checkpoint has). stacks: it is made of these two, the keys' [h, r, k] and the
+    values' [h, v, r] of latent attention: [h (k + v), r].
     """
 
     kind: str
     heads: int = 0
     offset_by: float = 0.0
     decay: bool = False
+    stacks: tuple["GGUFTensor", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,9 @@ def read_tensor(info: GGUFTensor) -> torch.Tensor:
 
     Raises CheckpointError when the file is not the one that was described.
     """
+    if info.stacks:
+        keys, values = map(read_tensor, info.stacks)
+        return torch.cat([keys.mT, values], 1).flatten(0, 1)
     gguf = library()
     kind = gguf.GGMLQuantizationType[info.kind]
     out = torch.empty(info.shape, dtype=info.dtype)

@@ -1,6 +1,8 @@
 """The architectures of GGUF files of mixtures that are routed in other ways than Mixtral's."""
 
-from .gguf_architecture import EXPERTS, WINDOW, Architecture, Field
+from dataclasses import replace
+
+from .gguf_architecture import EXPERTS, RMS_EPS, WINDOW, Architecture, Field
 
 EXPERT_WIDTH = "expert_feed_forward_length"
 SHARED_WIDTH = "expert_shared_feed_forward_length"
@@ -27,6 +29,35 @@ _SIGMOID = (
     Field("leading_dense_block_count", "first_k_dense_replace", 0, low=0),
 )
 
+_V2 = Architecture(
+    "deepseek2",
+    "deepseek_v2",
+    fields=tuple(f for f in _SIGMOID if f.hf not in ("n_group", "topk_group", "norm_topk_prob")),
+    constants={"norm_topk_prob": False},
+    # It is llama.cpp's epsilon of the latents' norms too.
+    fixed={"expert_gating_func": 1, RMS_EPS[0]: 1e-6},
+    latent=True,
+    modules={
+        "attn_q_a": "layers.*.attn.q_a",
+        "attn_q_a_norm": "layers.*.attn.q_a_norm",
+        "attn_q_b": "layers.*.attn.q_b",
+        "attn_kv_a_mqa": "layers.*.attn.kv_a",
+        "attn_kv_a_norm": "layers.*.attn.kv_a_norm",
+        "attn_kv_b": "layers.*.attn.kv_b",
+    },
+)
+_DEEPSEEK = (
+    _V2,
+    replace(
+        _V2,
+        family="deepseek_v3",
+        marker="expert_weights_norm",
+        fields=_SIGMOID,
+        constants={},
+        fixed={**_V2.fixed, **GATING},
+        tensors=CHOICE,
+    ),
+)
 MIXTURES = (
     Architecture(
         "gpt-oss",
@@ -56,5 +87,6 @@ MIXTURES = (
         modules={"post_attention_norm": "layers.*.mlp_norm"},
         tensors=CHOICE,
     ),
+    *_DEEPSEEK,
     Architecture("dots1", "dots1", fields=_SIGMOID, fixed=GATING, tensors=CHOICE),
 )

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..nn.spec import RopeSpec
-from . import gguf_layers, gguf_shapes
+from . import gguf_latent, gguf_layers, gguf_shapes
 from .gguf_architecture import EXPERTS, KV_HEADS, Architecture, Field
 from .gguf_architectures import NAMES, of_file
 from .gguf_file import GGUF, GGUFTensor, read_divisors
@@ -70,6 +70,8 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     known = {*_KNOWN, eps, *(field.key for field in architecture.fields), *architecture.fixed}
     if architecture.by_layer:
         known |= gguf_layers.KNOWN
+    if architecture.latent:
+        known |= gguf_latent.KNOWN
     unknown = {n: v for n, v in own.items() if n not in known and v not in (0, None)}
     if unknown:
         shown = ", ".join(f"{name:.60}={value!r:.40}" for name, value in unknown.items())
@@ -86,6 +88,9 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     if architecture.by_layer:
         own, layers = gguf_layers.config_fields(own, gguf, partial(_number, own, gguf=gguf))
+    latent: dict[str, Any] = {}
+    if architecture.latent:
+        own, latent = gguf_latent.config_fields(own, gguf)
     for name, hf in _INTEGERS.items():
         fields[hf] = _integer(own, name, gguf)
     if architecture.mixers is not None:
@@ -131,6 +136,7 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     if layers:
         fields.update(layers)
         del fields["rope_theta"]
+    fields |= latent
     kinds = {re.sub(r"^blk\.\d+\.", "blk.0.", name) for name in gguf.tensors}
     for hf, tensor in architecture.flags.items():
         fields[hf] = tensor in kinds
@@ -151,7 +157,11 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
     for name, info in gguf.tensors.items():
         if name in ROPE_TENSORS:
             continue
+        if architecture.latent:
+            name, info = _whole(name, info, gguf)
         hf = to_hf(name, architecture)
+        if hf is not None and info.stacks and hf in made:
+            continue
         if hf is None or hf in made:
             raise CheckpointError(
                 "no part of the model has this tensor", tensor=name[:200], file=gguf.file
@@ -177,6 +187,20 @@ def checkpoint(gguf: GGUF) -> Checkpoint:
             named = hf.replace("*", str(number))
             made[named] = replace(part, name=named)
     return Checkpoint(gguf.file.parent, (gguf.file,), MappingProxyType(made), MappingProxyType({}))
+
+
+def _whole(name: str, info: GGUFTensor, gguf: GGUF) -> tuple[str, GGUFTensor]:
+    """A stack of latent attention as the matrix of both, under its name; others as they are."""
+    layer, _, kind = name.removesuffix(".weight").rpartition(".")
+    if kind not in gguf_latent.STACKS:
+        return name, info
+    both = [gguf.tensors.get(f"{layer}.{stack}.weight") for stack in gguf_latent.STACKS]
+    keys, values = both
+    if keys is None or values is None:
+        raise CheckpointError("the other stack is missing", tensor=name[:200], file=gguf.file)
+    shape = gguf_latent.joined(keys, values)
+    name = f"{layer}.attn_kv_b.weight"
+    return name, replace(keys, name=name, shape=shape, stacks=(keys, values))
 
 
 def _experts(info: GGUFTensor, own: Mapping[str, Any]) -> list[GGUFTensor]:
@@ -269,6 +293,9 @@ def _scaling(
     if kind == "yarn":
         name = "rope.scaling.original_context_length"
         made["original_max_position_embeddings"] = _integer(own, name, gguf)
+        if gguf_latent.LOG_MULTIPLIER in own:
+            wide = 10 * _number(own, gguf_latent.LOG_MULTIPLIER, gguf)
+            made |= {"mscale": wide, "mscale_all_dim": wide}
         made |= architecture.yarn
     return made
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Container
 
 from ..errors import SaveError
+from . import gguf_latent
 from .gguf_architecture import Architecture
 from .names import Names
 from .registry import FAMILIES
@@ -75,6 +76,9 @@ def to_ggml(
             paths = (re.sub(r"\.experts\.\d+\.", ".experts.", names.to_ours(name, known)),)
         except KeyError:
             return ()
+    pattern, number = _pattern(paths[0])
+    if architecture.latent and pattern == f"{gguf_latent.BOTH}.weight":
+        return tuple(f"blk.{number}.{stack}.weight" for stack in gguf_latent.STACKS)
     table = _table(architecture)
     found = []
     tensors = {ours: theirs for theirs, ours in architecture.tensors.items()}

@@ -14,7 +14,7 @@ import torch
 from ..errors import ArgumentError, SaveError
 from ..nn import stacks, tree
 from ..nn.spec import ModelSpec, MoESpec, RopeSpec
-from . import gguf_folded, gguf_layers, gguf_shapes, merge_plan
+from . import gguf_folded, gguf_latent, gguf_layers, gguf_shapes, merge_plan
 from .gguf_architecture import Architecture
 from .gguf_fields import architecture_of
 from .gguf_file import library
@@ -86,6 +86,8 @@ def plan(
             elif "_exps." in name and len(theirs) > 1:
                 shape = (shape[0], shape[1] // len(theirs), *shape[2:])
                 make = _slicer(make, index, len(theirs), family.names.in_turn)
+            elif name.split(".")[-2] in gguf_latent.STACKS:
+                shape, make = gguf_latent.stack(name, next(spec.attentions()), make)
             elif len(theirs) > 1:
                 shape = (shape[0] // len(theirs), *shape[1:])
                 make = _cutter(make, index, len(theirs))

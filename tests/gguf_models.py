@@ -36,6 +36,14 @@ SIGMOID = {
     "first_k_dense_replace": 1,
     "num_hidden_layers": 3,
 }
+LATENT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
 # A layer of each kind that the family has.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -81,6 +89,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "gpt_oss": {"head_dim": 16, "swiglu_limit": 7.0, "rope_parameters": EXACT_YARN},
     "glm4_moe": {"head_dim": 16, **SIGMOID, "use_qk_norm": True, "attention_bias": True},
+    "deepseek_v2": {"num_hidden_layers": 3},
+    "deepseek_v3": {"num_hidden_layers": 3, "rope_parameters": LATENT_YARN},
     # llama.cpp has as many heads of k as of q there.
     "dots1": {**SIGMOID, "num_key_value_heads": 4, "sliding_window": None, "layer_types": None},
     "granitemoeshared": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
