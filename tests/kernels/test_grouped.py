@@ -45,8 +45,14 @@ def stack(groups, count, block, double, kind, g):
 def term(rows, groups, outputs, rank, dtype, g):
     if not rank:
         return None, None
-    low = torch.randn(rows, rank, generator=g).to(dtype)
-    return low, torch.randn(groups, outputs, rank, generator=g).to(dtype)
+    # low is a part of several projections' and b a transpose, as some callers have them.
+    low = torch.randn(rows, rank + 3, generator=g).to(dtype)[:, 1 : 1 + rank]
+    return low, torch.randn(groups, rank, outputs, generator=g).to(dtype).mT
+
+
+def sliced(rows, width, dtype, g):
+    """Rows [rows, width] of wider ones."""
+    return torch.randn(rows, width + 5, generator=g).to(dtype)[:, 3 : 3 + width]
 
 
 def wide(*given):
@@ -65,7 +71,7 @@ def wide(*given):
 def test_dense(interpreted, poisoned, counts, outputs, depth, turned, dtype, rank, seed):
     g = torch.Generator().manual_seed(seed)
     rows, groups = sum(counts), len(counts)
-    x = torch.randn(rows, depth, generator=g).to(dtype)
+    x = sliced(rows, depth, dtype, g)
     w = torch.randn(groups, depth, outputs, generator=g).to(dtype).mT
     w = w if turned else w.contiguous()
     low, b = term(rows, groups, outputs, rank, dtype, g)
@@ -99,7 +105,7 @@ def test_packed(
     g = torch.Generator().manual_seed(seed)
     rows, groups, width = sum(counts), len(counts), runs * min(block, 64)
     parts = stack(groups, outputs * width, block, double, kind, g)
-    x = torch.randn(rows, outputs if turned else width, generator=g).to(dtype)
+    x = sliced(rows, outputs if turned else width, dtype, g)
     low, b = term(rows, groups, width if turned else outputs, rank, dtype, g)
     at, shape = offsets(counts), (outputs, width)
     ours = grouped.matmul_nf4(x, *parts, at, shape, block, kind, low, b, turned=turned)
