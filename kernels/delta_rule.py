@@ -73,7 +73,8 @@ def delta_rule(
     """
     tensors = (q, k, v, beta, decay, before)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    backend = "reference" if q.shape[1] == 1 else backend_for(q, v, trains)
+    plain = q.shape[1] == 1 or not on_gpu(*tensors, starts)
+    backend = "reference" if plain else backend_for(q, v, trains)
     if backend == "fla":
         chunked = _chunked()
         assert chunked is not None

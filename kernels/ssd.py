@@ -89,7 +89,8 @@ def ssd(
     # The launches have no gradients of and through states.
     graph = before is not None and torch.is_grad_enabled() and before.requires_grad
     one = x.shape[1] == 1 and before is not None
-    if backend_for(x, b) == "triton" and not graph and not one:
+    launches = on_gpu(x, dt, decay, b, c, d, starts, before) and backend_for(x, b) == "triton"
+    if launches and not graph and not one:
         y, last = apply(_SSD, x, dt, decay, b, c, d, starts, before)
         return y, None if before is None else last
     wide = torch.promote_types(x.dtype, torch.float32)

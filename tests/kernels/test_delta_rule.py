@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from purelm.errors import KernelError
 from purelm.kernels import delta_rule, delta_rule_reference
 
 
@@ -160,3 +161,10 @@ def test_their_rule_is_ours(fresh, monkeypatch, documents):
         alone,
         delta_rule_reference.scan(unit[0] * n**-0.5, unit[1], v, beta, decay, starts, None)[0],
     )
+
+
+def test_starts_on_another_device_raise(interpreted):
+    q, v, rate = (torch.ones(1, 5, *of, dtype=torch.bfloat16) for of in ((1, 8), (2, 8), (2,)))
+    starts = torch.zeros(1, 5, dtype=torch.bool, device="meta")
+    with pytest.raises(KernelError, match="different devices"):
+        delta_rule.delta_rule(q, q, v, rate.float(), -rate.float(), starts, None)

@@ -143,3 +143,10 @@ def test_bad_shapes():
             None,
             None,
         )
+
+
+def test_starts_on_another_device_raise(interpreted):
+    inputs, _ = drawn(1, 5, 2, 1, 8, 8, torch.bfloat16, 0)
+    starts = torch.zeros(1, 5, dtype=torch.bool, device="meta")
+    with pytest.raises(KernelError, match="different devices"):
+        ssd.ssd(*inputs, starts, None)
