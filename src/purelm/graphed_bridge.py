@@ -54,6 +54,8 @@ class _Replays:
     ) -> CausalLMOutput | None:
         """None where the pass is to run as ever."""
         if count is not None and not isinstance(count, torch.Tensor):
+            if not count > 0:
+                return None  # the pass itself says what is wrong with it
             count = torch.tensor(float(count))
         if batch.pop("position_ids") is not None:
             self._refused("position_ids tell where tokens stand")

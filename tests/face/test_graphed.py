@@ -352,6 +352,9 @@ def test_behind_the_bridge(folder: Path, device: str) -> None:
         found.append([*total, *gradients(model, loss)])
     close(found[1], found[0], limit)
     assert copy.deepcopy(model).replays is None
+    for count in (0, -3, float("nan")):
+        with pytest.raises(InputError, match="num_items_in_batch is"):
+            model(**{**batches[0], "num_items_in_batch": count})
     made = model(**batches[0])
     assert made["loss"].requires_grad and isinstance(made, CausalLMOutput)
     want = model.eval()(**{n: t for n, t in batches[0].items() if n != "labels"}).logits
