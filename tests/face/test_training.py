@@ -1,6 +1,7 @@
 """The parts of the loop: order of rows, learning rate, the step and evaluation."""
 
 import copy
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 
 from purelm import FastLanguageModel, graphed, graphed_update, optimizers, training
 from purelm.errors import ArgumentError, DataError, InputError, TrainingError
@@ -213,6 +215,28 @@ def test_a_step_that_fails_leaves_no_gradients_to_the_next(folder: Path) -> None
     with pytest.raises(InputError):
         step_once(model, [rows, [beyond]])
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True, "unsloth", "auto"])
+def test_a_hundred_steps_leave_the_memory_that_ten_left(folder: Path, checkpointing: Any) -> None:
+    """Of padded batches of many shapes and of packed ones, by an optimizer with moments."""
+    model, _ = FastLanguageModel.from_pretrained(str(folder), dtype=torch.float32)
+    model = FastLanguageModel.get_peft_model(
+        model, r=4, lora_dropout=0.1, use_gradient_checkpointing=checkpointing
+    ).train()
+    made = optimizers.optimizer(model)
+    alive = []
+    with LiveBytes() as live:
+        for step in range(100):
+            training.train_step(
+                model, made, [drawn(2, step)], step=step, rate=1e-3, max_grad_norm=1.0,
+                pad_id=0, packing=step % 2 == 1,
+            )  # fmt: skip
+            if step % 10 == 9:
+                gc.collect()
+                alive.append(live.now)
+    assert alive[0] > 0 and len(set(alive)) == 1
 
 
 def test_a_model_with_nothing_to_train_is_refused(folder: Path) -> None:
