@@ -364,10 +364,15 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("traceless", [False, True])
-def test_trained_weights_are_seen_at_once(model: Any, traceless: bool) -> None:
+@pytest.mark.parametrize("replays", [False, True])
+def test_trained_weights_are_seen_at_once(
+    model: Any, traceless: bool, replays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adapters and whole trained copies, prefixes in the cache included, however they are written:
-    a step by a kernel of some optimizer leaves no trace in torch."""
-    engine = Engine(model)
+    a step by a kernel of some optimizer leaves no trace in torch. By what was captured too."""
+    for module in (engine_rows, prompt_pass):
+        monkeypatch.setattr(module, "capture", recorded)
+    engine = ready(Engine(model), replays=replays)
     request = Request(text(0, 2 * PAGE + 3, 400), 6, eos_ids=())
 
     def wanted() -> list[int]:
@@ -375,7 +380,9 @@ def test_trained_weights_are_seen_at_once(model: Any, traceless: bool) -> None:
         return [int(t) for t in out[0, len(request.prompt) :]]
 
     before = wanted()
-    assert engine.run([request]) == [before]
+    for _ in range(3):
+        assert engine.run([request]) == [before]
+    assert any(engine._rows._replays.values()) == replays
     g = torch.Generator().manual_seed(1)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         change = 0.3 * torch.randn(parameter.shape, generator=g)
