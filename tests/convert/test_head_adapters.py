@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from purelm import FastLanguageModel
+from purelm import Engine, FastLanguageModel, Request
 from purelm.convert import adapter_load, peft_config
 from purelm.convert.bridge import CausalLM
 from purelm.errors import AdapterError, ArgumentError
@@ -139,6 +139,31 @@ def test_merged(case: str, tmp_path: Path) -> None:
     assert torch.equal(again.params["embed"]["weight"], base.params["embed"]["weight"])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_where_the_vocabulary_has_grown(tied: bool, tmp_path: Path) -> None:
+    """And where the rest is stored in 4 bits."""
+    folder = tmp_path / "base"
+    folders.whole(folder, "llama", tie_word_embeddings=tied)
+    load = partial(FastLanguageModel.from_pretrained, dtype="float32")
+    rows = folders.VOCAB + 5
+    model, _ = load(str(folder), load_in_16bit=True, resize_model_vocab=rows)
+    FastLanguageModel.get_peft_model(model, r=4, init_lora_weights="gaussian", **HEAD).eval()
+    bridged.spread_trained(model)
+    ids = bridged.ids()
+    assert model.adapters["head"].b.shape[0] == rows
+    model.save_pretrained_merged(tmp_path / "merged")
+    again, _ = load(str(tmp_path / "merged"), load_in_16bit=True)
+    assert not again.spec.tied
+    bridged.same_logits(again(ids).logits.detach(), model(ids).logits.detach())
+    model, _ = load(str(folder), load_in_4bit=True)
+    FastLanguageModel.get_peft_model(model, r=4, target_modules=["lm_head"],
+                                     rank_pattern={"lm_head": 2}).eval()  # fmt: skip
+    bridged.spread_trained(model)
+    model.save_pretrained_merged(tmp_path / "four", None, "merged_4bit")
+    again, _ = load(str(tmp_path / "four"), load_in_4bit=True)
+    bridged.same_logits(again(ids).logits.detach(), model(ids).logits.detach())
+
+
 @pytest.mark.parametrize("case", ["plain", "tied", "dora"])
 def test_generates_as_peft(case: str, tmp_path: Path) -> None:
     base, _, model = made(case, tmp_path)
@@ -156,6 +181,10 @@ def test_generates_as_peft(case: str, tmp_path: Path) -> None:
     guessed = model.generate(alone, prompt_lookup_num_tokens=2, **how)
     assert guessed.shape[1] > 6 and torch.equal(guessed, want[:1, : guessed.shape[1]])
     assert not torch.equal(plain, want)
+    pairs = zip(*padded.values(), strict=True)
+    asked = [Request(row[mask == 1].tolist(), 8, eos_ids=(2,)) for row, mask in pairs]
+    for found, row in zip(Engine(model).run(asked), want[:, 6:].tolist(), strict=True):
+        assert found == row[: len(found)] and (len(found) == 8 or found[-1] == 2)
     with model.disable_adapter():
         assert torch.equal(model.generate(**padded, **how), plain)
 

@@ -134,12 +134,14 @@ def close(some: list[torch.Tensor], others: list[torch.Tensor], limit: float) ->
         assert (a - b).norm() <= limit * b.norm()
 
 
-@pytest.mark.parametrize("kind", ["dropout", "DoRA with dropout", "head"])
+@pytest.mark.parametrize("kind", ["dropout", "DoRA with dropout", "head", "low-rank"])
 def test_what_differs_from_step_to_step(folder: Path, device: str, kind: str) -> None:
     """Dropout is the eager step's, and another each time; a trained head is as well."""
     options: dict[str, Any] = {"lora_dropout": 0.3, "use_dora": kind.startswith("DoRA")}
     if kind == "head":
         options = {"modules_to_save": ["lm_head"]}
+    elif kind == "low-rank":
+        options |= {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 3}}
     model = load(folder, device, init_lora_weights="gaussian", **options).train()
     with torch.no_grad():
         for leaf in tree.leaves(model.adapters):

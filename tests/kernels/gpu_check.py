@@ -232,15 +232,16 @@ def check_cross_entropy(r: random.Random) -> None:
     labels[torch.rand(n, device=DEVICE) < 0.3] = -100
     chunk = r.choice([None, 8])
     h, w = randn(n, e, dtype=dtype), randn(v, e, dtype=dtype) * 0.3
+    low_rank = (randn(n, 4, dtype=dtype), randn(v, 4, dtype=dtype)) if r.random() < 0.5 else ()
     compare(
         "cross_entropy",
-        lambda h, w: cross_entropy.linear_cross_entropy(
-            h, w, labels, token_weights=weights, chunk=chunk, **options
+        lambda h, w, low=None, b=None: cross_entropy.linear_cross_entropy(
+            h, w, labels, token_weights=weights, chunk=chunk, low=low, b=b, **options
         ),
-        lambda h, w: cross_entropy.linear_cross_entropy_reference(
-            h, w, labels, token_weights=weights, **options
+        lambda h, w, low=None, b=None: cross_entropy.linear_cross_entropy_reference(
+            h, w, labels, token_weights=weights, low=low, b=b, **options
         ),
-        (h, w.to(dtype)),
+        (h, w.to(dtype), *low_rank),
         flat=True,
     )
 
