@@ -14,7 +14,7 @@ import purelm
 from purelm.convert.gguf_architectures import families
 from purelm.convert.gguf_fields import architecture_of
 from purelm.convert.gguf_file import open_gguf
-from purelm.convert.gguf_model import config_fields
+from purelm.convert.gguf_model import checkpoint, config_fields
 from purelm.convert.gguf_names import to_ggml
 from purelm.convert.registry import FAMILIES
 from purelm.errors import CheckpointError, ConfigError, SaveError
@@ -128,6 +128,17 @@ def test_llama_cpp_has_the_same_longrope(original: int, tmp_path: Path) -> None:
     ids = bridged.ids(rows=1, length=23)
     found = llama_cpp_logits(path, ids)
     bridged.same_logits(found, model(ids).logits.detach()[0])
+
+
+def test_latent_attention_needs_both_stacks(tmp_path: Path) -> None:
+    model = gguf_models.model_of(tmp_path, "deepseek_v3", **gguf_models.FAMILIES["deepseek_v3"])
+    (path,) = model.save_pretrained_gguf(tmp_path / "out", gguf_models.tokenizer(), "f32")
+    held = open_gguf(path)
+    assert held.tensors["blk.0.attn_k_b.weight"].shape == (4, 64, 12)
+    assert held.tensors["blk.0.attn_v_b.weight"].shape == (4, 16, 64)
+    tensors = {n: info for n, info in held.tensors.items() if n != "blk.0.attn_v_b.weight"}
+    with pytest.raises(CheckpointError, match="the other stack is missing"):
+        checkpoint(replace(held, tensors=MappingProxyType(tensors)))
 
 
 def test_windows_by_layer_that_llama_cpp_takes_from_the_depth_are_refused(tmp_path: Path) -> None:

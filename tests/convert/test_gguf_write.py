@@ -269,6 +269,9 @@ def test_what_is_not_offered(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+NEXT = gguf_models.FAMILIES["qwen3_next"]
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
@@ -282,6 +285,17 @@ def test_what_is_not_offered(tmp_path: Path) -> None:
             "rope scaling 'dynamic'",
         ),
         ("llama", {"hidden_act": "gelu"}, "cannot express this model"),
+        (
+            "falcon_h1",
+            {"tie_word_embeddings": True, "lm_head_multiplier": 0.5},
+            "logits with 0.5, and both have one matrix",
+        ),
+        ("falcon_h1", {"mamba_proj_bias": True}, "in_bias would be False and is True"),
+        ("qwen3_next", {"layer_types": None}, "no layer has attention"),
+        ("qwen3_next", {**NEXT, "rms_norm_eps": 1e-5}, "norm.eps would be 1e-06 and is 1e-05"),
+        ("qwen3_next", {**NEXT, "linear_value_head_dim": 32}, "value_dim would be 16 and is 32"),
+        ("deepseek_v3", {"rope_interleave": False}, "interleaved would be True and is False"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "limit would be 7.0 and is 5.0"),
     ],
 )
 def test_models_that_the_format_cannot_express(
