@@ -11,6 +11,7 @@ import torch
 from ..errors import ArgumentError, BusyError, InputError
 from ..nn.draft import NGrams
 from ..nn.pages import PAGE
+from ..nn.sampling import check_ids
 from ..nn.speculate import check_states
 from .bridge import CausalLM
 from .end_ids import end_ids
@@ -245,6 +246,7 @@ class Engine:
             raise InputError(
                 f"token ids lie in {low}..{high}, the vocabulary is 0..{spec.vocab - 1}"
             )
+        check_ids(request.sampling, spec.vocab)
         total, most = len(prompt) + request.max_new_tokens, self._rows.length
         if total > most:
             raise InputError(

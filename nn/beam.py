@@ -18,7 +18,7 @@ from .decode import decode
 from .generate import OnScores, Stop
 from .prompt import Prompt, empty_cache, prepared, raise_if_broken, read, so_far
 from .row_scores import Adjust, row_scores
-from .sampling import GREEDY, Sampling
+from .sampling import GREEDY, Sampling, check_ids
 from .spec import ModelSpec
 
 # Lower than any score, as transformers has it, so that sums with it round alike.
@@ -120,6 +120,7 @@ def search(
     have temperature 0, adjust log-probabilities. on_scores gets, for all beams, the logits
     [b * beams, v] and the adjusted log-probabilities.
     """
+    check_ids(sampling, spec.vocab)
     if sampling.temperature > 0:
         raise ArgumentError("beams are searched, not sampled: the temperature must be 0")
     with torch.inference_mode():

@@ -73,11 +73,12 @@ def generate(
     device every PAUSE tokens where there are eos_ids, to see whether all rows have ended, and every
     token where stop or on_token must know; else nothing waits. Draws come from `generator` alone.
 
-    Raises ArgumentError for values that cannot be used; InputError for empty prompts, a mask that
-    does not fit, ids outside of the vocabulary, more tokens than the model has positions, and
-    logits that are not finite.
+    Raises ArgumentError for values that cannot be used, rules' ids outside of the vocabulary too;
+    InputError for empty prompts, a mask that does not fit, ids outside of the vocabulary, more
+    tokens than the model has positions, and logits that are not finite.
     """
     rules.check_generator(sampling, generator)
+    rules.check_ids(sampling, spec.vocab)
     with torch.inference_mode():
         prompt = prepared(
             params,

@@ -246,6 +246,18 @@ def check_generator(sampling: Sampling, generator: torch.Generator | None) -> No
         raise ArgumentError("sampling needs a generator: pass torch.Generator().manual_seed(...)")
 
 
+def check_ids(sampling: Sampling, vocab: int) -> None:
+    """Raise ArgumentError where a rule names a token that a vocabulary of `vocab` does not have."""
+    for name, sequences in (
+        ("suppress_tokens", [sampling.suppress_tokens]),
+        ("bad_words_ids", sampling.bad_words_ids),
+        ("sequence_bias", [ids for ids, _ in sampling.sequence_bias]),
+    ):
+        highest = max((i for ids in sequences for i in ids), default=0)
+        if highest >= vocab:
+            raise ArgumentError(f"{name} has id {highest}, the vocabulary is 0..{vocab - 1}")
+
+
 def choose(
     scores: torch.Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> torch.Tensor:

@@ -68,6 +68,7 @@ def speculate(
     where a rope scaling would change its frequencies on the way.
     """
     rules.check_generator(sampling, generator)
+    rules.check_ids(sampling, spec.vocab)
     with torch.inference_mode():
         prompt = prepared(
             params,

@@ -234,6 +234,7 @@ def _double(x: torch.Tensor) -> torch.Tensor:
         ({"seed": 1.5}, ArgumentError, "seed is 1.5"),
         ({"seed": 2**70}, ArgumentError, "64 bits"),
         ({"constraint": {"regex": "a"}}, ArgumentError, "expected a Constraint"),
+        ({"sampling": Sampling(sequence_bias=(((10**6,), 1.0),))}, ArgumentError, "sequence_bias"),
     ],
 )
 def test_bad_requests(model: Any, keywords: Any, error: type[Exception], says: str) -> None:

@@ -401,6 +401,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_new_tokens": 0}, ArgumentError, "at least 1"),
     ({"max_new_tokens": 2.5}, ArgumentError, "whole number"),
     ({"sampling": Sampling(temperature=1.0)}, ArgumentError, "generator"),
+    ({"sampling": Sampling(suppress_tokens=(3, 50))}, ArgumentError, "suppress.* 50, .*0..49"),
+    (
+        {"sampling": Sampling(bad_words_ids=((1, 51), (2,)))},
+        ArgumentError,
+        "bad_words_ids has id 51",
+    ),
 ]
 
 
