@@ -54,6 +54,11 @@ class DenseWeights:
         """The dense params of each layer that has some."""
         return [layer.dense for layer in self._held.values()]
 
+    @property
+    def stale(self) -> bool:
+        """Whether packed weights were written to since their dense ones were made."""
+        return any(_versions(layer.leaves) != layer.versions for layer in self._held.values())
+
     def keep(self, layers: int) -> None:
         """From now on those of so many layers, the last ones."""
         layers = layers if self._allowed else 0
@@ -84,7 +89,7 @@ class DenseWeights:
 
     def _dense(self, i: int, p: tree.Tree, dtype: torch.dtype) -> tree.Tree:
         leaves = tree.leaves(p)
-        versions = [t._version for t in tree.tensors([x for x in leaves if packed(x)])]
+        versions = _versions(leaves)
         found = self._held.get(i)
         if found is None or versions != found.versions or not _same(leaves, found.leaves):
             self._held.pop(i, None)
@@ -92,6 +97,10 @@ class DenseWeights:
                 made = tree.map(lambda x: weight_of(x, dtype) if packed(x) else x, p)
             found = self._held[i] = _Layer(leaves, versions, made)
         return found.dense
+
+
+def _versions(leaves: list[Any]) -> list[int]:
+    return [t._version for t in tree.tensors([leaf for leaf in leaves if packed(leaf)])]
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:

@@ -275,13 +275,14 @@ class _Read:
         self.moved()
 
     def moved(self) -> bool:
-        """Whether others have come in their place since this was last asked."""
+        """Whether others have come in their place since this was last asked, or dense weights are
+        no longer what the packed ones say."""
         leaves = tree.leaves([*self._model.own_trees(), *self._model.dense.trees])
         same = len(leaves) == len(self._leaves) and all(map(is_, leaves, self._leaves))
         if not same:
             self._leaves, self._tensors = leaves, tree.tensors(leaves)
         where = self._model.qat_scheme, [t.data_ptr() for t in self._tensors]
-        moved = not same or where != self._where
+        moved = not same or where != self._where or self._model.dense.stale
         self._where = where
         return moved
 

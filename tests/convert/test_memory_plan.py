@@ -11,7 +11,7 @@ import torch
 from bridged import ids
 from live_bytes import LiveBytes
 
-from purelm import FastLanguageModel
+from purelm import FastLanguageModel, graphed
 from purelm.convert import memory_plan
 from purelm.errors import ArgumentError
 from purelm.nn import decoder, dense_weights, plan, tree
@@ -115,8 +115,12 @@ def test_weights_that_stay_dequantized(folder: Path, monkeypatch: pytest.MonkeyP
     assert made
     with torch.no_grad():  # of one layer alone
         made.clear()
+        read = graphed._Read(model)
+        assert not read.moved()
         tree.tensors(model.params["layers"][1]["mlp"]["down"])[0].bitwise_not_()
+        assert read.moved()
     other = step(model, ids())
+    assert not model.dense.stale
     assert len(made) == 7
     again = four_bits(folder, checkpointing=False)
     tree.tensors(again.params["layers"][1]["mlp"]["down"])[0].bitwise_not_()
