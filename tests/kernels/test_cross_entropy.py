@@ -122,9 +122,10 @@ def test_loss_and_gradients(
     sizes = [x.double().norm(dim=1).max() for x in (hidden, weight, *more.values())]
     slack = torch.finfo(dtype).eps * n * (sizes[0] * sizes[1] + sum(sizes[2:]) ** 2 / 2)
     assert (ours[0].double() - exact[0]).abs() <= 2 * (eager[0] - exact[0]).abs() + slack
-    for mine, theirs, truth in zip(ours[1:], eager[1:], exact[1:], strict=True):
-        flat = (t.reshape(1, -1) for t in (mine, theirs, truth))
-        assert_rows(*flat)
+    # The logits are [hidden, low] times [weight, b] transposed: one gradient for each side. That of
+    # low alone is of so few values that eager's largest error says little.
+    for side in (slice(1, None, 2), slice(2, None, 2)):
+        assert_rows(*(torch.cat(made[side], 1).reshape(1, -1) for made in (ours, eager, exact)))
 
 
 @pytest.mark.parametrize("size", [0.1, 0.5, 3.0])
