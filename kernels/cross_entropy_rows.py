@@ -79,12 +79,14 @@ def _row_kernel(
             mask = o < vocabulary
             b_z = tl.load(p_row + o, mask=mask, other=0.0).to(tl.float32)
             b_z, b_slope = _cap(b_z * SCALE, SOFTCAP)
-            b_d = tl.exp(b_z - b_top) * b_inverse
-            if Z_LOSS > 0.0:
-                b_d *= 1.0 + 2.0 * Z_LOSS * b_lse
+            b_p = tl.exp(b_z - b_top) * b_inverse
+            b_d = b_p
             if SMOOTHING > 0.0:
                 b_d -= SMOOTHING / vocabulary
             b_d -= tl.where(o == i_label, 1.0 - SMOOTHING, 0.0)
+            if Z_LOSS > 0.0:
+                # Last: where a label's softmax is 1 this is all that there is.
+                b_d += b_p * (2.0 * Z_LOSS * b_lse)
             b_d = b_d * b_slope * SCALE
             if p_weights is not None:
                 b_d *= b_weight
@@ -177,11 +179,12 @@ def row_step_reference(
     losses = torch.where(counts, losses, 0.0)
     if gradient:
         d = powers.div_(total)
-        if z_loss:
-            d *= 1.0 + 2.0 * z_loss * lse
+        z_part = d * (2.0 * z_loss * lse) if z_loss else None
         if smoothing:
             d -= smoothing / d.shape[-1]
         d.scatter_add_(1, place, d.new_full(place.shape, smoothing - 1.0))
+        if z_part is not None:
+            d += z_part
         if tanh is not None:
             d *= 1.0 - tanh.square()
         if token_weights is not None:
