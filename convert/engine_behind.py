@@ -7,12 +7,13 @@ longer than the other, over its blocks. That reads and writes where the blocks a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..nn import decode, pages
-from ..nn.cache import Cache
+from ..nn.cache import spread
 from ..nn.pages import PAGE
 from .engine_request import Running
 
@@ -68,16 +69,11 @@ class Behind:
 
         def step() -> torch.Tensor:
             tokens, end, table, last = inputs
-            ends, rows = end.flatten(), torch.arange(count, device=end.device)
-            cache = Cache(
-                pages.view(own, 1, width).layers,
-                width * PAGE,
-                None,
-                0,
-                torch.zeros_like(ends),
-                ends,
-                table[:, :width].repeat_interleave(wide, 0),
+            rows = torch.arange(count, device=end.device)
+            cache = replace(
+                pages.view(own, 1, width), first=torch.zeros_like(last), table=table[:, :width]
             )
+            cache = spread(cache, end)
             logits, _ = decode.decode(params, spec, tokens.flatten(), cache, adapters=adapters)
             return logits.view(count, wide, -1)[rows, last]
 

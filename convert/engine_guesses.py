@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..nn import decode, pages, sample_rows
-from ..nn.cache import Cache
+from ..nn.cache import spread
 from ..nn.draft import NGrams
 from ..nn.sample_rows import Controls
 from .engine_request import Event, Running, failed, next_token, not_finite
@@ -158,18 +158,7 @@ class GuessedSteps:
 
         def step() -> torch.Tensor:
             # A row's tokens are rows of their own, one longer than the other, over its pages.
-            view = pages.view(own, count, width)
-            assert view.table is not None
-            end = self._end[:count].flatten()
-            cache = Cache(
-                view.layers,
-                view.capacity,
-                None,
-                0,
-                torch.zeros_like(end),
-                end,
-                view.table.repeat_interleave(wide, 0),
-            )
+            cache = spread(pages.view(own, count, width), self._end[:count])
             tokens = self._tokens[:count].flatten()
             logits, _ = decode.decode(params, spec, tokens, cache, adapters=adapters)
             uniform = self._uniform[:count]

@@ -176,22 +176,25 @@ def shared(cache: Cache, first: torch.Tensor, end: torch.Tensor) -> Cache:
     """The cache's memory for b * w rows of `decode`, w of one row [b] after another: first [b],
     end [b, w]. They read each other's columns, and write there.
     """
-    batch, width = end.shape
-    pages = cache.capacity // ROUND
+    batch, pages = len(end), cache.capacity // ROUND
     table = torch.arange(batch * pages, device=end.device).view(batch, pages)
 
     def paged(x: torch.Tensor) -> torch.Tensor:
         return x.view(batch * pages, ROUND, *x.shape[2:])
 
-    return Cache(
-        tuple({name: paged(x) for name, x in state.items()} for state in cache.layers),
-        cache.capacity,
-        None,
-        0,
-        first.repeat_interleave(width, 0),
-        end.flatten(),
-        table.repeat_interleave(width, 0),
-    )
+    layers = tuple({name: paged(x) for name, x in state.items()} for state in cache.layers)
+    return spread(Cache(layers, cache.capacity, None, 0, first, cache.end, table), end)
+
+
+def spread(cache: Cache, end: torch.Tensor) -> Cache:
+    """A paged cache's rows [b] as b * w rows of `decode`, w of one row after another: end [b, w]
+    bounds what each sees, such as one token more than the one before it. They read each other's
+    columns, and write there.
+    """
+    assert cache.table is not None
+    width = end.shape[1]
+    first, table = (t.repeat_interleave(width, 0) for t in (cache.first, cache.table))
+    return replace(cache, first=first, end=end.flatten(), table=table)
 
 
 def cut(cache: Cache, length: int) -> Cache:
