@@ -170,16 +170,6 @@ def tile_for(p: int, n: int) -> int:
     return min(power_of_two(p), max(8, VALUES // power_of_two(n)))
 
 
-def _side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[b, ...] with all of a row side by side, as a slice of a wider row is."""
-
-    def row(t: Tensor) -> Tensor:
-        packed = t.stride(-1) == 1 and (t.ndim == 2 or t.stride(1) == t.shape[2])
-        return t if packed else t.contiguous()
-
-    return tuple(row(t) for t in tensors)
-
-
 def _options(p: int, n: int, share: int) -> dict[str, Any]:
     sizes = {"P": p, "N": n, "SHARE": share, "TILE": tile_for(p, n)}
     return {**sizes, "WIDTH": power_of_two(n), "num_warps": WARPS}
@@ -207,7 +197,7 @@ def _launch_ssd(
     rows, heads, p = x.shape
     groups, n = b.shape[1:]
     y = x.new_empty(x.shape)
-    taken = _side_by_side(x, dt, b, c)
+    taken = token_heads.side_by_side(x, dt, b, c, lead=1)
     _ssd_kernel(
         (ceil_div(p, tile_for(p, n)), heads, rows),
         *taken, dt_bias.contiguous(), a_log.contiguous(), d.contiguous(),
@@ -237,7 +227,7 @@ def _launch_delta(
     rows, heads, p = v.shape
     groups, n = k.shape[1:]
     y = v.new_empty(v.shape)
-    taken = _side_by_side(q, k, v, beta, decay)
+    taken = token_heads.side_by_side(q, k, v, beta, decay, lead=1)
     _delta_kernel(
         (ceil_div(p, tile_for(p, n)), heads, rows),
         *taken, dt_bias.contiguous(), a_log.contiguous(), token_heads.flags(starts), state, y,

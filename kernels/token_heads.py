@@ -2,18 +2,22 @@
 lies between tokens, and starts of documents as bytes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[..., heads, d] with the features and heads of a token without gaps, as they are in slices of
-    wider tensors too; copied only where they are not.
+def side_by_side(*tensors: Tensor, lead: int = 2) -> tuple[Tensor, ...]:
+    """[b, s, heads, d], or with a single leading dimension [b, heads, d] or [b, heads], with the
+    features and heads of a token without gaps, as they are in slices of wider tensors too; copied
+    only where they are not.
     """
 
     def flat(t: Tensor) -> Tensor:
-        whole = t.stride(-1) == 1 and t.stride(-2) == t.shape[-1]
-        return t if whole else t.contiguous()
+        own = t.shape[lead:]
+        whole = tuple(math.prod(own[i + 1 :]) for i in range(len(own)))
+        return t if t.stride()[lead:] == whole else t.contiguous()
 
     return tuple(flat(t) for t in tensors)
 
