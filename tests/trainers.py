@@ -3,11 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from purelm import FastLanguageModel
 
 STEPS, FEW, RATE, ROWS = 20, 6, 5e-3, 4
+
+# What trainers warn of that is none of ours: a test's `pytestmark`.
+WARNED = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+]
 
 
 def adapted(folder: Path, **options: Any) -> tuple[Any, Any]:

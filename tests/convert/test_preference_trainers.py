@@ -7,17 +7,13 @@ import bridged
 import folders
 import pytest
 import torch
-from trainers import RATE, ROWS, STEPS, adapted, in_order, logged, rows, same, settings
+from trainers import RATE, ROWS, STEPS, WARNED, adapted, in_order, logged, rows, same, settings
 
 from purelm import FastLanguageModel
 
 BETA = 0.1
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
-]
+pytestmark = WARNED
 
 
 @pytest.fixture(scope="module")

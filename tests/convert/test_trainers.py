@@ -8,18 +8,27 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from trainers import FEW, RATE, ROWS, STEPS, adapted, in_order, logged, padded, rows, same, settings
+from trainers import (
+    FEW,
+    RATE,
+    ROWS,
+    STEPS,
+    WARNED,
+    adapted,
+    in_order,
+    logged,
+    padded,
+    rows,
+    same,
+    settings,
+)
 
 from purelm import FastLanguageModel, graphed
 from purelm.errors import ArgumentError
 from purelm.graphed_bridge import replay
 from purelm.nn.residuals import KEEP, RECOMPUTE
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
-]
+pytestmark = WARNED
 
 
 @pytest.fixture(scope="module")
